@@ -1,0 +1,8 @@
+"""Time, memory and accuracy of the package beside its peers.
+
+pytest benchmarks/                 a small set on CPU, in three minutes
+pytest benchmarks/ --bench-set full --save
+                                   the 0.5B-model head on CPU; writes benchmarks/results/ and RESULTS.md
+benchmarks/gpu.sh                  the experiments of a CUDA machine, in nine minutes
+python -m benchmarks.report        RESULTS.md from benchmarks/results/
+"""

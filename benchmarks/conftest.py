@@ -1,0 +1,144 @@
+"""Options, inputs and the collection of results of `pytest benchmarks/`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Read once, by @triton.jit when a kernel's module is imported: compiled on CUDA, else not run at all but in the gate's
+# own tests. Benchmarks never time the interpreter.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import gate, machine, report
+from benchmarks.data import Batch, make_batches
+from benchmarks.measure import Rounds, describe, peak_bytes_cuda, peaks_cpu, ratio, runs_on_cpu, summary
+from benchmarks.providers import EAGER, Provider, all_providers, split_available
+from benchmarks.shapes import SETS, Shape
+
+ROUNDS = {"tiny": 2, "small": 7, "full": 5, "gpu": 20}
+DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("lad_kernels benchmarks")
+    group.addoption("--bench-set", default=None, choices=sorted(SETS), help="which shapes; default small, or gpu")
+    group.addoption("--save", action="store_true", help="write benchmarks/results/<machine>/ and RESULTS.md")
+
+
+def chosen_set(config: pytest.Config) -> str:
+    return config.getoption("--bench-set") or ("gpu" if torch.cuda.is_available() else "small")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "shape" in metafunc.fixturenames:
+        metafunc.parametrize("shape", SETS[chosen_set(metafunc.config)], ids=lambda s: s.name, scope="session")
+    if "data" in metafunc.fixturenames:
+        metafunc.parametrize("data", ("flat", "peaked"), scope="session")
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    torch.set_num_threads(machine.cores())
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Bench:
+    """One session: its inputs, its gate, its rows."""
+
+    def __init__(self, set_name: str, device: str):
+        self.set_name, self.device, self.dtype = set_name, device, DTYPE[device]
+        self.results = report.Results(machine.describe(device, f"pytest benchmarks/ --bench-set {set_name}"))
+        self._batches: tuple[object, list[Batch]] = (None, [])
+        self._verdicts: dict[tuple[str, str, str], gate.Verdict | str] = {}
+        self._peaks: dict[Shape, dict[str, dict[str, int | str]]] = {}
+
+    def batches(self, shape: Shape, data: str) -> list[Batch]:
+        """The last batch asked for is kept: tests of one shape and data set follow each other."""
+        if self._batches[0] != (shape, data):
+            self._batches = (None, [])
+            self._batches = ((shape, data), make_batches(shape, data, self.dtype, self.device))
+        return self._batches[1]
+
+    def verdict(self, provider: Provider, data: str) -> gate.Verdict | str:
+        """The gate's verdict, or why a peer could not run it; raises for a wrong provider of ours."""
+        key = (provider.name, provider.job, data)
+        if key not in self._verdicts:
+            try:
+                self._verdicts[key] = gate.check(provider, gate.gate_batch(data, self.dtype, self.device))
+            except Exception as error:  # a peer that fails on the small input is reported, not timed
+                if provider.ours:
+                    raise
+                self._verdicts[key] = describe(error)
+        return self._verdicts[key]
+
+    def providers(
+        self, job: str, shape: Shape, data: str, names: tuple[str, ...] = ()
+    ) -> tuple[list[Provider], dict[Provider, gate.Verdict]]:
+        """Providers (all, or those of `names`) that can run and passed the gate (ours) or were measured by it."""
+        batch = self.batches(shape, data)[0]
+        wanted = [p for p in all_providers(job) if not names or p.name in names]
+        available, missing = split_available(wanted, batch)
+        self.results.missing |= missing
+        if self.device == "cpu":
+            available = [p for p in available if runs_on_cpu(p, self.set_name, shape)]
+        verdicts = {p: self.verdict(p, data) for p in available}
+        self.results.missing |= {p.name: v for p, v in verdicts.items() if isinstance(v, str)}
+        good = {p: v for p, v in verdicts.items() if not isinstance(v, str)}
+        return list(good), good
+
+    def peaks(self, shape: Shape) -> dict[str, dict[str, int | str]]:
+        """{job: {provider: peak bytes beyond the inputs, or why it failed}} on flat data, measured once per shape."""
+        if shape not in self._peaks:
+            self._peaks[shape] = peaks_cpu(self.set_name, shape.name) if self.device == "cpu" else self._on_cuda(shape)
+        return self._peaks[shape]
+
+    def _on_cuda(self, shape: Shape) -> dict[str, dict[str, int | str]]:
+        batch, found = self.batches(shape, "flat")[0], {}
+        for provider in split_available([p for p in all_providers() if p.job != "ce"], batch)[0]:
+            try:
+                found.setdefault(provider.job, {})[provider.name] = peak_bytes_cuda(provider, batch)
+            except Exception as error:  # a peer's failure, out of memory among them, is a result
+                if provider.ours:
+                    raise
+                found.setdefault(provider.job, {})[provider.name] = describe(error)
+        return found
+
+    def add_speed(self, rounds: Rounds, job: str, shape: Shape, data: str, verdicts: dict) -> None:
+        self.results.missing |= rounds.failed
+        baseline = next((s for p, s in rounds.samples.items() if p.name == EAGER), None)
+        for provider, samples in rounds.samples.items():
+            self.results.add(
+                "speed", job=job, shape=str(shape), data=data, dtype=str(self.dtype).removeprefix("torch."),
+                provider=provider.name, ours=provider.ours, note=provider.note, rounds=len(samples),
+                **summary(samples), vs_eager=ratio(samples, baseline) if baseline else None,
+                errors=verdicts[provider].errors, outside=verdicts[provider].failed,
+            )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def bench(pytestconfig: pytest.Config, device: str):
+    session = Bench(chosen_set(pytestconfig), device)
+    yield session
+    text = report.render([session.results])
+    pytestconfig.stash[REPORT] = text
+    if pytestconfig.getoption("--save"):
+        path = report.RESULTS / machine.folder(device) / f"{session.set_name}.json"
+        session.results.save(path)
+        report.write()
+
+
+REPORT: pytest.StashKey[str] = pytest.StashKey()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if REPORT in config.stash:
+        terminalreporter.write_line(config.stash[REPORT])
+
+
+@pytest.fixture
+def rounds(bench: Bench) -> int:
+    return int(os.environ.get("LAD_KERNELS_BENCH_ROUNDS", ROUNDS[bench.set_name]))

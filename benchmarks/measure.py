@@ -1,0 +1,200 @@
+"""Time, interleaved; and peak memory, in a process of its own on CPU.
+
+All providers of a comparison run once per round, in an order that rotates, so that whatever else the machine does hits
+all of them; ratios are taken round by round and their median is reported. CPU: wall clock. CUDA: events, and inputs
+that rotate among copies larger than the cache.
+
+python -m benchmarks.measure SET SHAPE      peak memory of every provider's step on CPU, in bytes, as JSON
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.data import Batch, make_batch
+from benchmarks.machine import cores
+from benchmarks.providers import EAGER, Provider, all_providers, split_available
+from benchmarks.shapes import SETS, TINY, Shape
+
+ROOT = Path(__file__).resolve().parent.parent
+M_MMAP_THRESHOLD = -3  # of malloc.h
+FEW_TOKENS = 1024  # above it, a CPU runs the providers of FOCUS alone
+FOCUS = (EAGER, "torch, 512-row checkpoints", "lad_kernels (torch)")
+
+
+def runs_on_cpu(provider: Provider, set_name: str, shape: Shape, *, memory: bool = False) -> bool:
+    """Whether a CPU has the time: compiled providers start slowly, many tokens are left to FOCUS."""
+    if "compiled" in provider.tags and (memory or shape is not SETS[set_name][0]):
+        return False
+    return shape.tokens <= FEW_TOKENS or provider.name in FOCUS
+
+
+def time_step(provider: Provider, batch: Batch) -> tuple[float, float]:
+    """Seconds of (forward, backward)."""
+    if batch.hidden.is_cuda:
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        marks[0].record()
+        _, backward = provider.step(batch)
+        marks[1].record()
+        backward()
+        marks[2].record()
+        marks[2].synchronize()
+        return marks[0].elapsed_time(marks[1]) / 1e3, marks[1].elapsed_time(marks[2]) / 1e3
+    start = time.perf_counter()
+    _, backward = provider.step(batch)
+    middle = time.perf_counter()
+    backward()
+    return middle - start, time.perf_counter() - middle
+
+
+class Rounds:
+    """Calling it runs every provider once; `samples` holds their (forward, backward) seconds, round by round."""
+
+    def __init__(self, providers: list[Provider], batches: list[Batch]):
+        self.providers, self.batches = list(providers), batches
+        self.samples: dict[Provider, list[tuple[float, float]]] = {p: [] for p in providers}
+        self.failed: dict[str, str] = {}
+        self.count = 0
+
+    def __call__(self) -> None:
+        batch = self.batches[self.count % len(self.batches)]
+        turn = self.count % max(len(self.providers), 1)
+        self.count += 1
+        for provider in self.providers[turn:] + self.providers[:turn]:
+            self.run_one(provider, batch)
+
+    def run_one(self, provider: Provider, batch: Batch) -> None:
+        try:
+            self.samples[provider].append(time_step(provider, batch))
+        except Exception as error:  # a peer's failure is a result; ours is a failure of the run
+            if provider.ours:
+                raise
+            self.failed[provider.name] = describe(error)
+            self.providers.remove(provider)
+            del self.samples[provider]
+
+    def warm(self) -> None:
+        """One round whose times are thrown away: imports, compilation, first touch of memory."""
+        self()
+        for samples in self.samples.values():
+            samples.clear()
+
+
+def describe(error: Exception) -> str:
+    """The last line of an error, short enough for a table."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"failed: {type(error).__name__}: {(lines[-1] if lines else '')[:140]}".replace("|", "/")
+
+
+def quartiles(seconds: list[float]) -> list[float]:
+    """[25 %, median, 75 %] in milliseconds."""
+    values = [1e3 * s for s in seconds]
+    if len(values) < 2:
+        return values * 3
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [low, middle, high]
+
+
+def summary(samples: list[tuple[float, float]]) -> dict[str, list[float]]:
+    forward, backward = zip(*samples)
+    return {
+        "forward_ms": quartiles(forward),
+        "backward_ms": quartiles(backward),
+        "total_ms": quartiles([f + b for f, b in samples]),
+    }
+
+
+def ratio(samples: list[tuple[float, float]], baseline: list[tuple[float, float]]) -> float:
+    """Median over rounds of total time / baseline's total time."""
+    return statistics.median(sum(a) / sum(b) for a, b in zip(samples, baseline))
+
+
+def ratio_interval(
+    samples: list[tuple[float, float]], baseline: list[tuple[float, float]], draws: int = 2000
+) -> tuple[float, float, float]:
+    """(2.5 %, median, 97.5 %) of the median paired ratio, by bootstrap over rounds with a fixed seed."""
+    ratios = [sum(a) / sum(b) for a, b in zip(samples, baseline)]
+    pick = random.Random(0)
+    medians = sorted(statistics.median(pick.choices(ratios, k=len(ratios))) for _ in range(draws))
+    return medians[draws // 40], statistics.median(ratios), medians[-draws // 40]
+
+
+def peak_bytes_cuda(provider: Provider, batch: Batch) -> int:
+    """Most memory allocated during one step beyond what was allocated before it."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    _, backward = provider.step(batch)
+    gradients = backward()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del gradients
+    return peak
+
+
+def peaks_cpu(set_name: str, shape_name: str) -> dict[str, dict[str, int | str]]:
+    """{job: {provider: peak bytes, or why it failed}} of all providers, from one fresh process, on flat data."""
+    command = [sys.executable, "-m", "benchmarks.measure", set_name, shape_name]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-800:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def resident(field: str) -> int:
+    """A line of /proc/self/status in bytes: VmRSS now, VmHWM the highest so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
+
+
+def peak_bytes_cpu(provider: Provider, batch: Batch) -> int:
+    """Highest resident memory during one step minus that just before it.
+
+    A step on a tiny batch has loaded libraries; compiled providers also run once at full size, so that their
+    compiler's memory is not counted. Writing 5 to clear_refs resets the high-water mark (Linux).
+    """
+    provider.step(make_batch(TINY[0], "flat", torch.float32, "cpu"))[1]()
+    if "compiled" in provider.tags:
+        provider.step(batch)[1]()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    _, backward = provider.step(batch)
+    gradients = backward()
+    peak = resident("VmHWM") - before
+    del gradients
+    return peak
+
+
+def all_peaks_cpu(set_name: str, shape_name: str) -> dict[str, dict[str, int | str]]:
+    """What `peaks_cpu` returns, measured in this process."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # so that freed tensors leave the resident memory at once
+    torch.set_num_threads(cores())
+    shape = next(s for s in SETS[set_name] if s.name == shape_name)
+    batch = make_batch(shape, "flat", torch.float32, "cpu")
+    found: dict[str, dict[str, int | str]] = {}
+    for provider in split_available(all_providers(), batch)[0]:
+        if provider.job == "ce" or not runs_on_cpu(provider, set_name, shape, memory=True):
+            continue
+        try:
+            found.setdefault(provider.job, {})[provider.name] = peak_bytes_cpu(provider, batch)
+        except Exception as error:  # a peer's failure is a result
+            if provider.ours:
+                raise
+            found.setdefault(provider.job, {})[provider.name] = describe(error)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(all_peaks_cpu(*sys.argv[1:])))

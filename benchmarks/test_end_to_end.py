@@ -1,0 +1,53 @@
+"""The paper's claim, "no extra cost over GRPO", as a row of its own.
+
+`linear_lad_loss` and `linear_grpo_loss` run in the same kernels on the same inputs, in pairs whose order alternates; the
+row holds the median ratio and its 95 % interval. The claim is a ratio of at most 1.02. A shared CPU is noisier than
+that, so the test fails only when the whole interval lies above it; the interval is printed either way.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.measure import Rounds, ratio, ratio_interval
+from benchmarks.providers import EAGER
+
+LIMIT = 1.02
+PAIRS = {"tiny": 4, "small": 30, "full": 6, "gpu": 40}
+MEMORY_SLACK = 2 << 20  # bytes of resident memory by which two runs of one program differ
+
+
+@pytest.mark.parametrize("impl", ("triton", "torch"))
+def test_lad_costs_what_grpo_costs(bench, shape, data, impl):
+    ours = f"lad_kernels ({impl})"
+    found = {job: {p.name: p for p in bench.providers(job, shape, data, (ours, EAGER))[0]} for job in ("lad", "grpo")}
+    if ours not in found["lad"]:
+        pytest.skip(f"impl={impl!r} cannot run on {bench.device}")
+    lad, grpo, eager = found["lad"][ours], found["grpo"][ours], found["grpo"][EAGER]
+    batches = bench.batches(shape, data)
+
+    pairs = Rounds([lad, grpo], batches)
+    pairs.warm()
+    for _ in range(PAIRS[bench.set_name]):
+        pairs()
+    low, middle, high = ratio_interval(pairs.samples[lad], pairs.samples[grpo])
+    against = Rounds([lad, eager], batches)
+    against.warm()
+    for _ in range(3):
+        against()
+
+    peaks = bench.peaks(shape)
+    memory = {
+        name: max(peaks[job][provider], MEMORY_SLACK)
+        for name, job, provider in (("lad", "lad", ours), ("grpo", "grpo", ours), ("eager", "grpo", EAGER))
+    }
+    bench.results.add(
+        "lad against grpo", shape=str(shape), data=data, impl=impl, pairs=len(pairs.samples[lad]),
+        time_ratio=middle, interval=[low, high], memory_ratio=memory["lad"] / memory["grpo"],
+        lad_to_eager_grpo_time=ratio(against.samples[lad], against.samples[eager]),
+        lad_to_eager_grpo_memory=memory["lad"] / memory["eager"],
+    )  # fmt: skip
+    if bench.set_name == "tiny":
+        return  # fixed costs of microseconds, not the head, are what so small a step consists of
+    assert low <= LIMIT, f"LAD costs {middle:.3f} of GRPO, 95 % interval {low:.3f} to {high:.3f}"
+    assert memory["lad"] <= LIMIT * memory["grpo"] + MEMORY_SLACK

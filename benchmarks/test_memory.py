@@ -1,0 +1,24 @@
+"""Peak memory of one forward and backward beyond the inputs, and beyond inputs and gradients.
+
+CPU: resident memory of a process of its own, one provider after the other. CUDA: the allocator's peak. Flat data alone: no provider here allocates by
+the values of its input.
+"""
+
+from __future__ import annotations
+
+MIB = 2**20
+
+
+def test_memory(bench, shape):
+    item = bench.dtype.itemsize
+    gradients = (shape.tokens + shape.vocab_size) * shape.hidden_size * item  # dH and dW
+    for job, peaks in bench.peaks(shape).items():
+        assert any(name.startswith("lad_kernels") for name in peaks)
+        for name, peak in peaks.items():
+            if isinstance(peak, str):
+                bench.results.missing[f"{name}, memory"] = peak
+                continue
+            bench.results.add(
+                "memory", job=job, shape=str(shape), provider=name, ours=name.startswith("lad_kernels"),
+                peak_mib=peak / MIB, beyond_gradients_mib=max(peak - gradients, 0) / MIB,
+            )  # fmt: skip

@@ -1,0 +1,130 @@
+"""The main job: bandit, parity with the specification, memory row, and LAD beside GRPO on verifiable problems.
+
+    python -m integration.demo            # everything, about six minutes on two cores
+    python -m integration.demo --quick    # the same path at toy size, for tests; says nothing about learning
+
+Outputs go to `runs/<time>/`: report.md, PNG plots, metrics.jsonl (every step of every run) and one folder per run with its
+checkpoint. The exit status is 1 when a stated check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+import lad_kernels
+from integration import bandit, compare, memory
+from integration.report import Sheet
+from integration.trainer import TrainConfig
+from lad_kernels import reference
+
+PARITY = 1e-10  # relative error allowed between our float64 path and the specification's
+QUICK = {
+    "steps": 2,
+    "warm_steps": 5,
+    "prompts_per_step": 4,
+    "group_size": 4,
+    "train_size": 60,
+    "held_out_size": 10,
+    "hidden_size": 32,
+    "layers": 1,
+}
+
+
+def parity_error(device: str) -> float:
+    """Largest relative error of our loss and gradients against the specification, on a small packed float64 case."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, hidden_size, vocabulary, group = 48, 16, 257, 4  # N, D, V, G
+    cu_seqlens = torch.tensor([0, 3, 10, 11, 20, 25, 30, 40, 48], dtype=torch.int32, device=device)  # [B + 1]
+    hidden = torch.randn(tokens, hidden_size, dtype=torch.float64, generator=generator)  # [N, D]
+    weight = torch.randn(vocabulary, hidden_size, dtype=torch.float64, generator=generator)  # [V, D]
+    target = torch.randint(vocabulary, (tokens,), generator=generator).to(device)  # [N]
+    old_logp = (torch.randn(tokens, dtype=torch.float64, generator=generator) * 0.1 - 6).to(device)  # [N]
+    mask = (torch.rand(tokens, generator=generator) < 0.8).to(device)  # [N]
+    rewards = torch.tensor([0.0, 1, 0, 0, 1, 1, 0, 1], dtype=torch.float64, device=device)  # [B]
+    found = []
+    for loss in (lad_kernels.linear_lad_loss, reference.linear_lad_loss):
+        h, w = (x.clone().to(device).requires_grad_() for x in (hidden, weight))
+        batch = {"rewards": rewards, "group_size": group, "loss_mask": mask, "cu_seqlens": cu_seqlens}
+        value = loss(h, w, target, old_logp, **batch).loss
+        value.backward()
+        found.append((value.detach(), h.grad, w.grad))
+    return max(((ours - truth).norm() / truth.norm()).item() for ours, truth in zip(*found))
+
+
+def write_report(folder: Path, sheets: list[Sheet], words: str, checks: dict[str, bool], seconds: float) -> None:
+    """report.md, and metrics.jsonl with the lines of all runs."""
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    lines = ["# lad_kernels demo", "", f"{machine}; {seconds:.0f} s in all.", ""]
+    lines += [sheet.markdown() for sheet in sheets]
+    lines += [words, "", "![bandit](bandit.png)", "", "![training](training.png)", "", "## Checks", ""]
+    lines += [f"- {'pass' if holds else '**FAIL**'}: {statement}" for statement, holds in checks.items()]
+    (folder / "report.md").write_text("\n".join(lines) + "\n")
+    with open(folder / "metrics.jsonl", "w") as out:
+        for path in sorted(folder.glob("*-*/metrics.jsonl")):
+            out.write(path.read_text())
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="toy sizes; the accuracy check is left out")
+    parser.add_argument("--task", default="countdown", help="a reasoning-gym dataset")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=TrainConfig.steps, help="rollouts per run")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run everything, report, and return the exit status."""
+    flags, console, started = parse(arguments), Console(), time.perf_counter()
+    flags.out.mkdir(parents=True, exist_ok=True)
+
+    console.rule("1. bandit")
+    arms = bandit.run_bandit(seeds=1, only=("js", "grpo")) if flags.quick else bandit.run_bandit()
+    bandit.plot_bandit(arms, flags.out / "bandit.png")
+    checks = bandit.bandit_checks(arms)
+    sheets = [bandit.bandit_sheet(arms)]
+    console.print(sheets[-1].rich())
+
+    console.rule("2. parity and memory")
+    error = parity_error("cpu")
+    checks[f"parity: loss and gradients equal the specification to {PARITY:g} (measured {error:.1e})"] = error <= PARITY
+    tokens, hidden_size = (512, 64) if flags.quick else (1024, 896)
+    peaks = memory.compare_memory(tokens, hidden_size, flags.device)
+    checks |= memory.memory_checks(peaks)
+    sheets.append(memory.memory_sheet(peaks, tokens, hidden_size, flags.device))
+    console.print(sheets[-1].rich())
+
+    console.rule(f"3. LAD and GRPO on {flags.task}")
+    config = TrainConfig(task=flags.task, device=flags.device, **(QUICK if flags.quick else {"steps": flags.steps}))
+    result = compare.compare(config, 1 if flags.quick else flags.seeds, flags.out, console)
+    compare.plot_comparison(result, flags.out / "training.png")
+    if not flags.quick:
+        checks |= compare.comparison_checks(result)
+    sheets.append(compare.comparison_sheet(result))
+    words = compare.comparison_words(result)
+    console.print(sheets[-1].rich())
+    console.print(words)
+
+    console.rule("checks")
+    for statement, holds in checks.items():
+        console.print(f"{'[green]pass' if holds else '[red]FAIL'}[/] {statement}", highlight=False)
+    seconds = time.perf_counter() - started
+    write_report(flags.out, sheets, words, checks, seconds)
+    (flags.out / "summary.json").write_text(
+        json.dumps({"before": result.before, "after": result.after, "memory": peaks, "seconds": seconds}, indent=1)
+    )
+    console.print(f"{seconds:.0f} s; report: {flags.out / 'report.md'}")
+    return 0 if all(checks.values()) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

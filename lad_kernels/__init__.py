@@ -1,0 +1,28 @@
+"""Fused losses for reinforcement learning of language models: hidden states in, gradients out, no N x V logits.
+
+from lad_kernels import linear_lad_loss
+out = linear_lad_loss(hidden_states, lm_head.weight, target_ids, old_logprobs, rewards=rewards, group_size=8)
+out.loss.backward()
+"""
+
+from lad_kernels.head.logprobs import linear_logprobs
+from lad_kernels.loss import LADLoss, linear_grpo_loss, linear_lad_loss
+from lad_kernels.objective.advantages import group_advantages
+from lad_kernels.objective.config import GRPOConfig, LADConfig
+from lad_kernels.objective.policy import grpo_loss, lad_loss
+from lad_kernels.outputs import LinearLogprobs, LossOutput
+
+__version__ = "0.1.0"
+__all__ = [
+    "GRPOConfig",
+    "LADConfig",
+    "LADLoss",
+    "LinearLogprobs",
+    "LossOutput",
+    "group_advantages",
+    "grpo_loss",
+    "lad_loss",
+    "linear_grpo_loss",
+    "linear_lad_loss",
+    "linear_logprobs",
+]

@@ -1,0 +1,268 @@
+"""Input validation: every message names the argument, what was expected, what came, and what to do.
+
+No check reads a tensor's values on an accelerator, because that would wait for the device; LAD_KERNELS_VALIDATE=1 in
+the environment, or `lad_kernels.checks.validate_values(True)`, turns those on. On the CPU they always run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+IMPLS = ("auto", "triton", "torch", "reference")
+_always_read_values = os.environ.get("LAD_KERNELS_VALIDATE", "0") == "1"
+
+
+def validate_values(on: bool) -> None:
+    """Switch checks that read tensor values on accelerators (a host sync each): target range, cu_seqlens order."""
+    global _always_read_values
+    _always_read_values = bool(on)
+
+
+def _may_read(x: Tensor) -> bool:
+    return _always_read_values or x.device.type == "cpu"
+
+
+def _shape(x: Tensor) -> str:
+    return f"[{', '.join(map(str, x.shape))}]"
+
+
+def plain_tensor(name: str, x: object) -> None:
+    """Refuse what is not an ordinary dense tensor: shards, functorch wrappers, nested and quantised tensors."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}; wrap it with torch.as_tensor")
+    if hasattr(x, "placements") and hasattr(x, "full_tensor"):
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor with placements {x.placements}; call the loss inside the "
+            f"wrapped module's forward, or pass {name}.full_tensor(grad_placements=[Partial('avg')]) (FSDP2's mean)"
+        )
+    is_wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
+    if is_wrapped is not None and is_wrapped(x):
+        raise RuntimeError(
+            f"{name}: torch.func transforms (grad, vmap, jvp) are not supported; use loss.backward() or "
+            f"torch.autograd.grad, or impl='reference'"
+        )
+    if x.is_sparse or x.is_nested or x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense strided tensor, got layout {x.layout}")
+
+
+def impl(value: str) -> None:
+    if value not in IMPLS:
+        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLS))}, got {value!r}")
+
+
+def triton_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton kernels cannot run on such a tensor; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if dtype == torch.float64:
+        return "the kernels compute in float32 and the input is float64"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return f"the input is on {device} and the kernels need a CUDA or ROCm device"
+    return None
+
+
+def use_triton(value: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `impl` means Triton for such a tensor. A forced path that cannot run raises the reason; auto never."""
+    impl(value)
+    reason = triton_unavailable(device, dtype)
+    if value == "triton" and reason is not None:
+        raise RuntimeError(f"impl: 'triton' was asked for, but {reason}; use impl='auto' or 'torch'")
+    return reason is None and (value == "triton" or (value == "auto" and device.type == "cuda"))
+
+
+def _same_device(name: str, x: Tensor, like: Tensor, like_name: str) -> None:
+    if x.device != like.device:
+        raise ValueError(
+            f"{name}: expected device {like.device} as {like_name}, got {x.device}; use .to({like_name}.device)"
+        )
+
+
+def _floating(name: str, x: Tensor) -> None:
+    if not x.dtype.is_floating_point or x.element_size() < 2:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *, autocast: bool) -> None:
+    """hidden [N, D] or [B, T, D]; weight [V, D]; targets [N] or [B, T]; bias [V]."""
+    for name, x in (("hidden_states", hidden), ("lm_head_weight", weight), ("target_ids", targets), ("bias", bias)):
+        if x is not None:
+            plain_tensor(name, x)
+            if name != "hidden_states":
+                _same_device(name, x, hidden, "hidden_states")
+    if hidden.ndim not in (2, 3):
+        raise ValueError(f"hidden_states: expected [N, D] or [B, T, D], got {_shape(hidden)}")
+    if weight.ndim != 2:
+        empty = "; a shard of ZeRO-3 or FSDP1 must be gathered first" if weight.numel() == 0 or weight.ndim == 1 else ""
+        raise ValueError(f"lm_head_weight: expected [V, D], got {_shape(weight)}{empty}")
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"lm_head_weight: expected [V, {hidden.shape[-1]}] to match hidden_states {_shape(hidden)}, got "
+            f"{_shape(weight)}; pass lm_head.weight as it is, not transposed"
+        )
+    if weight.shape[0] < 2:
+        raise ValueError(f"lm_head_weight: expected a vocabulary of at least 2 rows, got {weight.shape[0]}")
+    _floating("hidden_states", hidden)
+    _floating("lm_head_weight", weight)
+    if not autocast and weight.dtype != hidden.dtype:
+        raise TypeError(
+            f"lm_head_weight: expected {hidden.dtype} as hidden_states, got {weight.dtype}; cast one of them, or call "
+            f"inside torch.autocast"
+        )
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"target_ids: expected {list(hidden.shape[:-1])} to match hidden_states {_shape(hidden)}, got "
+            f"{_shape(targets)}; targets are already shifted: target_ids[t] is the token that hidden_states[t] predicts"
+        )
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"target_ids: expected int64 or int32, got {targets.dtype}")
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias: expected [{weight.shape[0]}], got {_shape(bias)}")
+        _floating("bias", bias)
+
+
+def target_range(targets: Tensor, vocabulary: int) -> None:
+    """Targets [M] of the tokens that take part lie in [0, V); masked ones may hold anything."""
+    if targets.numel() and _may_read(targets):
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= vocabulary:
+            bad = low if low < 0 else high
+            raise ValueError(
+                f"target_ids: expected ids in [0, {vocabulary}) wherever loss_mask keeps the token, got {bad}; mask "
+                f"padding out with loss_mask = target_ids != {bad}"
+            )
+
+
+def transform(temperature: float | Tensor, logit_scale: float, softcap: float | None, targets: Tensor) -> None:
+    if isinstance(temperature, Tensor):
+        plain_tensor("temperature", temperature)
+        if temperature.ndim and temperature.shape != targets.shape:
+            raise ValueError(
+                f"temperature: expected a number or one per token {_shape(targets)}, got {_shape(temperature)}"
+            )
+        _same_device("temperature", temperature, targets, "target_ids")
+        if temperature.numel() and _may_read(temperature) and not bool((temperature > 0).all()):
+            raise ValueError("temperature: expected values > 0; greedy decoding (0) has no log-probabilities")
+    elif not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature: expected a finite number > 0 or a tensor, got {temperature!r}")
+    if not (isinstance(logit_scale, (int, float)) and math.isfinite(logit_scale) and logit_scale != 0):
+        raise ValueError(f"logit_scale: expected a finite number other than 0, got {logit_scale!r}")
+    if softcap is not None and not (isinstance(softcap, (int, float)) and math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
+
+
+def per_token(name: str, x: Tensor | None, like: Tensor, like_name: str, *, floating: bool = True) -> None:
+    """`x` has the shape and device of `like`, the tensor that holds one value per token."""
+    if x is None:
+        return
+    plain_tensor(name, x)
+    if x.shape != like.shape:
+        raise ValueError(f"{name}: expected {_shape(like)} as {like_name}, got {_shape(x)}")
+    _same_device(name, x, like, like_name)
+    if floating:
+        _floating(name, x)
+
+
+def layout(like: Tensor, like_name: str, cu_seqlens: Tensor | None) -> int | None:
+    """Number of sequences B of a packed [N] or padded [B, T] batch; None for packed tokens without sequences."""
+    if like.ndim == 2:
+        if cu_seqlens is not None:
+            raise ValueError(
+                f"cu_seqlens: expected None for padded {like_name} {_shape(like)}; it describes packed [N] input"
+            )
+        return like.shape[0]
+    if like.ndim != 1:
+        raise ValueError(f"{like_name}: expected [N] (packed) or [B, T] (padded), got {_shape(like)}")
+    if cu_seqlens is None:
+        return None
+    plain_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens: expected int32 [B + 1], got {cu_seqlens.dtype} {_shape(cu_seqlens)}; it holds the cumulative "
+            f"lengths 0, n_1, n_1 + n_2, ..., N"
+        )
+    _same_device("cu_seqlens", cu_seqlens, like, like_name)
+    if cu_seqlens.dtype == torch.int32 and len(like) >= 2**31:
+        raise ValueError(f"cu_seqlens: expected int64 for N = {len(like)} tokens, got int32, which overflows")
+    if _may_read(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != len(like) or any(a > b for a, b in pairwise(bounds)):
+            raise ValueError(
+                f"cu_seqlens: expected to rise from 0 to N = {len(like)} without falling, got {bounds[:4]} ... "
+                f"{bounds[-1]}"
+            )
+    return len(cu_seqlens) - 1
+
+
+def per_sequence(name: str, x: Tensor, count: int | None, like: Tensor, like_name: str) -> None:
+    """`x` is [B] or has one value per token."""
+    plain_tensor(name, x)
+    _same_device(name, x, like, like_name)
+    if x.shape == like.shape or (count is not None and x.shape == (count,)):
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}; call .float()")
+        return
+    sequences = f"[{count}] (one per sequence) or " if count is not None else ""
+    hint = "; packed input needs cu_seqlens for values per sequence" if count is None else ""
+    raise ValueError(f"{name}: expected {sequences}{_shape(like)} (one per token), got {_shape(x)}{hint}")
+
+
+def rewards(x: Tensor) -> None:
+    plain_tensor("rewards", x)
+    if x.ndim != 1:
+        raise ValueError(f"rewards: expected [B], one per completion, got {_shape(x)}; combine reward functions first")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"rewards: expected a floating dtype, got {x.dtype}; call .float()")
+
+
+def groups(count: int, device: torch.device, group_size: int | None, group_ids: Tensor | None) -> Tensor:
+    """The id [B] of each completion's group, from exactly one of group_size and group_ids."""
+    if (group_size is None) == (group_ids is None):
+        raise ValueError(
+            "group_size, group_ids: expected exactly one, got " + ("neither" if group_size is None else "both")
+        )
+    if group_ids is None:
+        if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
+            raise ValueError(f"group_size: expected an integer >= 1, got {group_size!r}")
+        if count % group_size:
+            raise ValueError(
+                f"group_size: expected a divisor of the {count} rewards, got {group_size}; use group_ids for groups of "
+                f"different sizes"
+            )
+        return torch.arange(count, device=device) // group_size
+    plain_tensor("group_ids", group_ids)
+    if group_ids.shape != (count,) or group_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"group_ids: expected int64 [{count}], one per reward, got {group_ids.dtype} {_shape(group_ids)}"
+        )
+    return group_ids.to(device)
+
+
+def normalizer(value: float | Tensor | None) -> None:
+    """A positive number or a 0-d tensor."""
+    if value is None:
+        return
+    if isinstance(value, Tensor):
+        plain_tensor("normalizer", value)
+        if value.numel() != 1:
+            raise ValueError(f"normalizer: expected a number or a 0-d tensor, got {_shape(value)}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise ValueError(
+            f"normalizer: expected a finite number > 0, got {value!r}; for token-mean it is the number of loss tokens "
+            f"in the global batch"
+        )
+
+
+def refuse_double_backward() -> None:
+    """Called first in every backward: with create_graph=True autograd runs it with gradients enabled."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "lad_kernels: double backward (create_graph=True) is not supported, gradients are computed in closed form "
+            "without a graph; use impl='reference' for higher derivatives"
+        )

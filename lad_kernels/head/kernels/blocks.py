@@ -1,0 +1,105 @@
+"""Pieces that the head's kernels share: the order of tiles, the product of one tile, and product -> logits.
+
+    raw = h W^T + b,  x = scale * raw,  z = c tanh(x / c) / T        (without a softcap c: z = x / T)
+
+Exact here: products of 16-bit inputs are exact in fp32 and are accumulated in fp32; raw and z are never rounded to 16
+bits. Precision is lost only to the order of that accumulation and to a few roundings in z, about 1e-7 relative each.
+Out-of-range rows and columns of a tile read the last valid row (pointers) or zeros (TMA): finite values that the
+caller masks when it stores or sums. Beyond D, both read zeros.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_order(tile, tiles_n, tiles_v, GROUP_N: tl.constexpr):
+    """Tile number -> (token tile, vocabulary tile); GROUP_N token tiles pass over W together and share it in L2."""
+    group = tile // (GROUP_N * tiles_v)
+    first = group * GROUP_N
+    size = tl.minimum(tiles_n - first, GROUP_N)
+    inside = tile - group * GROUP_N * tiles_v
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def product(
+    h,  # [N, D], pointer or descriptor
+    w,  # [V, D], pointer or descriptor
+    row,
+    column,
+    N,
+    V,
+    D,
+    h_stride,
+    w_stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Tile [BLOCK_N, BLOCK_V] of h W^T at (row, column), in fp32."""
+    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)  # [BLOCK_N, BLOCK_V]
+    if TMA:
+        for k in range(0, D, BLOCK_K):
+            acc = tl.dot(h.load([row, k]), w.load([column, k]).T, acc, input_precision="ieee")
+    else:
+        # One 64-bit base per operand that moves along D, and 32-bit offsets inside the tile: half the address
+        # registers of a tile of 64-bit pointers, which is what makes unaligned operands fit.
+        h += row.to(tl.int64) * h_stride
+        w += column.to(tl.int64) * w_stride
+        ks = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        rows = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - row)  # [BLOCK_N]
+        columns = tl.minimum(tl.arange(0, BLOCK_V), V - 1 - column)  # [BLOCK_V]
+        h_offsets = rows[:, None] * h_stride + ks[None, :]  # [BLOCK_N, BLOCK_K]
+        w_offsets = columns[None, :] * w_stride + ks[:, None]  # [BLOCK_K, BLOCK_V]
+        for k in range(0, D, BLOCK_K):
+            if EVEN_K:
+                a = tl.load(h + k + h_offsets)  # [BLOCK_N, BLOCK_K]
+                b = tl.load(w + k + w_offsets)  # [BLOCK_K, BLOCK_V]
+            else:
+                a = tl.load(h + k + h_offsets, mask=ks[None, :] < D - k, other=0.0)
+                b = tl.load(w + k + w_offsets, mask=ks[:, None] < D - k, other=0.0)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def tanh_and_slope(x):
+    """tanh(x) and 1 - tanh(x)^2, each to a few fp32 roundings for every x.
+
+    With e = exp(-2 |x|): tanh = (1 - e) / (1 + e) and slope = 4 e / (1 + e)^2. The first cancels near zero, where an
+    odd polynomial takes over (Cephes tanhf, |x| < 0.625); the second never does, while 1 - tanh^2 would at large |x|.
+    """
+    size = tl.abs(x)
+    e = tl.exp(-2.0 * size)
+    r = 1.0 / (1.0 + e)
+    far = (1.0 - e) * r
+    s = x * x
+    p = -5.70498872745e-3 * s + 2.06390887954e-2
+    p = p * s - 5.37397155531e-2
+    p = p * s + 1.33314422036e-1
+    p = p * s - 3.33332819422e-1
+    t = tl.where(size < 0.625, x + x * s * p, tl.where(x < 0, -far, far))
+    return t, 4.0 * e * r * r
+
+
+@triton.jit
+def logits(raw, scale, softcap, inv_temperature):
+    """Products plus bias -> (z, dz / draw), the latter in a shape that broadcasts against raw; softcap may be None."""
+    if softcap is not None:
+        t, slope = tanh_and_slope(raw * (scale / softcap))
+        return t * softcap * inv_temperature, slope * scale * inv_temperature
+    else:
+        factor = scale * inv_temperature
+        return raw * factor, factor
+
+
+@triton.jit
+def inverse_temperatures(inv_temperature, rows, N, PER_TOKEN: tl.constexpr):
+    """1 / T of each row [R]: read from a tensor [N] when PER_TOKEN, else one number for all."""
+    if PER_TOKEN:
+        return tl.load(inv_temperature + rows, mask=rows < N, other=1.0)
+    else:
+        return tl.zeros_like(rows).to(tl.float32) + inv_temperature

@@ -1,0 +1,277 @@
+"""Exact backward of the head: every logit gradient once, vocabulary slab by vocabulary slab.
+
+    dZ[n, j] = onehot[n] 1[j = y_n] + p[n, j] (prob[n] - entropy[n] (z[n, j] - lse[n])),   p = e^(z - lse)
+    dR = dZ * dz/draw            (raw = h W^T + b; scale, softcap and temperature: blocks.py)
+    dH = dR W,   dW = dR^T H,   db = column sums of dR
+
+For each slab of Vc vocabulary rows a kernel recomputes z from the stored lse and writes dR [N, Vc]; the library then
+multiplies. Vocabulary-major order means that every row of dW is complete after its slab: it is accumulated over all
+tokens in fp32 and cast once, without a V x D float32 buffer. dH is accumulated over the slabs in a float32 [N, D]
+buffer and cast once.
+Workspace: Vc columns of dR and, for 16-bit weights, of float32 dW. When even 1,024 columns of N tokens exceed it,
+rows are split too, and the slab of dW is accumulated over the row runs.
+
+Exact: nothing is dropped, no atomics, fixed order; two runs agree bitwise. The slab width depends on N, so the last
+bits of dH may depend on N (those of the forward do not). A token with three zero coefficients gets a dH of exactly 0.
+Precision is lost once, where dR is rounded to the dtype of the inputs for the tensor cores; db sums the un-rounded
+dR. float16 has too few exponents for dR (p c / N is soon below its smallest number, 6e-8), so the three vectors are
+multiplied by a power of two found on the device, and the float32 products divided by it. fp32 products run at
+torch's present matmul precision; this module never turns tf32 on.
+Left out: fusing dR with the products (6 N D V stays 6 N D V), and rows with zero coefficients (the caller packs them
+away first).
+Cost: 2 N D V flops per recomputation, dH and dW; 2 N V elements of dR, N D V / Vc float32 of dH, 8 V D bytes
+of dW in 16 bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lad_kernels.head.kernels import configs
+from lad_kernels.head.kernels.blocks import inverse_temperatures, logits, product, tile_order
+from lad_kernels.head.kernels.configs import BLOCK, Tiles
+from lad_kernels.head.kernels.forward import inverse_temperature
+from lad_kernels.head.logits import HeadGradients, LogitGradient, LogitTransform
+
+_MIN_COLUMNS = 1024  # narrower slabs would starve the products: split the rows instead
+_ROW_STEP = 256  # rows are split at multiples of this, hence of every block_n
+_HALF_TARGET = 2.0**13  # what the largest float16 dR is scaled to: 8 times below overflow
+
+
+@triton.jit(do_not_specialize=["N", "column0"])
+def _logit_gradient_kernel(
+    h,  # [N, D]
+    w,  # [V, D] the slab's rows
+    bias,  # [V] the slab's part, or None
+    inv_temperature,  # [N] or a number
+    targets,  # [N]
+    lse,  # [N]
+    onehot,  # [N]
+    prob,  # [N]
+    entropy,  # [N] or None
+    dr,  # [N, >= V] out, or None
+    column_sums,  # [token tiles, >= V] out, or None
+    N,
+    V,
+    D,
+    column0,
+    h_stride,
+    w_stride,
+    dr_stride,
+    sums_stride,
+    scale,
+    softcap,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+):
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_v = tl.cdiv(V, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0)):
+        tile_n, tile_v = tile_order(tile, tiles_n, tiles_v, GROUP_N)
+        row, column = tile_n * BLOCK_N, tile_v * BLOCK_V
+        raw = product(
+            h, w, row, column, N, V, D, h_stride, w_stride, BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, TMA
+        )  # [BLOCK_N, BLOCK_V]
+        rows = row + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        columns = column + tl.arange(0, BLOCK_V)  # [BLOCK_V]
+        in_n, in_v = rows < N, columns < V  # [BLOCK_N], [BLOCK_V]
+        if bias is not None:
+            raw += tl.load(bias + columns, mask=in_v, other=0.0).to(tl.float32)[None, :]
+        inv_t = inverse_temperatures(inv_temperature, rows, N, PER_TOKEN)  # [BLOCK_N]
+        z, slope = logits(raw, scale, softcap, inv_t[:, None])  # [BLOCK_N, BLOCK_V], broadcastable to it
+
+        # Rows beyond N get p = 0, so that they add nothing to column sums; the bound keeps columns beyond V, which
+        # hold logits of no word and are never stored, from overflowing (a minimum would turn NaN into 0).
+        below = z - tl.load(lse + rows, mask=in_n, other=1e38)[:, None]  # [BLOCK_N, BLOCK_V]
+        below = tl.where(below > 0, 0.0, below)  # [BLOCK_N, BLOCK_V] log p
+        weight = tl.load(prob + rows, mask=in_n, other=0.0)[:, None]  # [BLOCK_N, 1]
+        if entropy is not None:
+            weight -= tl.load(entropy + rows, mask=in_n, other=0.0)[:, None] * below  # [BLOCK_N, BLOCK_V]
+        g = tl.exp(below) * weight  # [BLOCK_N, BLOCK_V] dZ without the target's term
+        y = (tl.load(targets + rows, mask=in_n, other=-1) - column0).to(tl.int32)  # [BLOCK_N] column in the slab
+        at_target = tl.load(onehot + rows, mask=in_n, other=0.0)  # [BLOCK_N]
+        g = tl.where(columns[None, :] == y[:, None], g + at_target[:, None], g) * slope  # [BLOCK_N, BLOCK_V] dR
+
+        if column_sums is not None:
+            tl.store(column_sums + tile_n.to(tl.int64) * sums_stride + columns, tl.sum(g, axis=0), mask=in_v)
+        if dr is not None:
+            at = rows[:, None].to(tl.int64) * dr_stride + columns[None, :]  # [BLOCK_N, BLOCK_V]
+            tl.store(dr + at, g.to(dr.dtype.element_ty), mask=in_n[:, None] & in_v[None, :])
+
+
+def accumulate(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """out [R, C] float32 = a [R, K] b [K, C], added to what out holds unless `first`; fp32 accumulation.
+
+    The library's mixed form (16-bit factors, float32 result) exists on NVIDIA only; elsewhere the factors are upcast,
+    which gives the same products, slower and with float32 copies of both.
+    """
+    if a.dtype != torch.float32 and not (a.is_cuda and torch.version.hip is None):
+        a, b = a.float(), b.float()
+    mixed = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
+    if first:
+        torch.mm(a, b, out=out, **mixed)
+    else:
+        torch.addmm(out, a, b, out=out, **mixed)
+
+
+def split(N: int, D: int, V: int, itemsize: int, workspace_bytes: int) -> tuple[int, int]:
+    """(rows, columns) of a slab of dR that, with its float32 [columns, D] of dW, fits the workspace.
+
+    Columns are a multiple of BLOCK and even out over the slabs; rows are N whenever _MIN_COLUMNS columns fit.
+    """
+    whole = triton.cdiv(V, BLOCK) * BLOCK
+    columns = min(workspace_bytes // (N * itemsize + 4 * D) // BLOCK * BLOCK, whole)
+    if columns >= min(_MIN_COLUMNS, whole):
+        slabs = triton.cdiv(whole, columns)
+        return N, triton.cdiv(whole, slabs * BLOCK) * BLOCK
+    columns = min(_MIN_COLUMNS, whole)
+    rows = (workspace_bytes - 4 * D * columns) // (columns * itemsize) // _ROW_STEP * _ROW_STEP
+    return min(max(rows, _ROW_STEP), N), columns
+
+
+def scaled(
+    gradient: LogitGradient, transform: LogitTransform, dtype: torch.dtype
+) -> tuple[LogitGradient, Tensor | None]:
+    """Contiguous coefficients, for float16 times a power of two that centres dR in its range, and the inverse [].
+
+    |dR| <= (|onehot| + |prob| + |entropy| / e) |scale| / T, since p <= 1 and p |log p| <= 1 / e. Found on the device,
+    without a host sync. bfloat16 and float32 have exponents enough.
+    """
+    vectors = [gradient.onehot, gradient.prob] + ([] if gradient.entropy is None else [gradient.entropy])  # [N] each
+    down = None
+    if dtype == torch.float16:
+        bound = sum(x.abs() for x in vectors) * (abs(transform.scale) / transform.temperature)  # [N]
+        up = (_HALF_TARGET / bound.amax().clamp(1e-20, 1e20)).log2().floor().exp2()  # []
+        vectors, down = [x * up for x in vectors], up.reciprocal()
+    return LogitGradient(*(x.contiguous() for x in vectors)), down
+
+
+@torch.no_grad()
+def backward(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D], same dtype
+    targets: Tensor,  # [N] int64
+    bias: Tensor | None,  # [V]
+    transform: LogitTransform,
+    lse: Tensor,  # [N] of the forward
+    gradient: LogitGradient,
+    *,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    workspace_bytes: int = 512 << 20,
+    tiles: Tiles | None = None,
+) -> HeadGradients:
+    """Gradients with respect to hidden, weight and bias. `tiles` overrides the table of configs.py."""
+    (N, D), V, device = hidden.shape, weight.shape[0], hidden.device
+    need_bias = need_bias and bias is not None
+    if N == 0:
+        wanted = ((hidden, need_hidden), (weight, need_weight), (bias, need_bias))
+        return HeadGradients(*(torch.zeros_like(x) if need else None for x, need in wanted))
+    hidden, weight = configs.by_rows(hidden), configs.by_rows(weight)
+    targets, lse, bias = (None if x is None else x.contiguous() for x in (targets, lse, bias))
+    tiles = tiles or configs.tiles_for(hidden, weight, bias, transform)
+    gradient, down = scaled(gradient, transform, hidden.dtype)
+    rows, columns = split(N, D, V, hidden.element_size(), workspace_bytes)
+
+    wide = {"dtype": torch.float32, "device": device}
+    dr = torch.empty(rows, columns, dtype=hidden.dtype, device=device) if need_hidden or need_weight else None
+    dh = torch.empty(N, D, **wide) if need_hidden else None  # [N, D]
+    dw = torch.empty(V, D, dtype=weight.dtype, device=device) if need_weight else None  # [V, D]
+    narrow_dw = need_weight and weight.dtype != torch.float32
+    dw_slab = torch.empty(columns, D, **wide) if narrow_dw else None  # [columns, D]
+    db = torch.zeros(V, **wide) if need_bias else None  # [V]
+    for v0 in range(0, V, columns):
+        slab = slice(v0, min(v0 + columns, V))
+        width = slab.stop - v0
+        dw_sum = dw_slab[:width] if narrow_dw else dw[slab] if need_weight else None  # [width, D] float32
+        for n0 in range(0, N, rows):
+            run = slice(n0, min(n0 + rows, N))
+            inputs = _Slab(hidden[run], weight[slab], targets[run], None if bias is None else bias[slab], lse[run], v0)
+            sums = _logit_gradient(inputs, transform, run, gradient, dr, need_bias, tiles)
+            part = None if dr is None else dr[: run.stop - n0, :width]  # [rows, width]
+            if need_hidden:
+                accumulate(dh[run], part, weight[slab], first=v0 == 0)
+            if need_weight:
+                accumulate(dw_sum, part.t(), hidden[run], first=n0 == 0)
+            if need_bias:
+                db[slab] += sums
+        if narrow_dw:
+            dw[slab] = dw_sum if down is None else dw_sum.mul_(down)
+    if down is not None:
+        dh, db = (None if x is None else x.mul_(down) for x in (dh, db))
+    return HeadGradients(None if dh is None else dh.to(hidden.dtype), dw, None if db is None else db.to(bias.dtype))
+
+
+class _Slab(NamedTuple):
+    """One run of tokens against one slab of the vocabulary."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    targets: Tensor  # [N], numbered over the whole vocabulary
+    bias: Tensor | None  # [V]
+    lse: Tensor  # [N], over the whole vocabulary
+    column0: int  # the slab's first vocabulary row
+
+
+def _logit_gradient(
+    slab: _Slab,
+    transform: LogitTransform,
+    run: slice,
+    gradient: LogitGradient,
+    dr: Tensor | None,  # [>= N, >= V] out
+    need_sums: bool,
+    tiles: Tiles,
+) -> Tensor | None:
+    """Fill dr for the tokens of `run`; return the column sums [V] if wanted."""
+    (N, D), V, device = slab.hidden.shape, slab.weight.shape[0], slab.hidden.device
+    tiles_n = triton.cdiv(N, tiles.block_n)
+    # [token tiles, V padded to whole blocks]: rows of the partial sums start where rows of dr do
+    sums = (
+        torch.empty(tiles_n, triton.cdiv(V, BLOCK) * BLOCK, dtype=torch.float32, device=device) if need_sums else None
+    )
+    inv_temperature = inverse_temperature(transform, run.start, run.stop)
+    with configs.current(device):
+        _logit_gradient_kernel[(configs.programs(device, tiles_n * triton.cdiv(V, tiles.block_v)),)](
+            configs.operand(slab.hidden, tiles.block_n, tiles),
+            configs.operand(slab.weight, tiles.block_v, tiles),
+            slab.bias,
+            inv_temperature,
+            slab.targets,
+            slab.lse,
+            gradient.onehot[run],
+            gradient.prob[run],
+            None if gradient.entropy is None else gradient.entropy[run],
+            dr,
+            sums,
+            N,
+            V,
+            D,
+            slab.column0,
+            slab.hidden.stride(0),
+            slab.weight.stride(0),
+            dr.stride(0) if dr is not None else 0,
+            sums.stride(0) if sums is not None else 0,
+            float(transform.scale),
+            None if transform.softcap is None else float(transform.softcap),
+            BLOCK_N=tiles.block_n,
+            BLOCK_V=tiles.block_v,
+            BLOCK_K=tiles.block_k,
+            GROUP_N=tiles.group_n,
+            EVEN_K=D % tiles.block_k == 0,
+            TMA=tiles.tma,
+            PER_TOKEN=isinstance(inv_temperature, Tensor),
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+    return None if sums is None else sums[:, :V].sum(0)  # [V]

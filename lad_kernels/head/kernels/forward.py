@@ -1,0 +1,324 @@
+"""Log-probability, log-sum-exp and entropy of every token without storing a logit.
+
+    lse = log sum_j e^z_j,   logp = z_y - lse,   H = -sum_j p_j log p_j,   z as in blocks.py
+
+Three kernels.
+1. `_partials_kernel` (2 N D V flops): one tile of z at a time. Each block b of 128 columns leaves one number per token,
+   L_b = log sum_{j in b} e^z_j, and if entropy is wanted H_b, the entropy of the softmax inside the block. L_b is both
+   the partial of the log-sum-exp and the mass of the block that the routed backward needs.
+2. `_target_kernel`: z_y by a gathered dot product, so that the tiles have no target branch.
+3. `_finalize_kernel`: blocks in ascending order, first their maximum, then
+       lse = log sum_b e^L_b,   p_b = e^(L_b - lse),   H = sum_b p_b (H_b - log p_b)      (chain rule)
+   Every term of H is non-negative, so peaked distributions do not cancel.
+
+Memory layout: partials are [blocks, N], so that consecutive tokens are consecutive in memory. They are bounded: unless
+the caller wants them all, tokens pass in runs of rows whose partials fit 160 MiB; a run is a multiple of every
+block_n and only splits the grid, so it cannot change a result.
+Exact: nothing is dropped, no atomics, fixed order. Each token's numbers are bitwise independent of N and of its
+neighbours: the tile shape does not depend on N, and N is kept out of the specialisation of the kernels.
+Precision is lost in fp32 roundings only; the absolute error of lse grows with |z|, about 1e-7 |z|. z_y and lse come
+from two summation orders, hence the clamp of logp at 0.
+A target outside [0, V) matches no column: its log-probability is -inf, and nothing out of bounds is read.
+Cost: 2 N D V flops; H is read V / block_v times and W N / block_n times, mostly from L2; 4 N V / 128 bytes of partials
+written and read twice (8 with entropy).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lad_kernels.head.kernels import configs
+from lad_kernels.head.kernels.blocks import inverse_temperatures, logits, product, tile_order
+from lad_kernels.head.kernels.configs import BLOCK, Tiles
+from lad_kernels.head.logits import HeadForward, LogitTransform
+
+_PARTIAL_BYTES = 160 << 20  # bound on the block partials of one run of rows
+_RUN = 1024  # runs are multiples of this, hence of every block_n
+_LOWEST = tl.constexpr(-1e38)  # stands for -inf: finite, so that no inf - inf can arise
+
+_BLOCK = tl.constexpr(BLOCK)
+_TARGET_TOKENS, _TARGET_K = 16, 128  # tile of the gathered dot product
+_FINAL_BLOCKS, _FINAL_TOKENS = 64, 32  # tile of the reduction over blocks
+
+
+@triton.jit(do_not_specialize=["N", "lse_stride", "entropy_stride"])
+def _partials_kernel(
+    h,  # [N, D]
+    w,  # [V, D]
+    bias,  # [V] or None
+    inv_temperature,  # [N] or a number
+    block_lse,  # [blocks, N] out
+    block_entropy,  # [blocks, N] out, or None
+    N,
+    V,
+    D,
+    h_stride,
+    w_stride,
+    lse_stride,
+    entropy_stride,
+    scale,
+    softcap,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+):
+    PARTS: tl.constexpr = BLOCK_V // _BLOCK
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_v = tl.cdiv(V, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0)):
+        tile_n, tile_v = tile_order(tile, tiles_n, tiles_v, GROUP_N)
+        row, column = tile_n * BLOCK_N, tile_v * BLOCK_V
+        raw = product(
+            h, w, row, column, N, V, D, h_stride, w_stride, BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, TMA
+        )  # [BLOCK_N, BLOCK_V]
+        rows = row + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        columns = column + tl.arange(0, BLOCK_V)  # [BLOCK_V]
+        if bias is not None:
+            raw += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+        inv_t = inverse_temperatures(inv_temperature, rows, N, PER_TOKEN)  # [BLOCK_N]
+        z, _ = logits(raw, scale, softcap, inv_t[:, None])  # [BLOCK_N, BLOCK_V]
+        z = tl.where(columns[None, :] < V, z, _LOWEST)
+
+        z = tl.reshape(z, (BLOCK_N, PARTS, _BLOCK))  # [BLOCK_N, PARTS, BLOCK]
+        top = tl.max(z, axis=2)  # [BLOCK_N, PARTS]
+        z -= top[:, :, None]
+        e = tl.exp(z)  # [BLOCK_N, PARTS, BLOCK]
+        total = tl.sum(e, axis=2)  # [BLOCK_N, PARTS], at least 1
+        log_total = tl.log(total)  # [BLOCK_N, PARTS]
+
+        parts = tile_v * PARTS + tl.arange(0, PARTS)  # [PARTS]
+        valid = (rows[:, None] < N) & (parts[None, :] * _BLOCK < V)  # [BLOCK_N, PARTS]
+        at = parts[None, :].to(tl.int64)  # [1, PARTS]
+        tl.store(block_lse + at * lse_stride + rows[:, None], top + log_total, mask=valid)
+        if block_entropy is not None:
+            inside = log_total - tl.sum(e * z, axis=2) / total  # [BLOCK_N, PARTS]; both terms are >= 0
+            tl.store(block_entropy + at * entropy_stride + rows[:, None], inside, mask=valid)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _target_kernel(
+    h,  # [N, D]
+    w,  # [V, D]
+    targets,  # [N]
+    bias,  # [V] or None
+    inv_temperature,  # [N] or a number
+    target_logits,  # [N] out
+    N,
+    V,
+    D,
+    h_stride,
+    w_stride,
+    scale,
+    softcap,
+    TOKENS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+):
+    rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
+    inside = rows < N  # [TOKENS]
+    y = tl.load(targets + rows, mask=inside, other=-1)  # [TOKENS]
+    known = (y >= 0) & (y < V)  # [TOKENS]
+    y = tl.where(known, y, 0)
+    h += rows[:, None].to(tl.int64) * h_stride  # [TOKENS, 1]
+    w += y[:, None] * w_stride  # [TOKENS, 1]
+    acc = tl.zeros((TOKENS, BLOCK_K), tl.float32)  # [TOKENS, BLOCK_K]
+    for k in range(0, D, BLOCK_K):
+        ks = k + tl.arange(0, BLOCK_K)[None, :]  # [1, BLOCK_K]
+        mask = known[:, None] & (ks < D)  # [TOKENS, BLOCK_K]
+        acc += tl.load(h + ks, mask=mask, other=0.0).to(tl.float32) * tl.load(w + ks, mask=mask, other=0.0).to(
+            tl.float32
+        )
+    raw = tl.sum(acc, axis=1)  # [TOKENS]
+    if bias is not None:
+        raw += tl.load(bias + y, mask=known, other=0.0).to(tl.float32)
+    inv_t = inverse_temperatures(inv_temperature, rows, N, PER_TOKEN)  # [TOKENS]
+    z, _ = logits(raw, scale, softcap, inv_t)  # [TOKENS]
+    tl.store(target_logits + rows, tl.where(known, z, -float("inf")), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "blocks", "lse_stride", "entropy_stride"])
+def _finalize_kernel(
+    block_lse,  # [blocks, N]
+    block_entropy,  # [blocks, N] or None
+    target_logits,  # [N]
+    logprobs,  # [N] out
+    lse,  # [N] out
+    entropy,  # [N] out, or None
+    N,
+    blocks,
+    lse_stride,
+    entropy_stride,
+    BLOCKS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
+    inside = rows < N  # [TOKENS]
+    top = tl.full((BLOCKS, TOKENS), _LOWEST, tl.float32)  # [BLOCKS, TOKENS]
+    for first in range(0, blocks, BLOCKS):
+        at = first + tl.arange(0, BLOCKS)  # [BLOCKS]
+        offsets = at[:, None].to(tl.int64) * lse_stride + rows[None, :]  # [BLOCKS, TOKENS]
+        top = tl.maximum(top, tl.load(block_lse + offsets, (at[:, None] < blocks) & inside[None, :], other=_LOWEST))
+    top = tl.max(top, axis=0)  # [TOKENS]
+
+    mass = tl.zeros((BLOCKS, TOKENS), tl.float32)  # [BLOCKS, TOKENS] e^(L_b - top)
+    spread = tl.zeros((BLOCKS, TOKENS), tl.float32)  # [BLOCKS, TOKENS] e^(L_b - top) (H_b - (L_b - top))
+    for first in range(0, blocks, BLOCKS):
+        at = first + tl.arange(0, BLOCKS)  # [BLOCKS]
+        mask = (at[:, None] < blocks) & inside[None, :]  # [BLOCKS, TOKENS]
+        offsets = at[:, None].to(tl.int64) * lse_stride + rows[None, :]  # [BLOCKS, TOKENS]
+        below = tl.load(block_lse + offsets, mask, other=_LOWEST) - top[None, :]  # [BLOCKS, TOKENS]
+        e = tl.where(mask, tl.exp(below), 0.0)  # [BLOCKS, TOKENS]
+        mass += e
+        if block_entropy is not None:
+            offsets = at[:, None].to(tl.int64) * entropy_stride + rows[None, :]  # [BLOCKS, TOKENS]
+            spread += e * (tl.load(block_entropy + offsets, mask, other=0.0) - below)
+    mass = tl.where(inside, tl.sum(mass, axis=0), 1.0)  # [TOKENS], at least 1
+    log_mass = tl.log(mass)  # [TOKENS]
+    total = top + log_mass  # [TOKENS]
+    tl.store(lse + rows, total, mask=inside)
+    z_y = tl.load(target_logits + rows, mask=inside, other=0.0)  # [TOKENS]
+    logp = z_y - total  # [TOKENS]
+    tl.store(logprobs + rows, tl.where(logp > 0, 0.0, logp), mask=inside)  # a minimum would turn NaN into 0
+    if block_entropy is not None:
+        tl.store(entropy + rows, log_mass + tl.sum(spread, axis=0) / mass, mask=inside)
+
+
+def inverse_temperature(transform: LogitTransform, start: int, stop: int) -> Tensor | float:
+    """1 / T as the kernels take it: a float32 tensor [stop - start] or a number."""
+    if isinstance(transform.temperature, Tensor):
+        return transform.temperature[start:stop].float().reciprocal().contiguous()  # [stop - start]
+    return 1.0 / transform.temperature
+
+
+def _run_length(blocks: int, numbers: int) -> int:
+    """Rows whose partials (`numbers` float32 per block and token) fit _PARTIAL_BYTES."""
+    return max(_PARTIAL_BYTES // (4 * blocks * max(numbers, 1)) // _RUN, 1) * _RUN
+
+
+@torch.no_grad()
+def forward(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D], same dtype
+    targets: Tensor,  # [N] int64
+    bias: Tensor | None,  # [V]
+    transform: LogitTransform,
+    *,
+    want_entropy: bool,
+    want_block_lse: bool,
+    tiles: Tiles | None = None,
+) -> HeadForward:
+    """Run the head. `tiles` overrides the table of configs.py."""
+    hidden, weight, targets = configs.by_rows(hidden), configs.by_rows(weight), targets.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    N, V, device = hidden.shape[0], weight.shape[0], hidden.device
+    blocks = triton.cdiv(V, BLOCK)
+    tiles = tiles or configs.tiles_for(hidden, weight, bias, transform)
+
+    new = {"dtype": torch.float32, "device": device}
+    logprobs, lse = torch.empty(N, **new), torch.empty(N, **new)  # [N], [N]
+    entropy = torch.empty(N, **new) if want_entropy else None  # [N]
+    all_lse = torch.empty(blocks, N, **new) if want_block_lse else None  # [blocks, N]
+    run = min(_run_length(blocks, want_entropy + (not want_block_lse)), max(N, 1))
+    run_lse = None if want_block_lse else torch.empty(blocks, run, **new)  # [blocks, run]
+    run_entropy = torch.empty(blocks, run, **new) if want_entropy else None  # [blocks, run]
+
+    with configs.current(device):
+        for start in range(0, N, run):
+            stop = min(start + run, N)
+            block_lse = all_lse[:, start:] if want_block_lse else run_lse  # [blocks, >= stop - start]
+            inv_temperature = inverse_temperature(transform, start, stop)
+            _partials(hidden[start:stop], weight, bias, inv_temperature, transform, block_lse, run_entropy, tiles)
+            z_y = _target_logits(hidden[start:stop], weight, targets[start:stop], bias, inv_temperature, transform)
+            _finalize_kernel[(triton.cdiv(stop - start, _FINAL_TOKENS),)](
+                block_lse,
+                run_entropy,
+                z_y,
+                logprobs[start:],
+                lse[start:],
+                entropy[start:] if want_entropy else None,
+                stop - start,
+                blocks,
+                block_lse.stride(0),
+                run_entropy.stride(0) if want_entropy else 0,
+                BLOCKS=_FINAL_BLOCKS,
+                TOKENS=_FINAL_TOKENS,
+            )
+    return HeadForward(logprobs, lse, entropy, all_lse)
+
+
+def _partials(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    inv_temperature: Tensor | float,  # [N] or a number
+    transform: LogitTransform,
+    block_lse: Tensor,  # [blocks, >= N] out
+    block_entropy: Tensor | None,  # [blocks, >= N] out
+    tiles: Tiles,
+) -> None:
+    (N, D), V = hidden.shape, weight.shape[0]
+    grid = configs.programs(hidden.device, triton.cdiv(N, tiles.block_n) * triton.cdiv(V, tiles.block_v))
+    _partials_kernel[(grid,)](
+        configs.operand(hidden, tiles.block_n, tiles),
+        configs.operand(weight, tiles.block_v, tiles),
+        bias,
+        inv_temperature,
+        block_lse,
+        block_entropy,
+        N,
+        V,
+        D,
+        hidden.stride(0),
+        weight.stride(0),
+        block_lse.stride(0),
+        block_entropy.stride(0) if block_entropy is not None else 0,
+        float(transform.scale),
+        None if transform.softcap is None else float(transform.softcap),
+        BLOCK_N=tiles.block_n,
+        BLOCK_V=tiles.block_v,
+        BLOCK_K=tiles.block_k,
+        GROUP_N=tiles.group_n,
+        EVEN_K=D % tiles.block_k == 0,
+        TMA=tiles.tma,
+        PER_TOKEN=isinstance(inv_temperature, Tensor),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+
+
+def _target_logits(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [N]
+    bias: Tensor | None,  # [V]
+    inv_temperature: Tensor | float,  # [N] or a number
+    transform: LogitTransform,
+) -> Tensor:
+    (N, D), V = hidden.shape, weight.shape[0]
+    z_y = torch.empty(N, dtype=torch.float32, device=hidden.device)  # [N]
+    _target_kernel[(triton.cdiv(N, _TARGET_TOKENS),)](
+        hidden,
+        weight,
+        targets,
+        bias,
+        inv_temperature,
+        z_y,
+        N,
+        V,
+        D,
+        hidden.stride(0),
+        weight.stride(0),
+        float(transform.scale),
+        None if transform.softcap is None else float(transform.softcap),
+        TOKENS=_TARGET_TOKENS,
+        BLOCK_K=_TARGET_K,
+        PER_TOKEN=isinstance(inv_temperature, Tensor),
+    )
+    return z_y

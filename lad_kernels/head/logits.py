@@ -1,0 +1,52 @@
+"""Records that the head's modules pass to each other: how a product becomes logits, and what comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """z = softcap(scale * (h W^T + b)) / temperature, with softcap(x) = c tanh(x / c); in this order.
+
+    `scale` is Cohere's logit_scale (Granite: 1 / logits_scaling), `softcap` is Gemma's final_logit_softcapping.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float | Tensor = 1.0  # a number, or [N] float32: one temperature per token
+
+
+class HeadForward(NamedTuple):
+    """One pass over the vocabulary. All float32, on the device of the hidden states."""
+
+    logprobs: Tensor  # [N] z_y - lse, never above 0
+    lse: Tensor  # [N]
+    entropy: Tensor | None  # [N]
+    block_lse: Tensor | None  # [ceil(V / BLOCK), N]: log of the un-normalised mass of each vocabulary block
+
+
+@dataclass(frozen=True)
+class LogitGradient:
+    """The gradient of any loss with respect to the logits z, as three numbers per token.
+
+    dZ[n, j] = onehot[n] * 1[j = y_n] + p[n, j] * (prob[n] - entropy[n] * (z[n, j] - lse[n]))
+
+    For upstream gradients g_logp, g_lse and g_H of the log-probability, lse and entropy H:
+    onehot = g_logp, entropy = g_H, prob = g_lse - g_logp - g_H * H, since dH/dz_j = -p_j (z_j - lse + H).
+    """
+
+    onehot: Tensor  # [N] float32
+    prob: Tensor  # [N] float32
+    entropy: Tensor | None = None  # [N] float32; None stands for zeros
+
+
+class HeadGradients(NamedTuple):
+    """Gradients in the dtypes of their inputs; None for whatever was not asked for."""
+
+    hidden: Tensor | None  # [N, D]
+    weight: Tensor | None  # [V, D]
+    bias: Tensor | None  # [V]

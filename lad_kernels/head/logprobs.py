@@ -1,0 +1,100 @@
+"""linear_logprobs: validate, pack, choose a path, unpack."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lad_kernels import checks
+from lad_kernels.head.autograd import LinearLogprobsFunction
+from lad_kernels.head.logits import LogitTransform
+from lad_kernels.outputs import LinearLogprobs
+from lad_kernels.packing import Packing, pack
+
+
+@torch.compiler.disable
+def linear_logprobs(
+    hidden_states: Tensor,  # [N, D] or [B, T, D]
+    lm_head_weight: Tensor,  # [V, D]
+    target_ids: Tensor,  # [N] or [B, T]
+    *,
+    bias: Tensor | None = None,  # [V]
+    temperature: float | Tensor = 1.0,  # number, or the shape of target_ids
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    loss_mask: Tensor | None = None,  # the shape of target_ids
+    return_entropy: bool = False,
+    impl: str = "auto",
+) -> LinearLogprobs:
+    """Token log-probabilities of z = softcap(logit_scale (h W^T + b)) / temperature, without storing logits.
+
+    Differentiable in hidden_states, lm_head_weight and bias through log-probs, entropy and lse. Under torch.compile
+    the call is a graph break. Under torch.autocast hidden states, weight and bias are cast to the autocast dtype.
+
+    Args:
+        hidden_states: [N, D] or [B, T, D], bfloat16, float16, float32 or float64; after the final norm.
+        lm_head_weight: [V, D], same dtype, as `lm_head.weight` stores it.
+        target_ids: [N] or [B, T] integers in [0, V), already shifted: target_ids[t] is predicted by hidden_states[t].
+        bias: [V] head bias.
+        temperature: a number, or a float tensor with one value per token.
+        logit_scale: multiplies the product (Cohere's logit_scale; for Granite 1 / logits_scaling).
+        softcap: c in c tanh(z / c) (Gemma's final_logit_softcapping).
+        loss_mask: nonzero where a token counts; other positions return 0, get exactly zero gradient and may hold
+            anything. Costs one host sync on an accelerator.
+        return_entropy: also return the entropy of each token's distribution.
+        impl: `auto` (Triton on CUDA and ROCm, PyTorch elsewhere), `triton`, `torch` or `reference`.
+
+    Returns:
+        LinearLogprobs of float32 tensors (float64 for float64 input), shaped like target_ids.
+
+    Raises:
+        ValueError, TypeError: an argument is of the wrong shape, dtype, device or range; the message says which.
+        RuntimeError: impl='triton' where Triton cannot run; torch.func transforms; double backward.
+    """
+    hidden, weight, targets, packing, transform = prepare(
+        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, loss_mask, impl
+    )
+    if impl == "reference":
+        from lad_kernels import reference
+
+        return reference.linear_logprobs(
+            hidden, weight, target_ids, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+            loss_mask=loss_mask, return_entropy=return_entropy,
+        )  # fmt: skip
+    logprobs, entropy, lse = LinearLogprobsFunction.apply(
+        hidden,
+        weight,
+        bias,
+        targets,
+        packing,
+        transform,
+        return_entropy,
+        checks.use_triton(impl, hidden.device, hidden.dtype),
+    )
+    place = packing.place
+    return LinearLogprobs(place(logprobs), None if entropy is None else place(entropy), place(lse))
+
+
+def prepare(
+    hidden: Tensor, weight: Tensor, target_ids: Tensor, bias: Tensor | None, temperature: float | Tensor,
+    logit_scale: float, softcap: float | None, loss_mask: Tensor | None, impl: str, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Packing, LogitTransform]:  # fmt: skip
+    """Validate and pack: hidden and weight in the dtype to compute in, targets [M], packing, transform."""
+    checks.impl(impl)
+    checks.plain_tensor("hidden_states", hidden)
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    checks.head(hidden, weight, target_ids, bias, autocast=autocast)
+    checks.transform(temperature, logit_scale, softcap, target_ids)
+    checks.per_token("loss_mask", loss_mask, target_ids, "target_ids", floating=False)
+    if autocast:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if impl != "reference":
+        checks.use_triton(impl, hidden.device, hidden.dtype)
+    packing = pack(target_ids, loss_mask, cu_seqlens)
+    targets = packing.take(target_ids).long()  # [M]
+    checks.target_range(targets, len(weight))
+    if isinstance(temperature, Tensor):
+        full = temperature.detach().to(torch.promote_types(hidden.dtype, torch.float32)).expand(target_ids.shape)
+        temperature = packing.take(full)  # [M]
+    return hidden, weight, targets, packing, LogitTransform(float(logit_scale), softcap, temperature)

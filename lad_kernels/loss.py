@@ -1,0 +1,205 @@
+"""The staircase between head and objective: hidden states and rewards in, a differentiable loss out.
+
+Up go N log-probabilities, down comes one coefficient per token, c_t = d loss / d logp_t (and one for the entropy).
+Both storeys run in the forward; the backward is the head's alone, with c already known, and never passes through the
+objective again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lad_kernels import checks
+from lad_kernels.head.autograd import head_backward, head_forward
+from lad_kernels.head.logits import LogitGradient, LogitTransform
+from lad_kernels.head.logprobs import prepare
+from lad_kernels.objective.config import GRPOConfig, LADConfig
+from lad_kernels.objective.policy import Config, PolicyInputs, PolicyTerms, compute_terms, validate
+from lad_kernels.outputs import LossOutput
+from lad_kernels.packing import Packing
+
+
+@torch.compiler.disable
+def linear_lad_loss(
+    hidden_states: Tensor,  # [N, D] or [B, T, D]
+    lm_head_weight: Tensor,  # [V, D]
+    target_ids: Tensor,  # [N] or [B, T]
+    old_logprobs: Tensor | None = None,  # the shape of target_ids
+    *,
+    advantages: Tensor | None = None,  # [B], or the shape of target_ids
+    rewards: Tensor | None = None,  # [B]
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,  # [B]
+    loss_mask: Tensor | None = None,  # the shape of target_ids
+    cu_seqlens: Tensor | None = None,  # [B + 1]
+    bias: Tensor | None = None,  # [V]
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    config: LADConfig = LADConfig(),
+    normalizer: float | Tensor | None = None,
+    ref_logprobs: Tensor | None = None,  # the shape of target_ids
+    rollout_is_weights: Tensor | None = None,  # [B], or the shape of target_ids
+    return_entropy: bool = False,
+    impl: str = "auto",
+) -> LossOutput:
+    """LAD (arXiv 2602.20132) from last hidden states and the lm_head weight, without storing N x V logits.
+
+    Args:
+        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, impl: as for
+            `linear_logprobs`.
+        old_logprobs: the behaviour policy's log-probs; None means on-policy: the ratio is exactly 1.
+        advantages: one per sequence [B] or one per token. Give this or `rewards`.
+        rewards: [B], turned into advantages by `config.advantage_scale`; needs `group_size` or `group_ids`.
+        loss_mask: nonzero where a token counts. Others are dropped before the first product, get exactly zero
+            gradient and may hold anything (-100, NaN). A fully masked batch gives a differentiable zero.
+        cu_seqlens: int32 [B + 1] cumulative lengths of packed [N] input, flash-attention's convention.
+        config, normalizer, ref_logprobs, rollout_is_weights: as for `lad_loss`.
+        return_entropy: also return per-token entropy and its mean as a metric; free otherwise.
+
+    Returns:
+        LossOutput. `loss` is differentiable in hidden_states, lm_head_weight and bias; everything else is detached.
+
+    Raises:
+        ValueError, TypeError: an argument is of the wrong shape, dtype, device or range; the message says which.
+        RuntimeError: impl='triton' where Triton cannot run; torch.func transforms; double backward.
+    """
+    return _linear_policy_loss(**locals())
+
+
+@torch.compiler.disable
+def linear_grpo_loss(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    target_ids: Tensor,
+    old_logprobs: Tensor | None = None,
+    *,
+    advantages: Tensor | None = None,
+    rewards: Tensor | None = None,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    config: GRPOConfig = GRPOConfig(),
+    normalizer: float | Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    rollout_is_weights: Tensor | None = None,
+    return_entropy: bool = False,
+    impl: str = "auto",
+) -> LossOutput:
+    """PPO-clip and its family (see `GRPOConfig`) in the same kernels; arguments as for `linear_lad_loss`."""
+    return _linear_policy_loss(**locals())
+
+
+class LADLoss(nn.Module):
+    """`linear_lad_loss` with its constants bound, for people who like modules.
+
+    Args:
+        config: what to minimise.
+        **constants: any keyword of `linear_lad_loss` that stays the same from call to call, such as `temperature`,
+            `softcap` or `group_size`.
+    """
+
+    def __init__(self, config: LADConfig = LADConfig(), **constants: Any):
+        super().__init__()
+        self.config, self.constants = config, constants
+
+    def forward(
+        self, hidden_states: Tensor, lm_head_weight: Tensor, target_ids: Tensor, old_logprobs: Tensor | None = None,
+        **batch: Any,
+    ) -> LossOutput:  # fmt: skip
+        """Arguments of `linear_lad_loss`; those given here override the bound ones."""
+        return linear_lad_loss(
+            hidden_states,
+            lm_head_weight,
+            target_ids,
+            old_logprobs,
+            **{**self.constants, "config": self.config, **batch},
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join([repr(self.config), *(f"{k}={v!r}" for k, v in self.constants.items())])
+
+
+def _linear_policy_loss(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    target_ids: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    config: Config,
+    return_entropy: bool,
+    impl: str,
+    **objective: Any,
+) -> LossOutput:
+    inputs = PolicyInputs(**objective)
+    if config.backward == "routed":
+        raise ValueError("config.backward: 'routed' is not built in this version; use 'auto' or 'dense'")
+    checks.plain_tensor("target_ids", target_ids)
+    validate(inputs, target_ids, "target_ids", config)
+    hidden, weight, targets, packing, transform = prepare(
+        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, inputs.loss_mask, impl,
+        inputs.cu_seqlens,
+    )  # fmt: skip
+    if impl == "reference":
+        from lad_kernels import reference
+
+        loss: Any = reference.linear_lad_loss if isinstance(config, LADConfig) else reference.linear_grpo_loss
+        return loss(
+            hidden, weight, target_ids, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+            config=config, return_entropy=return_entropy, **objective,
+        )  # fmt: skip
+    triton = checks.use_triton(impl, hidden.device, hidden.dtype)
+    with torch.no_grad():
+        head = head_forward(
+            packing.take(hidden), weight, targets, bias, transform, triton=triton,
+            want_entropy=return_entropy or config.entropy_coef != 0,
+        )  # fmt: skip
+        terms = compute_terms(head.logprobs, head.entropy, inputs, packing, config, impl)
+    loss = _LinearPolicyLoss.apply(
+        hidden, weight, bias, targets, head.lse, head.entropy, terms, packing, transform, triton
+    )
+    entropy = None if head.entropy is None else packing.place(head.entropy)
+    used = terms.advantages if inputs.advantages is None else inputs.advantages.detach()
+    return LossOutput(loss, packing.place(head.logprobs), entropy, used, terms.metrics)
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    """Gives the loss its gradient with respect to (hidden, weight, bias), from coefficients already known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor,
+        entropy: Tensor | None, terms: PolicyTerms, packing: Packing, transform: LogitTransform, triton: bool,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy, terms.dlogprobs, terms.dentropy)
+        ctx.packing, ctx.transform, ctx.triton = packing, transform, triton
+        ctx.set_materialize_grads(False)
+        return terms.loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:  # []
+        checks.refuse_double_backward()
+        if grad is None:
+            return (None,) * 10
+        hidden, weight, bias, targets, lse, entropy, c, c_entropy = ctx.saved_tensors
+        onehot = grad * c  # [M]
+        prob = -onehot  # [M]
+        if c_entropy is not None:
+            c_entropy = grad * c_entropy
+            prob = prob - c_entropy * entropy
+        found = head_backward(
+            hidden, weight, bias, targets, lse, LogitGradient(onehot, prob, c_entropy), packing=ctx.packing,
+            transform=ctx.transform, triton=ctx.triton, needs=ctx.needs_input_grad[:3],
+        )  # fmt: skip
+        return *found, *((None,) * 7)

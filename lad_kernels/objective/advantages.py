@@ -1,0 +1,106 @@
+"""Rewards to advantages: GRPO, Dr. GRPO, RLOO and batch scaling, on contiguous or ragged groups."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lad_kernels import checks
+from lad_kernels.objective.config import ADVANTAGE_SCALES, check_choice
+
+EPSILON = 1e-4  # added to the standard deviation, as TRL does
+
+
+def group_advantages(
+    rewards: Tensor,  # [B]
+    *,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,  # [B]
+    scale: str = "group",
+    eps: float = EPSILON,
+    impl: str = "auto",
+) -> Tensor:  # [B]
+    """Advantage of each completion within the group of completions that answer the same prompt.
+
+    | scale | advantage | known as |
+    |---|---|---|
+    | `group` | (R - mean_group) / (std_group + eps) | GRPO, arXiv 2402.03300 Eq. 10; unbiased std |
+    | `batch` | (R - mean_group) / (std_batch + eps) | arXiv 2508.08221 |
+    | `none` | R - mean_group | Dr. GRPO, arXiv 2503.20783 |
+    | `loo` | R - mean of the others | RLOO, arXiv 2402.14740 |
+
+    A reward that is not finite marks an unscorable completion: it takes no part in any statistic and gets advantage
+    0. So does the only scorable member of a group. Equal rewards give 0. Variances are two-pass, in float32 or wider:
+    rewards of 100 +- 0.01 keep their digits.
+
+    Args:
+        rewards: [B] floating point, one per completion.
+        group_size: completions per prompt, contiguous; divides B. Give this or `group_ids`.
+        group_ids: [B] integers; equal ids make a group, of any size and in any order.
+        scale: `group`, `batch`, `none` or `loo`.
+        eps: added to the standard deviation, in units of reward.
+        impl: `reference` runs `lad_kernels.reference`; the others share one PyTorch path here.
+
+    Returns:
+        [B] float32 (float64 for float64 rewards), on the device of `rewards`, without gradient.
+
+    Raises:
+        ValueError, TypeError: wrong rank, dtype or size; both or neither of group_size and group_ids; unknown scale.
+    """
+    checks.rewards(rewards)
+    check_choice("scale", scale, ADVANTAGE_SCALES)
+    checks.impl(impl)
+    ids = checks.groups(len(rewards), rewards.device, group_size, group_ids)  # [B]
+    if impl == "reference":
+        from lad_kernels import reference
+
+        return reference.group_advantages(rewards, group_ids=ids, scale=scale, eps=eps)
+    return advantages_of(rewards, ids, scale, eps)
+
+
+@torch.no_grad()
+def advantages_of(rewards: Tensor, group_ids: Tensor, scale: str, eps: float = EPSILON) -> Tensor:
+    """[B] rewards and group ids, already validated, to [B] advantages. Deterministic, no host sync."""
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+    if len(rewards) == 0:
+        return rewards
+    order = group_ids.argsort(stable=True)  # [B] members of a group side by side
+    group, lengths = _number_groups(group_ids[order])  # [B], [B]
+
+    def total(x: Tensor) -> Tensor:  # [B] -> [B]: the sum over each member's group
+        return torch.segment_reduce(x, "sum", lengths=lengths, unsafe=True)[group]
+
+    scorable = rewards[order].isfinite()  # [B]
+    r = torch.where(scorable, rewards[order], 0.0)  # [B]
+    count = total(scorable.to(r.dtype))  # [B]
+    centred = torch.where(scorable, r - total(r) / count.clamp(min=1), 0.0)  # [B]
+    centred = torch.where(scorable, centred - total(centred) / count.clamp(min=1), 0.0)  # takes the mean's rounding out
+    if scale == "group":
+        centred = centred / ((total(centred**2) / (count - 1).clamp(min=1)).sqrt() + eps)
+    elif scale == "batch":
+        everyone = scorable.sum().to(r.dtype)
+        deviation = torch.where(scorable, r - r.sum() / everyone.clamp(min=1), 0.0)  # [B]
+        centred = centred / ((deviation.square().sum() / (everyone - 1).clamp(min=1)).sqrt() + eps)
+    elif scale == "loo":
+        centred = centred * count / (count - 1).clamp(min=1)
+    return torch.empty_like(r).index_copy(0, order, centred.masked_fill(count < 2, 0.0))
+
+
+def _number_groups(sorted_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorted ids [B] to (number of each member's group [B], members of each number [B], zeros at the end)."""
+    fresh = torch.ones_like(sorted_ids)  # [B] 1 where a group begins
+    fresh[1:] = sorted_ids[1:] != sorted_ids[:-1]
+    number = fresh.cumsum(0) - 1  # [B]
+    return number, torch.zeros_like(number).index_add(0, number, torch.ones_like(number))
+
+
+@torch.no_grad()
+def group_log_mean_exp(u: Tensor, group_ids: Tensor) -> Tensor:
+    """[B] -> [B]: log of the mean of e^u over each member's group."""
+    if len(u) == 0:
+        return u
+    order = group_ids.argsort(stable=True)  # [B]
+    group, lengths = _number_groups(group_ids[order])  # [B], [B]
+    top = torch.segment_reduce(u[order], "max", lengths=lengths, unsafe=True)[group]  # [B]
+    mass = torch.segment_reduce((u[order] - top).exp(), "sum", lengths=lengths, unsafe=True)[group]  # [B]
+    return torch.empty_like(u).index_copy(0, order, top + (mass / lengths[group]).log())

@@ -1,0 +1,141 @@
+"""What an objective is made of, as frozen dataclasses that refuse nonsense when they are built."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass
+
+DIVERGENCES = ("js", "hd", "tv", "kl", "rkl", "jf", "ps", "pearson")
+LEVELS = ("token", "sequence", "sequence_sum")
+AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+ADVANTAGE_SCALES = ("group", "batch", "none", "loo")
+POLICY_LOSSES = ("ppo", "cispo", "reinforce")
+BACKWARDS = ("auto", "dense", "routed")
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`; the message suggests the closest name."""
+    if value in allowed:
+        return
+    close = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
+
+
+def check_number(name: str, value: object, low: float, *, strict: bool = False, optional: bool = False) -> None:
+    """Raise ValueError / TypeError unless `value` is a finite number >= low (> low if strict), or None if optional."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number{' or None' if optional else ''}, got {value!r}")
+    if not math.isfinite(value) or value < low or (strict and value == low):
+        raise ValueError(f"{name}: expected a finite number {'>' if strict else '>='} {low:g}, got {value!r}")
+
+
+def _check_shared(config: LADConfig | GRPOConfig) -> None:
+    check_choice("importance_sampling_level", config.importance_sampling_level, LEVELS)
+    check_choice("loss_agg_mode", config.loss_agg_mode, AGGREGATIONS)
+    check_choice("advantage_scale", config.advantage_scale, ADVANTAGE_SCALES)
+    check_number("log_ratio_clamp", config.log_ratio_clamp, 0.0, strict=True, optional=True)
+    check_number("kl_coef", config.kl_coef, 0.0)
+    if isinstance(config.entropy_coef, bool) or not math.isfinite(config.entropy_coef):
+        raise ValueError(f"entropy_coef: expected a finite number, got {config.entropy_coef!r}")
+    check_choice("backward", config.backward, BACKWARDS)
+    check_number("tail_mass", config.tail_mass, 0.0, optional=True)
+
+
+@dataclass(frozen=True)
+class LADConfig:
+    """Learning Advantage Distributions, arXiv 2602.20132: E_{y ~ pi_old}[e^u f(r / e^u)], u = A / eta.
+
+    Attributes:
+        divergence: generator f. `js` (the paper's default), `hd`, `tv`, `kl`, `rkl`, `jf`, `ps` (the authors' name
+            for Neyman's chi-square), or `pearson`. Without the partition function `tv` does not identify the
+            target: many policies reach the same minimum.
+        eta: the paper's trust-region coefficient; its authors' code calls 1 / eta kappa.
+        importance_sampling_level: `token`, `sequence` (mean over the completion's tokens, as TRL and GSPO mean it)
+            or `sequence_sum` (sum over the tokens, the paper's own formula).
+        loss_agg_mode: verl's names. `token-mean` weighs tokens alike, `seq-mean-token-mean` sequences alike,
+            `seq-mean-token-sum` sums inside a sequence, `seq-mean-token-sum-norm` divides that by a constant length.
+        advantage_scale: how rewards become advantages: `group` (GRPO), `batch`, `none` (Dr. GRPO), `loo` (RLOO).
+        centered: use f(x) - f'(1) (x - 1): same exact minimiser, no drift in a group without reward variance.
+            Changes `kl` and `rkl` only.
+        target_norm: `group` divides e^u by its mean over the group, so that the target sums to one; None leaves it.
+        log_ratio_clamp: bound on abs(log r); beyond it the gradient is zero. None: no bound.
+        target_clamp: bound on abs(u). None: no bound.
+        kl_coef: weight of the k3 estimate of KL(pi || pi_ref).
+        entropy_coef: weight of an entropy bonus (subtracted from the loss).
+        backward: `dense`, or `auto` to choose by cost.
+        tail_mass: theta, the share of gradient mass below which a (token, vocabulary block) pair may be dropped;
+            0 is exact, None lets the input dtype decide.
+    """
+
+    divergence: str = "js"
+    eta: float = 0.25
+    importance_sampling_level: str = "token"
+    loss_agg_mode: str = "token-mean"
+    advantage_scale: str = "group"
+    centered: bool = False
+    target_norm: str | None = None
+    log_ratio_clamp: float | None = None
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+    backward: str = "auto"
+    tail_mass: float | None = None
+    target_clamp: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("divergence", self.divergence, DIVERGENCES)
+        check_number("eta", self.eta, 0.0, strict=True)
+        _check_shared(self)
+        if self.target_norm is not None:
+            check_choice("target_norm", self.target_norm, ("group",))
+        check_number("target_clamp", self.target_clamp, 0.0, strict=True, optional=True)
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """The policy-gradient family, as baselines in the same kernels.
+
+    | objective | fields |
+    |---|---|
+    | PPO, GRPO (arXiv 2402.03300) | the defaults; `loss_agg_mode="seq-mean-token-mean"` for the paper's averaging |
+    | DAPO clip-higher (2503.14476) | `epsilon_high=0.28` |
+    | dual clip (1912.09729) | `dual_clip=3.0` |
+    | Dr. GRPO (2503.20783) | `advantage_scale="none"`, `loss_agg_mode="seq-mean-token-sum-norm"` |
+    | GSPO (2507.18071) | `importance_sampling_level="sequence"`, `epsilon_low=3e-4`, `epsilon_high=4e-4` |
+    | CISPO (2506.13585) | `policy_loss="cispo"` |
+    | REINFORCE, RLOO (2402.14740) | `policy_loss="reinforce"`, `advantage_scale="loo"` |
+
+    Attributes:
+        epsilon_low, epsilon_high: the ratio is clipped to [1 - epsilon_low, 1 + epsilon_high].
+        dual_clip: upper bound (> 1) on the ratio where the advantage is negative; None: no bound.
+        policy_loss: `ppo`, `cispo` (clipped ratio as a constant weight on log pi) or `reinforce` (no ratio).
+        The other fields mean what they mean in `LADConfig`.
+    """
+
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    dual_clip: float | None = None
+    policy_loss: str = "ppo"
+    importance_sampling_level: str = "token"
+    loss_agg_mode: str = "token-mean"
+    advantage_scale: str = "group"
+    log_ratio_clamp: float | None = None
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+    backward: str = "auto"
+    tail_mass: float | None = None
+
+    def __post_init__(self) -> None:
+        check_number("epsilon_low", self.epsilon_low, 0.0)
+        check_number("epsilon_high", self.epsilon_high, 0.0)
+        check_number("dual_clip", self.dual_clip, 1.0, strict=True, optional=True)
+        check_choice("policy_loss", self.policy_loss, POLICY_LOSSES)
+        _check_shared(self)
+        if self.policy_loss != "ppo" and self.importance_sampling_level != "token":
+            raise ValueError(
+                f"importance_sampling_level: policy_loss={self.policy_loss!r} weighs each token's own log-probability "
+                f"and needs 'token', got {self.importance_sampling_level!r}; use policy_loss='ppo' for GSPO"
+            )

@@ -1,0 +1,400 @@
+"""The objective storey as one Triton launch: rewards or advantages and log-probs -> loss, d loss / d logp, metrics.
+
+Mathematics. d = log r per token (per sequence at the sequence levels), u = A / eta, w = d - u = log x; the loss is
+e^u f(x) and c = d loss / d d = r f'(x), both from d and u alone, in forms that neither cancel near x = 1 nor overflow
+before the result does: r - e^u is sign(w) e^max(d, u) (1 - e^-|w|). expm1 and log1p, which the interpreter lacks, are
+written here. Rewards are taken relative to the program's own reward before any sum, so equal rewards give exactly 0 and
+100 +- 0.01 keeps its digits; every scale is A_j = (R_j - mean) * factor.
+
+Layout. One program per sequence (per 4,096 tokens if there are no sequences), tokens in blocks of 256:
+  1. rewards, target_norm: passes over all B values, comparing group ids;
+  2. sequence levels: a pass for log r, a pass for the gradient that all tokens of the sequence share;
+  3. a pass for the loss, the metrics and d loss / d logp.
+Each program writes one column of partials [ROWS, B], which a few torch operations reduce: deterministic, no host sync.
+
+Exact: ratio 1 where both log-probs are equal (also both -inf), gradient 0 where a clamp or clip holds, A = 0 in a group
+of one or of equal rewards; the rest to a few ulp of fp32 per token, beyond the rounding of d and u themselves.
+Cost: one to three reads of the N-vectors and, with groups, B^2 rewards out of cache.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lad_kernels.objective.config import GRPOConfig, LADConfig
+
+SEGMENT = tl.constexpr(4096)  # tokens per program where there are no sequences
+GROUP_BLOCK = tl.constexpr(256)  # rewards per step of the group statistics
+STD_EPS = tl.constexpr(1e-4)  # added to the standard deviation of rewards, as TRL does
+LN2 = tl.constexpr(0.6931471805599453)
+BLOCK = tl.constexpr(256)  # tokens per step: one per thread at 8 warps, which ptxas fits without spills
+
+# Rows of the partials buffer in the order in which the kernel stores them: sums, maxima, the sequence's advantage.
+MEANS = ("ratio_mean", "marked", "clamp_share", "zero_coef_share", "approx_kl_k1", "approx_kl_k3", "kl_ref", "entropy")
+SUMS = ("loss", "loss_above_start", *MEANS, "ratio_squared", "coef_positive", "coef_negative", "positive", "negative")
+MAXIMA = ("ratio_max", "coef_max_positive", "coef_max_negative")
+
+
+@triton.jit
+def _exps(x):
+    """e^x, e^x - 1 and e^x - 1 - x, none by cancellation: x = n ln 2 + t, Taylor in t."""
+    x = tl.where(x > 88.8, 88.8, x)  # e^88.8 is inf, e^-105 is 0; NaN stays NaN
+    y = tl.where(x < -105.0, -105.0, x)
+    n = tl.minimum(tl.floor(y * 1.4426950408889634 + 0.5), 127.0)
+    t = (y - n * 0.693359375) - n * -2.12194440054690583e-4  # n * 355/512 is exact
+    q = 1 / 120 + t * (1 / 720 + t * (1 / 5040 + t * (1 / 40320 + t * (1 / 362880))))
+    q = t * t * (0.5 + t * (1 / 6 + t * (1 / 24 + t * q)))  # e^t - 1 - t
+    p = tl.exp2(n)
+    return p * (1.0 + (t + q)), p * (t + q) + (p - 1.0), p * q + ((p * t + (p - 1.0)) - x)
+
+
+@triton.jit
+def _exp(x):
+    return _exps(x)[0]
+
+
+@triton.jit
+def _expm1(x):
+    return _exps(x)[1]
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) by Kahan's quotient: log(y) / (y - 1) varies slowly, so the rounding of y = 1 + x does no harm."""
+    y = 1.0 + x
+    return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
+
+
+@triton.jit
+def _minus(a, b):
+    """a - b, exactly 0 where they are equal, also at -inf."""
+    return tl.where(a == b, 0.0, a - b)
+
+
+@triton.jit
+def _js(d, u, r, e1):
+    """Jensen-Shannon: loss 1/2 [r g - e^u m], m = softplus(w) - ln 2, g = w - m; by hyperbolic functions near w = 0."""
+    w, eu, near = d - u, _exp(u), tl.abs(d - u) < 1.0
+    a = tl.where(near, 0.5 * w, 0.0)
+    e = _expm1(0.5 * a)
+    half_sinh = 0.5 * (e + e / (1.0 + e))  # sinh(a / 2)
+    sinh, cosh_m1 = 2.0 * half_sinh * (1.0 + e - half_sinh), 2.0 * half_sinh * half_sinh
+    log_cosh = _log1p(cosh_m1)
+    tail_w = _log1p(_exp(-tl.abs(w)))
+    g = tl.where(near, a - log_cosh, LN2 + tl.minimum(w, 0.0) - tail_w)  # ln(2x / (x + 1))
+    far = 0.5 * (r * g - eu * (tl.maximum(w, 0.0) + tail_w - LN2))
+    loss = tl.where(near, _exp(0.5 * (d + u)) * (a * sinh - (1.0 + cosh_m1) * log_cosh), far)
+    linear = tl.where((w > 0.0) & (u < 0.0), d, tl.maximum(w, 0.0) - tl.maximum(-u, 0.0))
+    step = linear + tail_w - _log1p(_exp(-tl.abs(u)))  # m(w) - m(-u)
+    step = tl.where(tl.abs(d) < 1.0, _log1p(tl.where(tl.abs(d) < 1.0, e1, 0.0) / (1.0 + eu)), step)
+    scaled = tl.where((w < -17.0) & (u > 17.0), e1, (1.0 + eu) * step)
+    return loss, 0.5 * r * g, 0.5 * (e1 * g + d - scaled)
+
+
+@triton.jit
+def _lad_term(d, u, OBJECTIVE: tl.constexpr, CENTERED: tl.constexpr):
+    """Loss, c = d loss / d d and loss(d, u) - loss(0, u) of one divergence; no term cancels at d = 0."""
+    w = d - u
+    r, e1, _ = _exps(d)
+    finite = tl.where(d < -104.0, -104.0, d)  # r is 0 there already: r d must not be 0 * inf
+    sign = tl.where(w > 0.0, 1.0, tl.where(w < 0.0, -1.0, 0.0))
+    gap = -_expm1(-tl.abs(w))  # 1 - e^-|w|
+    difference = sign * _exp(tl.maximum(d, u)) * gap  # r - e^u
+    slope = 0.0  # f'(1)
+    if OBJECTIVE == "js":
+        loss, c, above = _js(finite, u, r, e1)
+    elif OBJECTIVE == "hd":
+        root = _exp(0.5 * d)
+        root_difference = sign * _exp(0.5 * tl.maximum(d, u)) * -_expm1(-0.5 * tl.abs(w))
+        loss, c = 0.5 * root_difference * root_difference, 0.5 * root * root_difference
+        above = _expm1(0.5 * d) * (0.5 * (root + 1.0) - _exp(0.5 * u))
+    elif OBJECTIVE == "tv":
+        loss, c = tl.abs(difference), r * sign
+        side = tl.where(w >= 0.0, 1.0, -1.0)
+        above = side * (e1 - tl.where((w >= 0.0) == (u <= 0.0), 0.0, 2.0 * _expm1(u)))
+    elif OBJECTIVE == "kl":
+        slope = 1.0
+        loss, c = r * (finite - u), r * (finite - u + 1.0)
+        above = r * finite - u * e1
+    elif OBJECTIVE == "rkl":
+        slope = -1.0
+        loss, c, above = -_exp(u) * d, -_exp(u) + tl.zeros_like(d), -_exp(u) * d
+    elif OBJECTIVE == "jf":
+        loss, c = difference * w, r * (finite - u) + difference
+        above = r * finite - u * e1 - _exp(u) * d
+    elif OBJECTIVE == "ps":
+        larger = _exp(u + tl.abs(w))
+        loss, c = larger * gap * gap, sign * larger * -_expm1(-2.0 * tl.abs(w))
+        above = e1 + _exp(2.0 * u) * _expm1(-d)
+    else:
+        tl.static_assert(OBJECTIVE == "pearson", "unknown divergence")
+        loss = _exp(u + 2.0 * tl.maximum(w, 0.0)) * gap * gap
+        c = 2.0 * sign * _exp(d + tl.maximum(w, 0.0)) * gap
+        above = e1 * (_exp(-u) * e1 + 2.0 * _expm1(-u))
+    if CENTERED:
+        loss -= slope * difference
+        c = difference if OBJECTIVE == "rkl" else c - slope * r
+        above -= slope * e1
+    return loss, c, tl.where(d == 0.0, 0.0, above), w > 0.0
+
+
+@triton.jit
+def _grpo_term(logp, d, adv, eps_low, eps_high, dual_clip, OBJECTIVE: tl.constexpr):
+    """Loss, c, loss minus its value at r = 1 (cispo, reinforce: c d, what has moved), where the ratio is clipped."""
+    r = _exp(d)
+    bounded = tl.minimum(tl.maximum(r, 1.0 - eps_low), 1.0 + eps_high)
+    if OBJECTIVE == "ppo":
+        clipped = ((adv > 0.0) & (r > 1.0 + eps_high)) | ((adv < 0.0) & ((r < 1.0 - eps_low) | (r > dual_clip)))
+        loss = tl.maximum(-adv * r, -adv * bounded)
+        loss = tl.where(adv < 0.0, tl.minimum(loss, -adv * dual_clip), loss)
+        c = tl.where(clipped, 0.0, -adv * r)
+        above = tl.where(clipped, loss + adv, -adv * _expm1(d))
+    else:
+        c = -adv * bounded if OBJECTIVE == "cispo" else -adv
+        clipped = r != bounded if OBJECTIVE == "cispo" else r < 0.0
+        loss = c * logp
+        above = c * d
+    return loss, c, above, clipped
+
+
+@triton.jit
+def _policy_term(logp, d, adv, shift, scalars, OBJECTIVE: tl.constexpr, CENTERED: tl.constexpr):
+    """Log ratio as used, loss, c, where the clamp stops the gradient, loss above start, x > 1 or clipped, clamped."""
+    eta, ratio_clamp, target_clamp, eps_low, eps_high, dual_clip = scalars
+    stopped = tl.abs(d) > ratio_clamp
+    clamped = stopped
+    d = tl.where(stopped, tl.where(d > 0.0, ratio_clamp, -ratio_clamp), d)
+    if OBJECTIVE == "ppo" or OBJECTIVE == "cispo" or OBJECTIVE == "reinforce":
+        loss, c, above, marked = _grpo_term(logp, d, adv, eps_low, eps_high, dual_clip, OBJECTIVE)
+        if OBJECTIVE != "ppo":
+            stopped = tl.zeros_like(d) > 0.0  # c multiplies logp itself, not the ratio
+    else:
+        u = adv / eta - shift
+        beyond = tl.abs(u) > target_clamp
+        u = tl.where(beyond, tl.where(u > 0.0, target_clamp, -target_clamp), u)
+        clamped = clamped | beyond
+        loss, c, above, marked = _lad_term(d, u, OBJECTIVE, CENTERED)
+    return d, loss, c, stopped, above, marked, clamped
+
+
+@triton.jit
+def _moments(source, groups, own, own_group, centre, slope, B, WHOLE: tl.constexpr):
+    """Over the group (the batch if WHOLE): members, and of the finite values x relative to `own`: count, sum, maximum,
+    sum of (x - centre)^2, sum of e^(slope (x - centre))."""
+    members = tl.zeros([GROUP_BLOCK], tl.float32)
+    count, total, squares, mass, top = members, members, members, members, members - float("inf")
+    for j0 in range(0, B, GROUP_BLOCK):
+        j = j0 + tl.arange(0, GROUP_BLOCK)
+        member = j < B
+        x = tl.load(source + j, mask=member, other=0.0)
+        if not WHOLE:
+            member = member & (tl.load(groups + j, mask=member, other=0) == own_group)
+        chosen = member & (tl.abs(x) < float("inf"))  # False for NaN too
+        x = tl.where(chosen, x - own, 0.0)
+        members += tl.where(member, 1.0, 0.0)
+        count += tl.where(chosen, 1.0, 0.0)
+        total += x
+        top = tl.maximum(top, tl.where(chosen, x, -float("inf")))
+        squares += tl.where(chosen, (x - centre) * (x - centre), 0.0)
+        mass += tl.where(chosen, _exp((x - centre) * slope), 0.0)
+    return tl.sum(members), tl.sum(count), tl.sum(total), tl.max(top), tl.sum(squares), tl.sum(mass)
+
+
+@triton.jit
+def _advantage(source, groups, s, eta, B, SCALE: tl.constexpr, REWARDS: tl.constexpr, TARGET_NORM: tl.constexpr):
+    """The sequence's advantage, and log mean e^u over its group, u = 0 where unscorable (0 unless TARGET_NORM)."""
+    adv = tl.load(source + s)
+    own_group = 0 if groups is None else tl.load(groups + s)
+    own, mean, factor, shift = 0.0, 0.0, 1.0, 0.0
+    if REWARDS:
+        scorable = tl.abs(adv) < float("inf")
+        own = tl.where(scorable, adv, 0.0)
+        _, n, total, _, _, _ = _moments(source, groups, own, own_group, 0.0, 0.0, B, False)
+        mean = total / tl.maximum(n, 1.0)
+        centre = mean
+        if SCALE == "loo":
+            factor = n / tl.maximum(n - 1.0, 1.0)  # R - mean of the others = (R - mean) n / (n - 1)
+        if SCALE == "batch":
+            _, n, total, _, _, _ = _moments(source, groups, own, own_group, 0.0, 0.0, B, True)
+            centre = total / tl.maximum(n, 1.0)
+        if SCALE == "group" or SCALE == "batch":
+            _, n, _, _, squares, _ = _moments(source, groups, own, own_group, centre, 0.0, B, SCALE == "batch")
+            factor = 1.0 / (tl.sqrt(squares / tl.maximum(n - 1.0, 1.0)) + STD_EPS)
+        adv = tl.where(scorable, -mean * factor, 0.0)
+    if TARGET_NORM:
+        members, n, _, top, _, _ = _moments(source, groups, own, own_group, 0.0, 0.0, B, False)
+        top = tl.where(n > 0.0, top, 0.0)
+        _, _, _, _, _, mass = _moments(source, groups, own, own_group, top, factor / eta, B, False)
+        highest = (top - mean) * factor / eta
+        shift = highest + tl.log((mass + (members - n) * _exp(-highest)) / members)
+    return adv, shift
+
+
+@triton.jit
+def _load_tokens(tokens, t0, end, ADVANTAGE: tl.constexpr, ISW_TOKEN: tl.constexpr):
+    """Index, mask, logp and log ratio (0 where masked), advantage, rollout weight of a block of tokens; all [BLOCK]."""
+    logprobs, old, source, isw, adv, isw_s = tokens
+    t = t0 + tl.arange(0, BLOCK)
+    mask = t < end
+    logp = tl.load(logprobs + t, mask=mask, other=0.0)
+    zero = tl.zeros_like(logp)
+    d = zero if old is None else _minus(logp, tl.load(old + t, mask=mask, other=0.0))
+    a = tl.load(source + t, mask=mask, other=0.0) if ADVANTAGE == "token" else adv + zero
+    return t, mask, logp, d, a, tl.load(isw + t, mask=mask, other=0.0) if ISW_TOKEN else isw_s + zero
+
+
+@triton.jit
+def _policy_kernel(
+    logprobs, old, source, groups, cu_seqlens, ref, entropy, isw, normalizer, dlogprobs, dentropy, partials,
+    N, eta, ratio_clamp, target_clamp, eps_low, eps_high, dual_clip, kl_coef, entropy_coef,
+    OBJECTIVE: tl.constexpr, LEVEL: tl.constexpr, SEQ_MEAN: tl.constexpr, SCALE: tl.constexpr, CENTERED: tl.constexpr,
+    TARGET_NORM: tl.constexpr, ADVANTAGE: tl.constexpr, ISW_TOKEN: tl.constexpr,
+):  # fmt: skip
+    """One sequence: advantage, log ratio, loss, gradient, row sums. Shapes: see `policy_terms`."""
+    s = tl.program_id(0).to(tl.int64)
+    B = tl.num_programs(0).to(tl.int64)
+    if cu_seqlens is None:
+        start = s * SEGMENT
+        end = tl.minimum(start + SEGMENT, N)
+    else:
+        start = tl.load(cu_seqlens + s).to(tl.int64)
+        end = tl.load(cu_seqlens + s + 1).to(tl.int64)
+    length = tl.maximum((end - start).to(tl.float32), 1.0)
+    weight = 1.0 / (tl.load(normalizer) * (length if SEQ_MEAN else 1.0))
+    adv, shift = 0.0, 0.0
+    if ADVANTAGE != "token":
+        adv, shift = _advantage(source, groups, s, eta, B, SCALE, ADVANTAGE == "rewards", TARGET_NORM)
+    isw_s = 1.0 if isw is None or ISW_TOKEN else tl.load(isw + s)
+    tokens = (logprobs, old, source, isw, adv, isw_s)
+    scalars = (eta, ratio_clamp, target_clamp, eps_low, eps_high, dual_clip)
+    zero = tl.zeros([BLOCK], tl.float32)
+
+    level_d, level_c = zero, zero  # sequence levels: log ratio and d loss / d logp, the same for all tokens
+    if LEVEL != "token":
+        share = 1.0 / length if LEVEL == "sequence" else 1.0
+        for t0 in range(start, end, BLOCK):
+            t, mask, logp, d, a, rollout = _load_tokens(tokens, t0, end, ADVANTAGE, ISW_TOKEN)
+            level_d += d
+        level_d = tl.sum(level_d) * share + zero
+        for t0 in range(start, end, BLOCK):
+            t, mask, logp, d, a, rollout = _load_tokens(tokens, t0, end, ADVANTAGE, ISW_TOKEN)
+            d = level_d
+            d, loss, c, stopped, above, marked, clamped = _policy_term(logp, d, a, shift, scalars, OBJECTIVE, CENTERED)
+            level_c += tl.where(mask & ~stopped, weight * rollout * c, 0.0)
+        level_c = tl.sum(level_c) * share + zero
+
+    loss_sum, above_sum, r_sum, r_squares, r_max = zero, zero, zero, zero, zero
+    marked_sum, clamped_sum, zeros, k1, k3, kl_sum, entropy_sum = zero, zero, zero, zero, zero, zero, zero
+    up_sum, up_count, up_max, down_sum, down_count, down_max = zero, zero, zero, zero, zero, zero
+    for t0 in range(start, end, BLOCK):
+        t, mask, logp, d, a, rollout = _load_tokens(tokens, t0, end, ADVANTAGE, ISW_TOKEN)
+        k1 -= d
+        k3 += _exps(d)[2]
+        d = d if LEVEL == "token" else level_d
+        d, loss, c, stopped, above, marked, clamped = _policy_term(logp, d, a, shift, scalars, OBJECTIVE, CENTERED)
+        total = weight * rollout * loss
+        gradient = tl.where(stopped, 0.0, weight * rollout * c) if LEVEL == "token" else level_c
+        if ref is not None:
+            gap = _minus(tl.load(ref + t, mask=mask, other=0.0), logp)
+            _, slope, kl = _exps(gap)
+            total += kl_coef * weight * kl
+            gradient -= kl_coef * weight * slope
+            kl_sum += kl
+        if entropy is not None:
+            h = tl.load(entropy + t, mask=mask, other=0.0)
+            total -= entropy_coef * weight * h
+            entropy_sum += h
+        if dentropy is not None:
+            tl.store(dentropy + t, zero - entropy_coef * weight, mask=mask)
+        tl.store(dlogprobs + t, gradient, mask=mask)
+        r = tl.where(mask, _exp(d), 0.0)
+        up, down = mask & (a > 0.0), mask & (a < 0.0)
+        up_size, down_size = tl.where(up, tl.abs(c), 0.0), tl.where(down, tl.abs(c), 0.0)
+        loss_sum += tl.where(mask, total, 0.0)
+        above_sum += tl.where(mask, weight * rollout * above, 0.0)
+        r_sum += r
+        r_squares += r * r
+        r_max = tl.maximum(r_max, r)
+        marked_sum += tl.where(mask & marked, 1.0, 0.0)
+        clamped_sum += tl.where(mask & clamped, 1.0, 0.0)
+        zeros += tl.where(mask & (gradient == 0.0), 1.0, 0.0)
+        up_sum += up_size
+        up_count += tl.where(up, 1.0, 0.0)
+        up_max = tl.maximum(up_max, up_size)
+        down_sum += down_size
+        down_count += tl.where(down, 1.0, 0.0)
+        down_max = tl.maximum(down_max, down_size)
+
+    rows = (loss_sum, above_sum, r_sum, marked_sum, clamped_sum, zeros, k1, k3, kl_sum, entropy_sum, r_squares, up_sum,
+            down_sum, up_count, down_count, r_max, up_max, down_max)  # fmt: skip
+    for i in tl.static_range(len(rows)):
+        tl.store(partials + i * B + s, tl.max(rows[i]) if i >= len(rows) - 3 else tl.sum(rows[i]))
+    tl.store(partials + len(rows) * B + s, adv)
+
+
+def policy_terms(
+    logprobs: Tensor,  # [N] fp32: packed tokens that all take part
+    old_logprobs: Tensor | None,  # [N]; None: ratio exactly 1
+    *,
+    advantages: Tensor | None,  # [B], or [N] if advantages_by_token
+    advantages_by_token: bool,
+    rewards: Tensor | None,  # [B]; exactly one of advantages and rewards
+    group_ids: Tensor | None,  # [B] integers, for rewards and for target_norm
+    cu_seqlens: Tensor | None,  # [B + 1]; None: no sequences, everything is per token
+    config: LADConfig | GRPOConfig,
+    normalizer: Tensor,  # [] the divisor Z
+    ref_logprobs: Tensor | None,  # [N], used if config.kl_coef is not 0
+    entropy: Tensor | None,  # [N]
+    rollout_is_weights: Tensor | None,  # [B], or [N] if weights_by_token
+    weights_by_token: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, dict[str, Tensor]]:
+    """loss [], d loss / d logp [N], d loss / d entropy [N] or None, advantages [B] or [N] as used, metrics (0-d)."""
+    n, lad = len(logprobs), isinstance(config, LADConfig)
+    programs = triton.cdiv(n, SEGMENT.value) if cu_seqlens is None else len(cu_seqlens) - 1
+    target_norm = lad and config.target_norm is not None
+    grouped = target_norm or rewards is not None
+    dlogprobs = torch.empty_like(logprobs)  # [N]
+    dentropy = torch.empty_like(logprobs) if entropy is not None and config.entropy_coef != 0 else None  # [N]
+    partials = logprobs.new_empty(len(SUMS) + len(MAXIMA) + 1, programs)  # [ROWS, B]
+    tensors = (logprobs, old_logprobs, advantages if rewards is None else rewards, group_ids if grouped else None,
+               cu_seqlens, ref_logprobs if config.kl_coef != 0 else None, entropy, rollout_is_weights,
+               normalizer)  # fmt: skip
+    scalars = (config.eta if lad else 1.0, config.log_ratio_clamp, config.target_clamp if lad else None,
+               0.0 if lad else config.epsilon_low, 0.0 if lad else config.epsilon_high,
+               None if lad else config.dual_clip, config.kl_coef, config.entropy_coef)  # fmt: skip
+    options = dict(
+        OBJECTIVE=config.divergence if lad else config.policy_loss, LEVEL=config.importance_sampling_level,
+        SEQ_MEAN=config.loss_agg_mode == "seq-mean-token-mean", SCALE=config.advantage_scale,
+        CENTERED=lad and config.centered, TARGET_NORM=target_norm,
+        ISW_TOKEN=rollout_is_weights is not None and weights_by_token,
+        ADVANTAGE="rewards" if rewards is not None else "token" if advantages_by_token else "sequence",
+    )  # fmt: skip
+    if programs > 0:
+        with torch.cuda.device_of(logprobs):
+            _policy_kernel[(programs,)](
+                *(None if x is None else x.contiguous() for x in tensors), dlogprobs, dentropy, partials, n,
+                *(math.inf if x is None else float(x) for x in scalars), **options, num_warps=8,
+            )  # fmt: skip
+    loss, metrics = _finish(partials, n, lad, config.kl_coef != 0, entropy is not None)
+    return loss, dlogprobs, dentropy, advantages if rewards is None else partials[-1], metrics
+
+
+def _finish(partials: Tensor, tokens: int, lad: bool, ref: bool, entropy: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Rows [ROWS, B] of all programs -> loss and metrics, in a fixed order and without a host sync."""
+    sums = partials[: len(SUMS)].sum(1)  # [SUMS]
+    maxima = partials[len(SUMS) : -1].amax(1) if partials.shape[1] else partials.new_zeros(len(MAXIMA))  # [MAXIMA]
+    total = dict(zip(SUMS, sums.unbind()))
+    metrics = dict(zip(MEANS, (sums[2 : 2 + len(MEANS)] / max(tokens, 1)).unbind()))
+    metrics["frac_over_target" if lad else "clip_share"] = metrics.pop("marked")
+    for name in [*([] if ref else ["kl_ref"]), *([] if entropy else ["entropy"])]:
+        del metrics[name]
+    metrics |= zip(MAXIMA, maxima.unbind())
+    metrics |= zip(("coef_mean_positive", "coef_mean_negative"), (sums[-4:-2] / sums[-2:].clamp(min=1)).unbind())
+    squares = total["ratio_squared"] * max(tokens, 1)
+    ess = total["ratio_mean"] ** 2 / torch.where(squares == 0, 1.0, squares)
+    return total["loss"], metrics | {"ess": ess, "loss_above_start": total["loss_above_start"]}

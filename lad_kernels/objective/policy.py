@@ -1,0 +1,385 @@
+"""LAD and the GRPO family on given log-probabilities: ratio level, aggregation, KL, entropy, metrics.
+
+`policy_terms` is the whole objective on M packed tokens, in PyTorch; `kernel.policy_terms` is the same in one Triton
+launch. Both return the loss together with d loss / d logprob, so the gradient never passes through autograd:
+
+    loss = sum_t w_t (s_t l_t + kl_coef k3_t - entropy_coef H_t)
+
+w_t is the aggregation weight (1/Z, or 1/(length Z) for seq-mean-token-mean), s_t the rollout importance weight, l_t
+the divergence or clipped term and k3_t = exp(ref - logp) - (ref - logp) - 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lad_kernels import checks
+from lad_kernels.objective.advantages import advantages_of, group_log_mean_exp
+from lad_kernels.objective.config import GRPOConfig, LADConfig
+from lad_kernels.objective.divergences import grpo_terms, lad_terms
+from lad_kernels.outputs import LossOutput
+from lad_kernels.packing import Packing, pack
+
+Config = LADConfig | GRPOConfig
+
+
+@dataclass(frozen=True)
+class PolicyInputs:
+    """What the objective is given besides the log-probabilities, as the user gave it: per token is [N] or [B, T]."""
+
+    old_logprobs: Tensor | None = None  # per token
+    advantages: Tensor | None = None  # [B] or per token
+    rewards: Tensor | None = None  # [B]
+    group_size: int | None = None
+    group_ids: Tensor | None = None  # [B]
+    loss_mask: Tensor | None = None  # per token
+    cu_seqlens: Tensor | None = None  # [B + 1]
+    normalizer: float | Tensor | None = None
+    ref_logprobs: Tensor | None = None  # per token
+    entropy: Tensor | None = None  # per token
+    rollout_is_weights: Tensor | None = None  # [B] or per token
+
+
+class PolicyTerms(NamedTuple):
+    """The objective and its gradient."""
+
+    loss: Tensor  # []
+    dlogprobs: Tensor  # [M] d loss / d logprob
+    dentropy: Tensor | None  # [M] d loss / d entropy; None when the entropy takes no part
+    advantages: Tensor  # [B] or [M], as used
+    metrics: dict[str, Tensor]  # 0-d
+
+
+def lad_loss(
+    logprobs: Tensor,  # [N] or [B, T]
+    old_logprobs: Tensor | None,  # same shape
+    advantages: Tensor,  # [B], or the shape of logprobs
+    *,
+    loss_mask: Tensor | None = None,  # the shape of logprobs
+    cu_seqlens: Tensor | None = None,  # [B + 1]
+    config: LADConfig = LADConfig(),
+    normalizer: float | Tensor | None = None,
+    ref_logprobs: Tensor | None = None,  # the shape of logprobs
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,  # [B]
+    entropy: Tensor | None = None,  # the shape of logprobs
+    rollout_is_weights: Tensor | None = None,  # [B], or the shape of logprobs
+    impl: str = "auto",
+) -> LossOutput:
+    """LAD (arXiv 2602.20132) on log-probabilities that you already have: sum_t w_t e^u f(r / e^u), u = A / eta.
+
+    The loss value is dominated by e^u terms that carry no gradient; watch `metrics["loss_above_start"]` (the loss
+    minus its value at ratio 1) and the `coef_*` metrics instead.
+
+    Args:
+        logprobs: [N] packed or [B, T] padded, nats; the gradient flows into it (and into `entropy`) alone.
+        old_logprobs: the behaviour policy's log-probs, same shape; None means on-policy, ratio exactly 1.
+        advantages: [B], one per sequence, or one per token. Packed input needs `cu_seqlens` for [B].
+        loss_mask: same shape as logprobs, nonzero where a token counts. Others may hold anything, NaN included.
+        cu_seqlens: int32 [B + 1], cumulative sequence lengths of packed input.
+        config: divergence, eta, ratio level, aggregation, clamps, KL and entropy weights.
+        normalizer: the divisor of the sum over tokens (token-mean, seq-mean-token-sum-norm) or sequences (the other
+            modes). Give the global batch's to make gradient accumulation and data parallelism exact. Default: this
+            batch's tokens, its sequences with at least one token, or B * T.
+        ref_logprobs: reference policy's log-probs, needed when `config.kl_coef` is not 0.
+        group_size, group_ids: as in `group_advantages`; needed when `config.target_norm` is set.
+        entropy: per-token entropy, needed when `config.entropy_coef` is not 0.
+        rollout_is_weights: importance weights of the rollout engine, per token or per sequence; constants.
+        impl: `auto`, `triton`, `torch` or `reference`.
+
+    Returns:
+        LossOutput; metrics are described in the README.
+
+    Raises:
+        ValueError, TypeError: an argument is of the wrong shape, dtype or device; the message says which and why.
+    """
+    inputs = PolicyInputs(
+        old_logprobs=old_logprobs, advantages=advantages, group_size=group_size, group_ids=group_ids,
+        loss_mask=loss_mask, cu_seqlens=cu_seqlens, normalizer=normalizer, ref_logprobs=ref_logprobs, entropy=entropy,
+        rollout_is_weights=rollout_is_weights,
+    )  # fmt: skip
+    return _policy_loss(logprobs, inputs, config, impl)
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    loss_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    config: GRPOConfig = GRPOConfig(),
+    normalizer: float | Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    entropy: Tensor | None = None,
+    rollout_is_weights: Tensor | None = None,
+    impl: str = "auto",
+) -> LossOutput:
+    """PPO-clip and its family (see `GRPOConfig`) on given log-probabilities; arguments as for `lad_loss`."""
+    inputs = PolicyInputs(
+        old_logprobs=old_logprobs, advantages=advantages, group_size=group_size, group_ids=group_ids,
+        loss_mask=loss_mask, cu_seqlens=cu_seqlens, normalizer=normalizer, ref_logprobs=ref_logprobs, entropy=entropy,
+        rollout_is_weights=rollout_is_weights,
+    )  # fmt: skip
+    return _policy_loss(logprobs, inputs, config, impl)
+
+
+def _policy_loss(logprobs: Tensor, inputs: PolicyInputs, config: Config, impl: str) -> LossOutput:
+    checks.impl(impl)
+    checks.plain_tensor("logprobs", logprobs)
+    validate(inputs, logprobs, "logprobs", config)
+    if impl == "reference":
+        from lad_kernels import reference
+
+        loss: Any = reference.lad_loss if isinstance(config, LADConfig) else reference.grpo_loss
+        return loss(logprobs, config=config, **{k: v for k, v in vars(inputs).items() if k != "rewards"})
+    packing = pack(logprobs, inputs.loss_mask, inputs.cu_seqlens)
+    logp = packing.take(logprobs)  # [M]
+    entropy = None if inputs.entropy is None else packing.take(inputs.entropy)  # [M]
+    terms = compute_terms(logp, entropy, inputs, packing, config, impl)
+    loss = _AttachGradient.apply(logp, entropy, terms.loss, terms.dlogprobs, terms.dentropy)
+    place = packing.place
+    used = inputs.advantages.detach()
+    seen = None if entropy is None else place(entropy.detach())
+    return LossOutput(loss, place(logp.detach()), seen, used, terms.metrics)
+
+
+class _AttachGradient(torch.autograd.Function):
+    """Gives a loss that was computed without autograd its known gradient."""
+
+    @staticmethod
+    def forward(ctx, logprobs, entropy, loss, dlogprobs, dentropy):  # [M], [M] | None, [], [M], [M] | None
+        ctx.save_for_backward(dlogprobs, dentropy)
+        ctx.set_materialize_grads(False)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):  # []
+        checks.refuse_double_backward()
+        dlogprobs, dentropy = ctx.saved_tensors
+        if grad is None:
+            return (None,) * 5
+        return grad * dlogprobs, None if dentropy is None else grad * dentropy, None, None, None
+
+
+def validate(inputs: PolicyInputs, like: Tensor, like_name: str, config: Config) -> None:
+    """Check everything the objective needs, before anything runs; `like` holds one value per token."""
+    count = checks.layout(like, like_name, inputs.cu_seqlens)
+    for name in ("old_logprobs", "ref_logprobs", "entropy"):
+        checks.per_token(name, getattr(inputs, name), like, like_name)
+    checks.per_token("loss_mask", inputs.loss_mask, like, like_name, floating=False)
+    checks.normalizer(inputs.normalizer)
+    _validate_signal(inputs, count, like, like_name)
+    if inputs.rollout_is_weights is not None:
+        checks.per_sequence("rollout_is_weights", inputs.rollout_is_weights, count, like, like_name)
+    if config.kl_coef != 0 and inputs.ref_logprobs is None:
+        raise ValueError(f"ref_logprobs: needed because config.kl_coef is {config.kl_coef}, got None")
+    if count is None and (config.importance_sampling_level != "token" or config.loss_agg_mode != "token-mean"):
+        raise ValueError(
+            f"cu_seqlens: needed on packed input for importance_sampling_level={config.importance_sampling_level!r} "
+            f"and loss_agg_mode={config.loss_agg_mode!r}, got None"
+        )
+    if config.loss_agg_mode == "seq-mean-token-sum-norm" and like.ndim == 1 and inputs.normalizer is None:
+        raise ValueError(
+            "normalizer: needed on packed input for loss_agg_mode='seq-mean-token-sum-norm', got None; pass "
+            "B * max_completion_length"
+        )
+    if _target_norm(config) and inputs.advantages is not None and inputs.advantages.shape != (count,):
+        raise ValueError("advantages: target_norm='group' needs one per sequence [B], got one per token")
+    if _target_norm(config) or inputs.rewards is not None:
+        checks.groups(count, like.device, inputs.group_size, inputs.group_ids)
+
+
+def _validate_signal(inputs: PolicyInputs, count: int | None, like: Tensor, like_name: str) -> None:
+    """Exactly one of advantages and rewards, of the right size."""
+    if (inputs.advantages is None) == (inputs.rewards is None):
+        both = "both" if inputs.rewards is not None else "neither"
+        raise ValueError(f"advantages, rewards: expected exactly one, got {both}")
+    if inputs.advantages is not None:
+        checks.per_sequence("advantages", inputs.advantages, count, like, like_name)
+        return
+    checks.rewards(inputs.rewards)
+    if count is None or len(inputs.rewards) != count:
+        have = "packed tokens without cu_seqlens" if count is None else f"{count} sequences"
+        raise ValueError(f"rewards: expected one per sequence, got {len(inputs.rewards)} for {have}")
+
+
+def _target_norm(config: Config) -> bool:
+    return isinstance(config, LADConfig) and config.target_norm is not None
+
+
+def compute_terms(
+    logprobs: Tensor,  # [M]
+    entropy: Tensor | None,  # [M]
+    inputs: PolicyInputs,
+    packing: Packing,
+    config: Config,
+    impl: str,
+) -> PolicyTerms:
+    """Pack what is still unpacked and run the objective in Triton or PyTorch."""
+    if config.entropy_coef != 0 and entropy is None:
+        raise ValueError(f"entropy: needed because config.entropy_coef is {config.entropy_coef}, got None")
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)
+    sequences = None if packing.cu_seqlens is None else len(packing.cu_seqlens) - 1
+
+    def by_token(x: Tensor | None) -> bool:  # where N equals B, a packed [B] is read as one per sequence
+        return x is not None and x.shape != (sequences,)
+
+    def take(x: Tensor | None, by_token: bool = True) -> Tensor | None:  # per token -> [M]; per sequence stays [B]
+        if x is None:
+            return None
+        return (packing.take(x.detach()) if by_token else x.detach()).to(dtype)
+
+    group_ids = None
+    if inputs.rewards is not None or _target_norm(config):
+        group_ids = checks.groups(sequences, logprobs.device, inputs.group_size, inputs.group_ids)
+    terms: Any = policy_terms
+    if checks.use_triton(impl, logprobs.device, logprobs.dtype):
+        from lad_kernels.objective.kernel import policy_terms as terms
+    with torch.no_grad():
+        found = terms(
+            logprobs.detach().to(dtype), take(inputs.old_logprobs),
+            advantages=take(inputs.advantages, by_token(inputs.advantages)),
+            advantages_by_token=by_token(inputs.advantages), rewards=take(inputs.rewards, False), group_ids=group_ids,
+            cu_seqlens=packing.cu_seqlens, config=config,
+            normalizer=_normalizer(inputs.normalizer, packing, config, logprobs),
+            ref_logprobs=take(inputs.ref_logprobs), entropy=None if entropy is None else entropy.detach().to(dtype),
+            rollout_is_weights=take(inputs.rollout_is_weights, by_token(inputs.rollout_is_weights)),
+            weights_by_token=by_token(inputs.rollout_is_weights),
+        )  # fmt: skip
+    return PolicyTerms(*found)
+
+
+def _normalizer(given: float | Tensor | None, packing: Packing, config: Config, like: Tensor) -> Tensor:
+    """The divisor Z as a 0-d tensor on the device of `like`, without a host sync."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if given is None and config.loss_agg_mode == "token-mean":
+        given = max(1, packing.tokens)
+    elif given is None and config.loss_agg_mode == "seq-mean-token-sum-norm":
+        given = max(1, packing.shape.numel())
+    elif given is None:
+        given = (packing.cu_seqlens.diff() > 0).sum().clamp(min=1)
+    if isinstance(given, Tensor):
+        return given.detach().to(like.device, dtype).reshape(())
+    return torch.full((), given, dtype=dtype, device=like.device)
+
+
+def policy_terms(
+    logprobs: Tensor,  # [M]
+    old_logprobs: Tensor | None,  # [M]
+    *,
+    advantages: Tensor | None,  # [B], or [M] if advantages_by_token
+    advantages_by_token: bool,
+    rewards: Tensor | None,  # [B]
+    group_ids: Tensor | None,  # [B]
+    cu_seqlens: Tensor | None,  # [B + 1]
+    config: Config,
+    normalizer: Tensor,  # []
+    ref_logprobs: Tensor | None,  # [M]
+    entropy: Tensor | None,  # [M]
+    rollout_is_weights: Tensor | None,  # [B], or [M] if weights_by_token
+    weights_by_token: bool,
+) -> PolicyTerms:
+    """The objective in PyTorch, on packed tokens that all take part. Deterministic, no host sync."""
+    seq = _Sequences(logprobs, cu_seqlens)
+    if rewards is not None:
+        advantages = advantages_of(rewards, group_ids, config.advantage_scale)
+    token_d = _log_ratio(logprobs, old_logprobs)  # [M]
+    raw_d = seq.level(token_d, config.importance_sampling_level)  # [M]
+    bound = config.log_ratio_clamp
+    d = raw_d if bound is None else raw_d.clamp(-bound, bound)  # [M]
+    spread = (lambda x: x) if advantages_by_token else seq.spread
+    a = spread(advantages)  # [M]
+    bites, extra = d != raw_d, {}
+    if isinstance(config, LADConfig):
+        u = advantages / config.eta  # [B] or [M]
+        if config.target_norm == "group":
+            u = u - group_log_mean_exp(u, group_ids)
+        raw_u = spread(u)  # [M]
+        u = raw_u if config.target_clamp is None else raw_u.clamp(-config.target_clamp, config.target_clamp)
+        terms = lad_terms(config.divergence, d, u, centered=config.centered)
+        bites, extra["frac_over_target"] = bites | (u != raw_u), _mean(d > u)
+    else:
+        terms, clipped = grpo_terms(config, logprobs, d, a)
+        extra["clip_share"] = _mean(clipped)
+    w = 1 / normalizer
+    w = (w / seq.lengths)[seq.index] if config.loss_agg_mode == "seq-mean-token-mean" else w.expand(len(d))  # [M]
+    s = w  # [M] weight of the policy term
+    if rollout_is_weights is not None:
+        s = w * (rollout_is_weights if weights_by_token else seq.spread(rollout_is_weights))
+    loss = (s * terms.loss).sum()
+    direct = isinstance(config, GRPOConfig) and config.policy_loss != "ppo"
+    through_ratio = torch.where((d != raw_d) & (not direct), 0.0, s * terms.coef)  # [M]
+    dlogprobs = seq.level(through_ratio, config.importance_sampling_level)
+    if config.kl_coef != 0:
+        gap = ref_logprobs - logprobs  # [M]
+        loss = loss + config.kl_coef * (w * (gap.expm1() - gap)).sum()
+        dlogprobs = dlogprobs - config.kl_coef * w * gap.expm1()
+        extra["kl_ref"] = _mean(gap.expm1() - gap)
+    dentropy = None
+    if entropy is not None:
+        extra["entropy"] = _mean(entropy)
+        if config.entropy_coef != 0:
+            loss, dentropy = loss - config.entropy_coef * (w * entropy).sum(), -config.entropy_coef * w
+    extra["loss_above_start"] = (s * terms.above_start).sum()
+    metrics = {**_metrics(token_d, d, a, terms.coef, bites, dlogprobs), **extra}
+    return PolicyTerms(loss, dlogprobs, dentropy, advantages, metrics)
+
+
+def _log_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
+    """logp - logp_old [M]; exactly 0 where they are equal, -inf included."""
+    if old_logprobs is None:
+        return torch.zeros_like(logprobs)
+    return torch.where(logprobs == old_logprobs, 0.0, logprobs - old_logprobs)
+
+
+class _Sequences:
+    """Sums and broadcasts over the sequences of M packed tokens."""
+
+    def __init__(self, like: Tensor, cu_seqlens: Tensor | None):
+        self.count = None if cu_seqlens is None else len(cu_seqlens) - 1
+        if cu_seqlens is not None:
+            self._lengths = cu_seqlens.diff().long()  # [B]
+            self.lengths = self._lengths.clamp(min=1).to(like.dtype)  # [B]
+            ids = torch.arange(self.count, device=like.device)
+            self.index = ids.repeat_interleave(self._lengths, output_size=len(like))  # [M]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[B] -> [M]."""
+        return x[self.index]
+
+    def level(self, d: Tensor, level: str) -> Tensor:
+        """Token log-ratios [M] -> the log-ratio each token's loss sees [M]. Linear, and its own transpose."""
+        if level == "token" or self.count == 0:
+            return d
+        total = torch.segment_reduce(d, "sum", lengths=self._lengths, unsafe=True)  # [B]
+        return (total / self.lengths if level == "sequence" else total)[self.index]
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32) / max(len(x), 1)
+
+
+def _metrics(
+    token_d: Tensor, d: Tensor, a: Tensor, coef: Tensor, bites: Tensor, dlogprobs: Tensor
+) -> dict[str, Tensor]:
+    """Metrics that every objective has, from [M] tensors."""
+    r, size, zero = d.exp(), coef.abs(), d.new_zeros(1)
+    metrics = {"ratio_mean": _mean(r), "ratio_max": torch.cat([r, zero]).amax()}
+    for sign, chosen in (("positive", a > 0), ("negative", a < 0)):
+        picked = torch.where(chosen, size, 0.0)
+        metrics[f"coef_mean_{sign}"] = picked.sum() / chosen.sum().clamp(min=1)
+        metrics[f"coef_max_{sign}"] = torch.cat([picked, zero]).amax()
+    metrics["clamp_share"] = _mean(bites)
+    metrics["zero_coef_share"] = _mean(dlogprobs == 0)
+    metrics["approx_kl_k1"] = _mean(-token_d)
+    metrics["approx_kl_k3"] = _mean(token_d.expm1() - token_d)
+    squares = (r**2).sum() * max(len(r), 1)
+    metrics["ess"] = r.sum() ** 2 / torch.where(squares == 0, 1.0, squares)
+    return metrics

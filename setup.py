@@ -1,0 +1,31 @@
+"""Installation: wide ranges here, exact pins in constraints-cpu.txt and constraints-cuda.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "lad_kernels" / "__init__.py").read_text()).group(1)
+train = ["transformers>=5.0", "reasoning-gym>=0.1.24", "rich>=13", "matplotlib>=3.8"]
+oracles = ["liger-kernel>=0.8", "cut-cross-entropy>=25.1"]
+test = ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.15", "mypy>=1.18", *oracles]
+bench = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", *oracles]
+
+setup(
+    name="lad_kernels",
+    version=version,
+    description="Fused losses for reinforcement learning of language models, without storing logits",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["lad_kernels", "lad_kernels.*"]),
+    python_requires=">=3.11",
+    install_requires=["torch>=2.11", "numpy>=1.26", "triton>=3.6,<3.10; platform_system == 'Linux'"],
+    extras_require={
+        "train": train,
+        "trl": ["trl>=1.14,!=1.15.0", "accelerate>=1.10", "datasets>=4.7", "transformers>=5.0"],
+        "bench": bench,
+        "test": test,
+    },
+)

@@ -1,0 +1,164 @@
+"""The rules of the house, held by reading the source; each rule is shown to be able to fail."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "lad_kernels"
+FILE_LINES, FUNCTION_LINES, KERNEL_LINES, KERNEL_PARAMETERS = 400, 60, 150, 30
+
+# Which modules of the package each part may import. A longer prefix wins.
+MAY_IMPORT = {
+    "outputs": set(),
+    "checks": set(),
+    "packing": set(),
+    "reference": {"outputs", "objective.config"},
+    "testing": {"reference"},
+    "head": {"head", "checks", "outputs", "packing"},
+    "head.kernels": {"head.kernels", "head.logits"},
+    "objective": {"objective", "checks", "outputs", "packing"},
+    "loss": {"head", "objective", "checks", "outputs", "packing"},
+    "": {"head", "objective", "loss", "outputs"},
+}
+# Functions return the specification by name; it is imported where it is used.
+MAY_IMPORT_INSIDE_FUNCTIONS = {"reference"}
+TRITON_LIVES_IN = ("head.kernels", "objective.kernel")
+
+
+def module_name(path: Path, package: Path = PACKAGE) -> str:
+    name = ".".join(path.relative_to(package).with_suffix("").parts)
+    return re.sub(r"\.?__init__$", "", name)
+
+
+def imports(source: str) -> list[tuple[str, bool]]:
+    """(module, inside a function) of every import, absolute names."""
+    tree, found = ast.parse(source), []
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(a.name, id(node) in inside) for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{a.name}" if node.module == "lad_kernels" else node.module for a in node.names]
+            names = [n + f".{a.name}" if n in PACKAGES else n for n, a in zip(names, node.names)]
+            found += [(n, id(node) in inside) for n in names]
+    return found
+
+
+PACKAGES = {f"lad_kernels.{p}" for p in ("head", "objective", "head.kernels")}
+
+
+def belongs(module: str, part: str) -> bool:
+    return part == "" or module == part or module.startswith(part + ".")
+
+
+def import_violations(name: str, source: str) -> list[str]:
+    part = max((p for p in MAY_IMPORT if belongs(name, p)), key=len)
+    bad = []
+    for target, inside in imports(source):
+        if target == "triton" or target.startswith("triton."):
+            if not any(belongs(name, home) for home in TRITON_LIVES_IN):
+                bad.append(f"{name} imports triton")
+        elif target in ("integration", "benchmarks", "tests"):
+            bad.append(f"{name} imports outward: {target}")
+        elif target.startswith("lad_kernels"):
+            inner = target.removeprefix("lad_kernels").lstrip(".")
+            fine = any(belongs(inner, p) for p in MAY_IMPORT[part] if p) or inner == ""
+            if not fine and not (inside and inner in MAY_IMPORT_INSIDE_FUNCTIONS):
+                bad.append(f"{name} imports {inner}")
+    return bad
+
+
+def is_kernel(node: ast.FunctionDef) -> bool:
+    return any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+
+
+def size_violations(name: str, source: str) -> list[str]:
+    bad, lines = [], source.count("\n")
+    if lines > FILE_LINES:
+        bad.append(f"{name}: {lines} lines")
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        doc = ast.get_docstring(node)
+        length = node.end_lineno - node.body[0].lineno + 1 - (doc.count("\n") + 1 if doc else 0)
+        arguments = node.args
+        count = len(arguments.posonlyargs + arguments.args + arguments.kwonlyargs)
+        if length > (KERNEL_LINES if is_kernel(node) else FUNCTION_LINES):
+            bad.append(f"{name}.{node.name}: {length} lines")
+        if is_kernel(node) and count > KERNEL_PARAMETERS:
+            bad.append(f"{name}.{node.name}: {count} parameters")
+    return bad
+
+
+def sources(folder: Path) -> list[tuple[str, str]]:
+    return [(module_name(p, folder), p.read_text()) for p in sorted(folder.rglob("*.py"))]
+
+
+def test_import_direction():
+    assert [v for name, source in sources(PACKAGE) for v in import_violations(name, source)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("head.logprobs", "from lad_kernels.objective.config import LADConfig"),
+        ("objective.policy", "from lad_kernels.head import autograd"),
+        ("reference", "from lad_kernels.head.logprobs import linear_logprobs"),
+        ("head.dispatch", "import triton"),
+        ("loss", "def f():\n    import triton.language as tl"),
+        ("objective.policy", "from lad_kernels import reference"),
+        ("loss", "import benchmarks"),
+        ("head.kernels.dense", "from lad_kernels.head import torch_ops"),
+    ],
+)
+def test_import_direction_can_fail(name, source):
+    assert import_violations(name, source)
+
+
+def test_sizes():
+    """Printed with -s: the five largest files, so that growth is seen before the limit is met."""
+    largest = sorted(((s.count("\n"), n) for n, s in sources(PACKAGE)), reverse=True)[:5]
+    print("\n" + "\n".join(f"  {lines:4d} {name}" for lines, name in largest))
+    folders = [PACKAGE, ROOT / "integration", ROOT / "benchmarks", ROOT / "tests"]
+    assert [v for f in folders for n, s in sources(f) for v in size_violations(n, s)] == []
+
+
+def test_sizes_can_fail():
+    assert size_violations("m", "x = 1\n" * (FILE_LINES + 1))
+    assert size_violations("m", "def f():\n" + "    x = 1\n" * (FUNCTION_LINES + 1))
+    many = ", ".join(f"a{i}" for i in range(KERNEL_PARAMETERS + 1))
+    assert size_violations("m", f"@triton.jit\ndef k({many}):\n    pass\n")
+
+
+def prose() -> list[Path]:
+    return [p for p in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md"))]
+
+
+def missing_paths(text: str) -> list[str]:
+    """Paths in backticks that look like files of this repository and do not exist."""
+    found = re.findall(
+        r"`((?:lad_kernels|benchmarks|tests|integration|docs)/[\w./-]*|[\w-]+\.(?:md|py|txt|toml))`", text
+    )
+    bases = (ROOT, PACKAGE, ROOT / "integration", ROOT / "benchmarks", PACKAGE / "objective", PACKAGE / "head")
+    return [p for p in found if not any((base / p).exists() for base in bases) and not p.startswith("runs/")]
+
+
+def test_every_path_named_in_prose_exists():
+    assert prose()
+    assert {p.name: missing_paths(p.read_text()) for p in prose() if missing_paths(p.read_text())} == {}
+
+
+def test_missing_paths_can_fail():
+    assert missing_paths("see `lad_kernels/ghost.py` and `ghost.md`") == ["lad_kernels/ghost.py", "ghost.md"]
+
+
+def test_no_machine_paths_and_no_unfinished_work():
+    words = re.compile(r"(^|[\s\"'(=])/(work|root|home|opt)/|\b(TODO|FIXME|XXX)\b")
+    files = [p for ext in ("py", "md", "sh", "toml", "txt") for p in ROOT.rglob(f"*.{ext}") if ".venv" not in p.parts]
+    files = [p for p in files if p != Path(__file__).resolve() and "runs" not in p.parts and "egg-info" not in str(p)]
+    assert [f"{p.name}: {m.group()}" for p in files for m in words.finditer(p.read_text())] == []

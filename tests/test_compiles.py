@@ -1,0 +1,122 @@
+"""Every kernel that the head's host functions launch compiles for every target, without a GPU and without spills.
+
+Run as a script this file compiles for one architecture and prints one JSON row per kernel; the tests run it so, since
+a process that interprets kernels cannot compile them. `python tests/test_compiles.py sm_90` prints the same rows.
+
+Layouts: `aligned` is Qwen's 151,936 x 2,048; `odd V` is GPT-2's 50,257 words at a D that tiles evenly; `unaligned` has
+rows of odd length, which neither TMA nor wide copies can read; `ragged` has rows of whole 16 bytes that are no multiple
+of 16 elements, which TMA reads and pointers must not assume.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+LAYOUTS = {"aligned": (2048, 151936), "odd V": (896, 50257), "unaligned": (897, 50257), "ragged": (1000, 50257)}
+PLAIN, RICH, ALL = "plain", "entropy+temperature", "bias+softcap+entropy+temperature"
+CASES = [("bfloat16", "aligned", features) for features in (PLAIN, RICH, ALL)]
+CASES += [("bfloat16", "odd V", PLAIN), ("bfloat16", "unaligned", PLAIN), ("bfloat16", "unaligned", ALL)]
+CASES += [("bfloat16", "ragged", ALL), ("float32", "aligned", ALL), ("float32", "unaligned", PLAIN)]
+EXTRA = {"sm_90": [("float16", "aligned", RICH), ("float16", "unaligned", ALL), ("float32", "aligned", PLAIN)]}
+ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+TILED = ("_partials_kernel", "_logit_gradient_kernel")
+
+
+def compile_all(arch: str) -> None:
+    """Print one JSON row per compiled kernel."""
+    import aot
+    import torch
+
+    from lad_kernels.head.kernels import dense, forward
+    from lad_kernels.head.logits import LogitGradient, LogitTransform
+
+    dense.accumulate = lambda *arguments, **options: None  # the library's product of what was never computed
+    for dtype, layout, features in CASES + EXTRA.get(arch, []):
+        (d, v), n, kind = LAYOUTS[layout], 256, getattr(torch, dtype)
+        hidden, weight = torch.empty(n, d, dtype=kind), torch.empty(v, d, dtype=kind)  # [N, D], [V, D]
+        targets, numbers = torch.zeros(n, dtype=torch.int64), torch.ones(n)  # [N], [N]
+        bias = torch.zeros(v, dtype=kind) if "bias" in features else None  # [V]
+        entropy = "entropy" in features
+        transform = LogitTransform(
+            softcap=30.0 if "softcap" in features else None, temperature=numbers if "temperature" in features else 0.9
+        )
+        with aot.compiling(arch) as compiled:
+            forward.forward(hidden, weight, targets, bias, transform, want_entropy=entropy, want_block_lse=True)
+            gradient = LogitGradient(numbers, numbers, numbers if entropy else None)
+            needs = {"need_hidden": True, "need_weight": False, "need_bias": bias is not None}
+            dense.backward(hidden, weight, targets, bias, transform, numbers, gradient, **needs)
+        for name, kernel in compiled.values():
+            found = vars(aot.resources(name, kernel, arch))
+            print(json.dumps({"dtype": dtype, "layout": layout, "features": features, **found}), flush=True)
+
+
+@functools.cache
+def rows(arch: str) -> list[dict]:
+    root = Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory() as cache:  # an empty cache: a hit would hide a compiler's complaint
+        environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
+        environment["PYTHONPATH"] = os.pathsep.join((str(root), str(root / "tests")))
+        result = subprocess.run(
+            [sys.executable, __file__, arch], env=environment, capture_output=True, text=True, cwd=root
+        )
+    assert result.returncode == 0, result.stderr[-4000:]
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    print(f"\n{arch:7} {'case':55} {'kernel':24} {'registers':>9} {'spilled':>7} {'shared':>7}")
+    for row in found:
+        case = f"{row['dtype']} {row['layout']} {row['features']}"
+        print(f"{'':7} {case:55} {row['name']:24} {row['registers']:9} {row['spilled']:7} {row['shared']:7}")
+    return found
+
+
+def tiled(arch: str, **wanted: str) -> list[dict]:
+    """Rows of the two kernels with a tile product, in the cases that match."""
+    found = [r for r in rows(arch) if r["name"] in TILED and all(r[key] == value for key, value in wanted.items())]
+    assert found, f"nothing was compiled for {wanted}"
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_spills_and_shared_memory_within_the_device(arch):
+    limit = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}[arch] << 10
+    assert {r["name"] for r in rows(arch)} == {*TILED, "_target_kernel", "_finalize_kernel"}
+    for row in rows(arch):
+        assert row["spilled"] == 0, row
+        assert row["shared"] <= limit, row
+
+
+@pytest.mark.parametrize(
+    ("arch", "instruction"),
+    [("sm_80", "mma.sync"), ("sm_86", "mma.sync"), ("sm_90", "wgmma"), ("sm_100", "tcgen05"), ("gfx942", "v_mfma")],
+)
+def test_tensor_cores(arch, instruction):
+    """16-bit products run on the tensor cores in every layout; aligned float32 never becomes tf32."""
+    for row in tiled(arch, dtype="bfloat16"):
+        assert row["instructions"][instruction] > 0, row
+    if arch.startswith("sm_"):
+        for row in tiled(arch, dtype="float32"):
+            assert not any(row["instructions"][name] for name in ("mma.sync", "wgmma", "tcgen05")), row
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("layout", ["aligned", "odd V", "ragged"])
+def test_bulk_copies(arch, layout):
+    for row in tiled(arch, dtype="bfloat16", layout=layout):
+        assert row["instructions"]["tma"] > 0, row
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86"])
+def test_asynchronous_copies(arch):
+    for row in tiled(arch, dtype="bfloat16", layout="aligned"):
+        assert row["instructions"]["cp.async"] > 0, row
+
+
+if __name__ == "__main__":
+    compile_all(sys.argv[1])

@@ -1,0 +1,226 @@
+"""The programs under integration/: scoring, tokenizer, packing, resume, checkpoints, and the demo's exit status."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="integration needs the train extra: transformers")
+pytest.importorskip("reasoning_gym", reason="integration needs the train extra: reasoning-gym")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config, GraniteConfig
+
+from integration import bandit, demo
+from integration.policy import build_policy, check_head, logprobs_of, pack
+from integration.tasks import RIGHT, Task, build_tokenizer, tagged_answer
+from integration.trainer import TrainConfig, evaluate, load_policy, parse_config, save_checkpoint, train, warm_start
+from lad_kernels import linear_lad_loss
+
+TINY = TrainConfig(
+    steps=2, prompts_per_step=4, group_size=4, train_size=60, held_out_size=10, hidden_size=32, layers=1, warm_steps=3
+)
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return Task("countdown", TINY.train_size, TINY.held_out_size)
+
+
+@pytest.fixture
+def policy():
+    return load_policy(TINY)
+
+
+def test_bandit_recovers_the_target_only_with_lad():
+    result = bandit.run_bandit(seeds=1, only=("js", "grpo"))
+    assert all(bandit.bandit_checks(result).values()), result.distance
+
+
+def test_every_bandit_method_moves_off_the_uniform_policy():
+    result = bandit.run_bandit(steps=20, seeds=2)
+    uniform = 0.5 * (result.target - 1 / bandit.ARMS).abs().sum()
+    lad = {name: tv.max() for name, tv in result.distance.items() if name in bandit.DIVERGENCES}
+    assert set(lad) == set(bandit.DIVERGENCES)
+    assert all(tv < uniform for tv in lad.values()), lad
+
+
+def test_generated_solutions_are_right_and_various(task):
+    rng = random.Random(0)
+    for entry in task.held_out:
+        answers = {task.solution(entry, rng) for _ in range(20)}
+        assert all(task.score(entry, answer) >= RIGHT for answer in answers)
+        assert len(answers) > 1
+
+
+@pytest.mark.parametrize(
+    "text", ["", "+", "1+", "hello", "9**9**9", "__import__('os')", "((((", "1+1", "7//1", "1" * 500]
+)
+def test_wrong_and_hostile_answers_score_low(task, text):
+    assert task.score(task.held_out[0], text) <= 0.05
+
+
+def test_held_out_problems_do_not_occur_in_training(task):
+    assert not {task.key(e) for e in task.held_out} & {task.key(e) for e in task.train}
+
+
+def test_another_dataset_has_prompts_solutions_and_scores():
+    chain = Task("chain_sum", train_size=8, held_out_size=4)
+    entry = chain.held_out[0]
+    assert chain.score(entry, chain.solution(entry, random.Random(0))) >= RIGHT
+    assert chain.score(entry, "no") < RIGHT
+    assert entry["question"] in chain.prompt(entry)
+
+
+def test_tagged_answer():
+    assert tagged_answer("so <answer> 1+2 </answer>") == "1+2"
+    assert tagged_answer("no tag") == ""
+
+
+@pytest.mark.parametrize("text", ["3 14 159=26:", "(1+2)*3-4/5", "a  b\n\tc", "007"])
+def test_tokenizer_round_trip(text):
+    tokenizer = build_tokenizer()
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_numbers_below_a_hundred_are_one_token():
+    assert len(build_tokenizer()("42").input_ids) == 1
+
+
+def test_packed_loss_gives_the_gradient_of_the_padded_one(policy):
+    prompts, completions = [[5, 6, 7], [8, 9], [10, 11, 12, 13]], [[14, 15, 1], [16, 1], [17, 18, 19, 1]]
+    advantages = torch.tensor([1.0, -0.5, 0.3])  # [B]
+    batch = pack(prompts, completions, policy.device)
+    weight = policy.model.get_output_embeddings().weight
+    gradients = []
+    for padded in (False, True):
+        policy.model.zero_grad()
+        if padded:  # one sample at a time through the model, [B, T, D] with a mask
+            hidden, target, mask = torch.zeros(3, 8, 32), torch.zeros(3, 8, dtype=torch.long), torch.zeros(3, 8).bool()
+            rows = []
+            for b, (prompt, completion) in enumerate(zip(prompts, completions)):
+                ids = torch.tensor(prompt + completion)
+                row = policy.model.base_model(ids[None]).last_hidden_state[0, :-1]  # [L - 1, D]
+                rows.append(torch.cat([row, hidden[b, len(row) :]]))
+                target[b, : len(row)] = ids[1:]
+                mask[b, len(prompt) - 1 : len(row)] = True
+            out = linear_lad_loss(torch.stack(rows), weight, target, advantages=advantages, loss_mask=mask)
+        else:
+            from integration.policy import hidden_states
+
+            hidden = hidden_states(policy, batch)
+            options = {"loss_mask": batch.loss_mask, "cu_seqlens": batch.cu_seqlens}
+            out = linear_lad_loss(hidden, weight, batch.target_ids, advantages=advantages, **options)
+        out.loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
+    assert gradients[1].norm() > 0
+    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[1].norm()
+
+
+@pytest.mark.parametrize("micro_batch", [3, 16])
+def test_micro_batches_do_not_change_the_update(task, tmp_path, micro_batch):
+    weights = []
+    for size in (micro_batch, 8):
+        policy = load_policy(TINY)
+        train(policy, task, replace(TINY, steps=1, micro_batch=size, out=str(tmp_path / str(size))))
+        weights.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=2e-5)
+
+
+def test_resume_continues_bit_for_bit(task, tmp_path):
+    whole = load_policy(TINY)
+    train(whole, task, replace(TINY, steps=4, out=str(tmp_path / "whole")))
+    first = load_policy(TINY)
+    train(first, task, replace(TINY, steps=2, out=str(tmp_path / "parts")))
+    config = parse_config(["--resume", str(tmp_path / "parts" / "checkpoint"), "--steps", "4"])
+    assert config.group_size == TINY.group_size
+    second = load_policy(config)
+    train(second, task, config)
+    for a, b in zip(whole.model.parameters(), second.model.parameters()):
+        assert torch.equal(a, b)
+    lines = [[json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")] for name in ("whole", "parts")]
+    assert [x["step"] for x in lines[1]] == [1, 2, 3, 4]
+    assert [x["loss"] for x in lines[0]] == [x["loss"] for x in lines[1]]
+
+
+def test_checkpoint_loads_with_auto_classes(policy, task, tmp_path):
+    train(policy, task, replace(TINY, steps=1, out=str(tmp_path)))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "checkpoint")
+    ids = tokenizer(task.prompt(task.held_out[0]), return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0]) == task.prompt(task.held_out[0])
+    torch.testing.assert_close(model(ids).logits, policy.model.eval()(ids).logits)
+
+
+def test_warm_start_lowers_the_loss_and_evaluation_reports_every_measure(policy, task):
+    losses = warm_start(policy, task, replace(TINY, warm_steps=20))
+    assert losses[-1] < losses[0]
+    measures = evaluate(policy, task, TINY, samples=8)
+    assert set(measures) == {"accuracy", "pass@8", "distinct", "entropy"}
+    assert 0 < measures["entropy"] < 6
+
+
+@pytest.mark.parametrize("algorithm", ["lad", "grpo"])
+def test_each_algorithm_runs_and_logs(policy, task, tmp_path, algorithm):
+    records = train(policy, task, replace(TINY, algorithm=algorithm, out=str(tmp_path)))
+    assert [record["step"] for record in records] == [1, 2]
+    assert all(torch.isfinite(torch.tensor(record["loss"])) for record in records)
+    with pytest.raises(ValueError, match="algorithm"):
+        replace(TINY, algorithm="dpo")
+
+
+SMALL = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "pad_token_id": 0}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CohereConfig(**SMALL, **HEADS, logit_scale=0.25),
+        Gemma2Config(**SMALL, **HEADS, head_dim=16, final_logit_softcapping=3.0),
+        GraniteConfig(**SMALL, **HEADS, logits_scaling=4.0),
+    ],
+    ids=["cohere-scale", "gemma2-softcap", "granite-scaling"],
+)
+def test_transformed_logits_are_understood_or_refused(config, tmp_path):
+    torch.manual_seed(0)
+    config.initializer_range = 0.5  # logits large enough for the transform to matter
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    policy = build_policy(str(tmp_path), "cpu", pretrained=False, temperature=0.7)
+    batch = pack([[5, 6]], [[7, 1]], policy.device)
+    assert logprobs_of(policy, batch, 0.7).logprobs.isfinite().all()
+    forward = policy.model.forward
+
+    def squared(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = out.logits * 3
+        return out
+
+    policy.model.forward = squared
+    with pytest.raises(ValueError, match="logits are transformed"):
+        check_head(policy, 1.0)
+
+
+def test_checkpoint_replaces_the_previous_one(policy, task, tmp_path):
+    from integration.trainer import initial_state
+
+    config = replace(TINY, out=str(tmp_path))
+    state = initial_state(policy, config)
+    assert save_checkpoint(state, config) == save_checkpoint(state, config)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_demo_quick_passes_and_fails_when_a_check_fails(tmp_path, monkeypatch):
+    assert demo.main(["--quick", "--out", str(tmp_path / "pass")]) == 0
+    for name in ("report.md", "bandit.png", "training.png", "metrics.jsonl", "summary.json"):
+        assert (tmp_path / "pass" / name).stat().st_size > 0
+    lines = [json.loads(line) for line in open(tmp_path / "pass" / "metrics.jsonl")]
+    assert {line["algorithm"] for line in lines} == {"lad", "grpo"}
+
+    monkeypatch.setattr(demo, "PARITY", -1.0)
+    assert demo.main(["--quick", "--out", str(tmp_path / "fail")]) == 1
+    assert "**FAIL**: parity" in (tmp_path / "fail" / "report.md").read_text()

@@ -1,0 +1,152 @@
+"""Planted bugs: a suite that cannot fail them is not a suite. Each edits one line of real source and must be caught."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lad_kernels import LADConfig, linear_logprobs, reference
+from lad_kernels.head import autograd, torch_ops
+from lad_kernels.objective import divergences, policy
+from lad_kernels.testing import check_head, make_inputs
+
+PACKAGE = Path(torch_ops.__file__).parent.parent
+_serial = itertools.count()
+
+
+def mutate(source_file: str, old: str, new: str, tmp_path: Path):
+    """Import `source_file` of the package with one occurrence of `old` replaced; the line must exist exactly once."""
+    source = (PACKAGE / source_file).read_text()
+    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {source_file}"
+    path = tmp_path / f"mutant_{next(_serial)}.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check(impl: str, dtype: torch.dtype, device: str) -> None:
+    """One input on which every head mutant shows: tiles crossed, bias, transforms, masked rows, entropy gradient."""
+    inputs = make_inputs(
+        90, 80, 2 * 256 + 40, dtype=dtype, device=device, bias=True, logit_scale=0.8, softcap=30.0, temperature=0.7
+    )
+    upstream = torch.randn(90, generator=torch.Generator().manual_seed(1)).to(device)
+    head = lambda *a, **k: linear_logprobs(*a, **k, impl=impl)  # noqa: E731
+    check_head(head, inputs, entropy_upstream=upstream)
+
+
+TORCH_HEAD = {
+    "bias forgotten": ("self.bias[columns].to(self.dtype)", "torch.zeros_like(self.bias[columns].to(self.dtype))"),
+    "scale forgotten": ("z.mul_(self.transform.scale)", "z"),
+    "softcap slope forgotten": ("dz.mul_(1 - tanh.square())", "dz"),
+    "temperature in the wrong direction": ("z.mul_(inverse)", "z.div_(inverse)"),
+    "temperature missing in backward": ("dz.mul_(inverse * self.transform.scale)", "dz.mul_(self.transform.scale)"),
+    "first slab only": ("for columns in self.slabs:", "for columns in self.slabs[:1]:"),
+    "lse not rescaled": ("mass[rows] * decay + e.sum(1)", "mass[rows] + e.sum(1)"),
+    "entropy moment not rescaled": ("decay * (moment[rows] + shift * mass[rows])", "decay * moment[rows]"),
+    "one-hot off by one": ("targets - columns.start, 0)", "targets - columns.start - 1, 0).clamp(min=0)"),
+    "one-hot missing": ("torch.where(inside, gradient.onehot[rows], 0.0)", "torch.zeros_like(gradient.onehot[rows])"),
+    "softmax term missing": ("dz = log_p.mul_(-gradient.entropy[rows, None]).add_(gradient.prob[rows, None]).mul_(p)",
+                             "dz = log_p.mul_(-gradient.entropy[rows, None]).mul_(p)"),
+    "dW of the last chunk only": ("dw_slab.addmm_(dz.T,", "dw_slab.zero_().addmm_(dz.T,"),
+    "dH of the last slab only": ("dh[rows].addmm_(dz, w)", "dh[rows].zero_().addmm_(dz, w)"),
+    "dbias not written": ("db[columns] = db_slab", "pass"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", TORCH_HEAD)
+def test_bug_in_the_chunked_head_is_caught(bug, monkeypatch, tmp_path, device):
+    mutant = mutate("head/torch_ops.py", *TORCH_HEAD[bug], tmp_path)
+    mutant.TILE_BYTES, mutant.MAX_CHUNK = 4 * 40 * 100, 40
+    monkeypatch.setattr(autograd, "torch_ops", mutant)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check("torch", torch.float32, device)
+
+
+def test_the_chunked_head_without_a_bug_passes(monkeypatch, tmp_path, device):
+    mutant = mutate("head/torch_ops.py", "TILE_BYTES = 32 << 20", "TILE_BYTES = 16000", tmp_path)
+    mutant.MAX_CHUNK = 40
+    monkeypatch.setattr(autograd, "torch_ops", mutant)
+    check("torch", torch.float32, device)
+
+
+POLICY = {
+    "js": ("objective/divergences.py", "return Terms(loss, r_slope / 2,", "return Terms(loss, r_slope,"),
+    "hd": ("objective/divergences.py", "(d / 2).exp() * gap / 2, above)", "(d / 2).exp() * gap, above)"),
+    "tv": ("objective/divergences.py", "gap.abs(), d.exp() * side", "gap.abs(), side"),
+    "kl": ("objective/divergences.py", "_times_ratio(r, w + 1)", "_times_ratio(r, w)"),
+    "rkl": ("objective/divergences.py", "Terms(-e_u * d, -e_u,", "Terms(-e_u * d, e_u,"),
+    "jf": ("objective/divergences.py", "_times_ratio(r, w) + gap", "_times_ratio(r, w) - gap"),
+    "ps": ("objective/divergences.py", "_exp_gap(d, 2 * u - d), above", "_exp_gap(d, u), above"),
+    "pearson": ("objective/divergences.py", "2 * _exp_gap(2 * d - u, d)", "_exp_gap(2 * d - u, d)"),
+    "length forgotten": ("objective/policy.py", "(w / seq.lengths)[seq.index]", "w.expand(len(d))"),
+    "clamp passes the gradient": ("objective/policy.py", "torch.where((d != raw_d) & (not direct), 0.0,",
+                                  "torch.where(d != d, 0.0,"),
+    "level not transposed": ("objective/policy.py", "dlogprobs = seq.level(through_ratio,",
+                             "dlogprobs = (lambda x, _: x)(through_ratio,"),
+    "kl sign": ("objective/policy.py", "dlogprobs - config.kl_coef * w * gap.expm1()",
+                "dlogprobs + config.kl_coef * w * gap.expm1()"),
+    "rollout weights on the loss alone": ("objective/policy.py", "0.0, s * terms.coef)", "0.0, w * terms.coef)"),
+    "mean instead of sum": ("objective/policy.py", 'total / self.lengths if level == "sequence" else total',
+                            "total / self.lengths"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", POLICY)
+def test_bug_in_the_objective_is_caught(bug, monkeypatch, tmp_path):
+    mutant = mutate(*POLICY[bug], tmp_path)
+    if "divergences" in POLICY[bug][0]:
+        monkeypatch.setattr(policy, "lad_terms", mutant.lad_terms)
+        terms = policy.policy_terms
+    else:
+        terms = mutant.policy_terms
+    with pytest.raises(AssertionError):
+        compare_terms(terms, bug if bug in divergences._LAD_TERMS else "js")
+
+
+def compare_terms(terms, divergence: str) -> None:
+    """Gradient of one objective that uses every option, against the specification, at each level."""
+    gen = torch.Generator().manual_seed(0)
+    rand = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64)  # noqa: E731
+    cu = torch.tensor([0, 3, 3, 8, 12])
+    logp, old, ref, adv, weights = rand(12) - 3, rand(12) - 3, rand(12) - 3, rand(4), rand(4).exp()
+    for level in ("token", "sequence", "sequence_sum"):
+        for mode in ("token-mean", "seq-mean-token-mean"):
+            config = LADConfig(
+                divergence,
+                eta=1.0,
+                importance_sampling_level=level,
+                loss_agg_mode=mode,
+                kl_coef=0.2,
+                log_ratio_clamp=1.5,
+            )
+            leaf = logp.clone().requires_grad_()
+            spec = reference.lad_loss(
+                leaf,
+                old,
+                adv,
+                cu_seqlens=cu,
+                config=config,
+                ref_logprobs=ref,
+                rollout_is_weights=weights,
+                normalizer=5.0,
+            )
+            (truth,) = torch.autograd.grad(spec.loss, leaf)
+            found = terms(
+                logp, old, advantages=adv, advantages_by_token=False, rewards=None, group_ids=None, cu_seqlens=cu,
+                config=config, normalizer=torch.tensor(5.0, dtype=torch.float64), ref_logprobs=ref, entropy=None,
+                rollout_is_weights=weights, weights_by_token=False,
+            )  # fmt: skip
+            torch.testing.assert_close(found.dlogprobs, truth, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(found.loss, spec.loss.detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("divergence", divergences._LAD_TERMS)
+def test_the_objective_without_a_bug_passes(divergence):
+    compare_terms(policy.policy_terms, divergence)

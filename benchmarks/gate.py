@@ -18,7 +18,12 @@ from benchmarks.providers import Provider
 from lad_kernels import reference
 from lad_kernels.testing import CONTRACT_MARGIN, FP32_TOLERANCE, format_report, make_inputs, relative_error
 
-SEQUENCES, LENGTH, HIDDEN, VOCABULARY = 10, 15, 64, 600  # two vocabulary tiles of 256, two token tiles of 64, remainders
+SEQUENCES, LENGTH, HIDDEN, VOCABULARY = (
+    10,
+    15,
+    64,
+    600,
+)  # two vocabulary tiles of 256, two token tiles of 64, remainders
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,17 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "numpy", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "verl", "quack-kernels")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "flash-attn",
+    "verl",
+    "quack-kernels",
+)
 
 
 def cores() -> int:

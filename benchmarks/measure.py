@@ -129,6 +129,24 @@ def ratio_interval(
     return medians[draws // 40], statistics.median(ratios), medians[-draws // 40]
 
 
+def claim(lad: Provider, grpo: Provider, eager: Provider, batches: list[Batch], pairs: int) -> dict[str, object]:
+    """The time part of the row "LAD costs what GRPO costs": interleaved pairs whose order alternates."""
+    paired, against = Rounds([lad, grpo], batches), Rounds([lad, eager], batches)
+    for rounds, count in ((paired, pairs), (against, max(3, pairs // 10))):
+        rounds.warm()
+        for _ in range(count):
+            rounds()
+    low, middle, high = ratio_interval(paired.samples[lad], paired.samples[grpo])
+    return {
+        "pairs": pairs,
+        "lad_ms": summary(paired.samples[lad])["total_ms"],
+        "grpo_ms": summary(paired.samples[grpo])["total_ms"],
+        "time_ratio": middle,
+        "interval": [low, high],
+        "lad_to_eager_grpo_time": ratio(against.samples[lad], against.samples[eager]),
+    }
+
+
 def peak_bytes_cuda(provider: Provider, batch: Batch) -> int:
     """Most memory allocated during one step beyond what was allocated before it."""
     torch.cuda.synchronize()

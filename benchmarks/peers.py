@@ -28,9 +28,9 @@ TRL_CHUNK = 32_768  # vocabulary columns of a tile: the default of TRL's own cal
 def trl_logprobs(batch: Batch) -> Tensor:  # [N]
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    return ChunkedLogProbFunction.apply(
-        batch.hidden, batch.weight, None, batch.targets, 1.0, TRL_CHUNK, None, 1.0, ()
-    )[0]
+    return ChunkedLogProbFunction.apply(batch.hidden, batch.weight, None, batch.targets, 1.0, TRL_CHUNK, None, 1.0, ())[
+        0
+    ]
 
 
 def trl_missing(batch: Batch) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -147,4 +148,5 @@ def write(results: Path = RESULTS, target: Path | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    print(write())
+    # A file as the argument is shown, not filed.
+    print(render([Results.load(Path(p)) for p in sys.argv[1:]]) if sys.argv[1:] else write())

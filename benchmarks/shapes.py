@@ -35,8 +35,10 @@ TINY = (
 )
 
 CPU_SMALL = (
-    Shape("small", 8, 32, 256, 32_000, "a Llama-2 vocabulary at a size that every provider runs in a second"),
-    Shape("GPT-2 narrow", 4, 32, 128, 50_257, "an odd vocabulary: no power of two, no multiple of 16"),
+    Shape(
+        "small", 4, 32, 128, 32_000, "a Llama-2 vocabulary at a size that every provider runs in a fraction of a second"
+    ),
+    Shape("GPT-2 narrow", 4, 16, 64, 50_257, "an odd vocabulary: no power of two, no multiple of 16"),
 )
 
 CPU_FULL = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.measure import Rounds, ratio, ratio_interval
+from benchmarks.measure import claim
 from benchmarks.providers import EAGER
 
 LIMIT = 1.02
@@ -26,28 +26,16 @@ def test_lad_costs_what_grpo_costs(bench, shape, data, impl):
     lad, grpo, eager = found["lad"][ours], found["grpo"][ours], found["grpo"][EAGER]
     batches = bench.batches(shape, data)
 
-    pairs = Rounds([lad, grpo], batches)
-    pairs.warm()
-    for _ in range(PAIRS[bench.set_name]):
-        pairs()
-    low, middle, high = ratio_interval(pairs.samples[lad], pairs.samples[grpo])
-    against = Rounds([lad, eager], batches)
-    against.warm()
-    for _ in range(3):
-        against()
-
+    row = claim(lad, grpo, eager, batches, PAIRS[bench.set_name])
     peaks = bench.peaks(shape)
     memory = {
         name: max(peaks[job][provider], MEMORY_SLACK)
         for name, job, provider in (("lad", "lad", ours), ("grpo", "grpo", ours), ("eager", "grpo", EAGER))
     }
-    bench.results.add(
-        "lad against grpo", shape=str(shape), data=data, impl=impl, pairs=len(pairs.samples[lad]),
-        time_ratio=middle, interval=[low, high], memory_ratio=memory["lad"] / memory["grpo"],
-        lad_to_eager_grpo_time=ratio(against.samples[lad], against.samples[eager]),
-        lad_to_eager_grpo_memory=memory["lad"] / memory["eager"],
-    )  # fmt: skip
+    row |= {"memory_ratio": memory["lad"] / memory["grpo"], "lad_to_eager_grpo_memory": memory["lad"] / memory["eager"]}
+    bench.results.add("lad against grpo", shape=str(shape), data=data, impl=impl, **row)
     if bench.set_name == "tiny":
         return  # fixed costs of microseconds, not the head, are what so small a step consists of
-    assert low <= LIMIT, f"LAD costs {middle:.3f} of GRPO, 95 % interval {low:.3f} to {high:.3f}"
+    low, high = row["interval"]
+    assert low <= LIMIT, f"LAD costs {row['time_ratio']:.3f} of GRPO, 95 % interval {low:.3f} to {high:.3f}"
     assert memory["lad"] <= LIMIT * memory["grpo"] + MEMORY_SLACK

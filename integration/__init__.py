@@ -1,1 +1,1 @@
-"""Example programs on the public API of `lad_kernels`: a bandit, a trainer, a memory measurement and one demo of all."""
+"""Programs on the public API of `lad_kernels`: a bandit, a trainer, a memory measurement, and one demo of all."""

@@ -5,12 +5,12 @@ policy, which stays frozen. LAD's target is pi* = softmax(log pi_old + A / eta):
 gradient has no such target; its optimum is the single best arm.
 
 Two rows for GRPO, because clipping matters here. The paper's claim is about the objective, hence `grpo` is unclipped:
-under a frozen pi_old it climbs to one arm. `grpo, clipped` (epsilon 0.2) cannot leave the neighbourhood of pi_old, since
-the clip removes every gradient beyond a ratio of 1.2: it neither collapses nor learns the target.
+under a frozen pi_old it climbs to one arm. `grpo, clipped` (epsilon 0.2) stays in the neighbourhood of pi_old, since the
+clip removes every gradient beyond a ratio of 1.2: it neither collapses nor learns the target.
 
 Every method and seed is an independent policy, so all of them share one logits tensor, one softmax and one Adam.
-E_old[e^(A/eta)] > 1, so no policy reaches x = 1 everywhere and every divergence keeps a small bias of its own; `tv` keeps
-more, because without the partition function many policies reach its minimum.
+E_old[e^(A/eta)] > 1, so no policy reaches x = 1 everywhere and every divergence keeps a small bias of its own. `tv`
+keeps more: without the partition function many policies reach its minimum, and the path decides which one is found.
 
     python -m integration.bandit
 """
@@ -36,6 +36,7 @@ ARMS = 50
 BUMPS = ((10, 4.0), (25, 5.0), (40, 4.0))  # (centre, height); every width is 5 arms
 DRAWS = 32  # per step
 ETA = 1.0
+LEARNING_RATE = 5e-3
 DIVERGENCES = ("js", "hd", "tv", "kl", "rkl", "jf", "ps", "pearson")
 MAX_TV_JS = 0.05  # checks: js must come closer to the target than this ...
 MIN_TV_GRPO = 0.5  # ... and unclipped GRPO must stay further away than this
@@ -81,7 +82,7 @@ def run_bandit(
     target = torch.softmax(advantages / ETA, dim=0)  # [ARMS], pi_old is uniform
     logits = torch.zeros(len(losses), seeds, ARMS, requires_grad=True)  # [methods, S, ARMS]
     old_logp = torch.full((seeds * DRAWS,), -math.log(ARMS))  # [N], N = S * DRAWS
-    optimizer = torch.optim.Adam([logits], lr=lr)
+    optimizer = torch.optim.Adam([logits], lr=LEARNING_RATE)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         draws = torch.randint(ARMS, (seeds, DRAWS), generator=generator)  # [S, DRAWS] ~ pi_old

@@ -1,0 +1,250 @@
+"""The GPU experiments that check (E1) or compare whole providers (E5, LAD against GRPO); see `experiments.py`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from benchmarks import gate
+from benchmarks.data import Batch, make_batch
+from benchmarks.measure import Rounds, claim, describe, peak_bytes_cuda, ratio, summary
+from benchmarks.providers import EAGER, Provider, all_providers, split_available
+from benchmarks.shapes import TINY, Shape
+from lad_kernels import (
+    GRPOConfig,
+    LADConfig,
+    group_advantages,
+    grpo_loss,
+    lad_loss,
+    linear_grpo_loss,
+    linear_lad_loss,
+    linear_logprobs,
+    reference,
+)
+from lad_kernels.testing import CONTRACT_MARGIN, FP32_TOLERANCE, check_head, make_inputs, relative_error
+
+if TYPE_CHECKING:
+    from benchmarks.experiments import Run
+
+ROOT = Path(__file__).resolve().parent.parent
+DIVERGENCES = ("js", "hd", "tv", "kl", "rkl", "jf", "ps", "pearson")
+LEVELS = ("token", "sequence", "sequence_sum")
+MIB = 2**20
+
+
+def correctness(run: Run) -> None:
+    """E1. Uninitialised memory is NaN throughout. The exit status is that of our own functions."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    failed = [*head_options(run), *objectives(run), *repeats(run), *gates(run)]
+    if failed:
+        raise SystemExit(f"outside the rule: {', '.join(failed)}")
+
+
+def gates(run: Run) -> Iterator[str]:
+    """The gate for every provider that can run; yields those of ours that miss it."""
+    dtypes = (torch.bfloat16,) if run.dry_run else (torch.bfloat16, torch.float16, torch.float32)
+    for dtype in dtypes:
+        for data in ("flat", "peaked"):
+            batch = gate.gate_batch(data, dtype, run.device)
+            providers, missing = split_available(all_providers(), batch)
+            run.missing(missing)
+            for provider in sorted(providers, key=lambda p: not p.ours):
+                if "compiled" in provider.tags:
+                    continue
+                label = dict(provider=provider.name, job=provider.job, dtype=str(dtype)[6:], data=data)
+                try:
+                    verdict = gate.measure(provider, batch)
+                except Exception as error:  # reported; ours also fail the run
+                    run.add("gate", **label, note=describe(error))
+                    if provider.ours:
+                        yield f"{provider.name} {provider.job}"
+                    continue
+                shown = {name.replace(" ", "_"): f"{e:.1e} of {a:.1e}" for name, (e, a) in verdict.report.items()}
+                run.add("gate", **label, **shown, outside=", ".join(verdict.failed))
+                if provider.ours and verdict.failed:
+                    yield f"{provider.name} {provider.job} {dtype} {data}"
+
+
+def head_options(run: Run) -> Iterator[str]:
+    """linear_logprobs with every logit transform, a bias, masked tokens and the entropy's gradient."""
+    options = dict(bias=True, logit_scale=0.7, softcap=9.0, temperature=0.8)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        inputs = make_inputs(150, 64, 600, dtype=dtype, device=run.device, **options)
+        upstream = torch.randn(150, generator=torch.Generator().manual_seed(1)).to(run.device)
+        head = lambda *args, **kw: linear_logprobs(*args, **kw, impl="triton")  # noqa: E731
+        row = dict(check="linear_logprobs, all options", case=str(dtype)[6:])
+        try:
+            report = check_head(head, inputs, entropy_upstream=upstream)
+        except Exception as error:
+            run.add("checks", **row, worst_share_of_allowance=None, note=describe(error))
+            yield row["check"]
+        else:
+            run.add("checks", **row, worst_share_of_allowance=max(e / a for e, a in report.values()), note="")
+
+
+def objective_cases(dry_run: bool) -> Iterator[tuple[str, Callable, Callable, LADConfig | GRPOConfig]]:
+    for divergence in DIVERGENCES[:2] if dry_run else DIVERGENCES:
+        for level in LEVELS[:2] if dry_run else LEVELS:
+            config = LADConfig(divergence=divergence, eta=1.0, importance_sampling_level=level)
+            yield f"lad_loss {divergence} {level}", lad_loss, reference.lad_loss, config
+    for kind in ("ppo", "cispo", "reinforce"):
+        yield f"grpo_loss {kind}", grpo_loss, reference.grpo_loss, GRPOConfig(policy_loss=kind)
+    for level in LEVELS[1:]:
+        config = GRPOConfig(importance_sampling_level=level)
+        yield f"grpo_loss ppo {level}", grpo_loss, reference.grpo_loss, config
+
+
+def objectives(run: Run) -> Iterator[str]:
+    """Loss gradients from given log-probs, and advantages, against float64."""
+    gen = torch.Generator().manual_seed(2)
+    logprobs = (-3 * torch.rand(6, 37, generator=gen)).to(run.device)  # [B, T]
+    old = (logprobs + 0.1 * torch.randn(6, 37, generator=gen).to(run.device)).clamp(max=0)  # [B, T]
+    mask = (torch.rand(6, 37, generator=gen) > 0.2).to(run.device)  # [B, T]
+    advantages = torch.randn(6, generator=gen).to(run.device)  # [B]
+
+    def gradient(loss: Callable, config: object, dtype: torch.dtype, **impl: str) -> torch.Tensor:  # [B, T]
+        leaf = logprobs.to(dtype).requires_grad_()
+        out = loss(leaf, old.to(dtype), advantages.to(dtype), loss_mask=mask, config=config, **impl)
+        return torch.autograd.grad(out.loss, leaf)[0]
+
+    for name, ours, plain, config in objective_cases(run.dry_run):
+        truth = gradient(plain, config, torch.float64)
+        allowed = CONTRACT_MARGIN * relative_error(gradient(plain, config, torch.float32), truth)
+        found = relative_error(gradient(ours, config, torch.float32, impl="triton"), truth)
+        share = found / max(allowed, FP32_TOLERANCE)
+        run.add("checks", check=name, case="float32", worst_share_of_allowance=share, note="")
+        if not share <= 1:
+            yield name
+    rewards = (100 + 0.01 * torch.randn(24, generator=gen)).to(run.device)  # [B]
+    truth = reference.group_advantages(rewards.double(), group_size=8)
+    share = relative_error(group_advantages(rewards, group_size=8, impl="triton"), truth) / 1e-4
+    run.add("checks", check="group_advantages, rewards 100 +- 0.01", case="float32", worst_share_of_allowance=share,
+            note="float32 rewards: 1e-4")  # fmt: skip
+    if not share <= 1:
+        yield "group_advantages"
+
+
+def repeats(run: Run) -> Iterator[str]:
+    """Two runs agree bitwise; a token's log-prob does not depend on its neighbours."""
+    shape = TINY[0] if run.dry_run else Shape("repeat", 8, 333, 1024, 50_304, "several waves of tiles, odd N")
+    b = make_batch(shape, "flat", torch.bfloat16, run.device)
+
+    def whole(loss: Callable) -> list[torch.Tensor]:
+        padded = b.hidden.view(*b.padded, -1), b.weight, b.targets.view(b.padded), b.old_logprobs
+        out = loss(*padded, advantages=b.advantages, impl="triton")
+        return [out.loss.detach(), out.logprobs, *torch.autograd.grad(out.loss, (b.hidden, b.weight))]
+
+    for loss in (linear_lad_loss, linear_grpo_loss):
+        same = all(torch.equal(x, y) for x, y in zip(whole(loss), whole(loss)))
+        run.add("checks", check=f"{loss.__name__} twice", case="bitwise", worst_share_of_allowance=None,
+                note="equal" if same else "DIFFERENT")  # fmt: skip
+        if not same:
+            yield f"{loss.__name__} twice"
+    with torch.no_grad():
+        full = linear_logprobs(b.hidden, b.weight, b.targets, impl="triton")
+        part = linear_logprobs(b.hidden[:37], b.weight, b.targets[:37], impl="triton")
+    same = torch.equal(full.logprobs[:37], part.logprobs)
+    run.add("checks", check="log-probs of 37 tokens alone and in the batch", case="bitwise",
+            worst_share_of_allowance=None, note="equal" if same else "DIFFERENT")  # fmt: skip
+    if not same:
+        yield "batch invariance"
+
+
+def test_suite(run: Run) -> None:
+    """The repository's tests, which use the GPU when there is one."""
+    files = ["test_head.py", "test_head_kernels.py", "test_loss.py", "test_divergences.py", "test_mutants.py"]
+    arguments = ["-n", "8", *(f"tests/{f}" for f in files)]
+    if run.dry_run:
+        arguments = ["-n", "0", "tests/test_head.py", "-k", "test_parity_with_float64 and float32 and one"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=run.time_left())
+    print(done.stdout[-20_000:], done.stderr[-2000:])
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    last = done.stdout.strip().splitlines()[-1:] or ["no output"]
+    for line in [*lines[:30], *last]:
+        run.add("test suite", line=line[:200])
+    if done.returncode:
+        raise SystemExit(f"pytest: exit status {done.returncode}")
+
+
+def lad_against_grpo(run: Run) -> None:
+    """The ratio of the two losses in the same kernels, and of LAD to eager GRPO, in time and peak memory."""
+    for shape in run.shapes[:2]:
+        for data in ("flat", "peaked"):
+            batches = run.batches(shape, data)
+            ours = "lad_kernels (triton)"
+            lad, grpo = (next(p for p in all_providers(job) if p.name == ours) for job in ("lad", "grpo"))
+            eager = next(p for p in all_providers("grpo") if p.name == EAGER)
+            row = claim(lad, grpo, eager, batches, 4 if run.dry_run else 40)
+            if run.device == "cuda":
+                peaks = [peak_bytes_cuda(p, batches[0]) for p in (lad, grpo, eager)]
+                row |= {"memory_ratio": peaks[0] / peaks[1], "lad_to_eager_grpo_memory": peaks[0] / peaks[2]}
+            run.add("lad against grpo", shape=str(shape), data=data, impl="triton", **row)
+            del batches
+            if run.time_left() < 10:
+                return
+
+
+def peers(run: Run, *, slow: bool = False) -> None:
+    """E5: everything that is installed, on the same inputs in turns."""
+    for shape in run.shapes[:1] if slow or run.dry_run else run.shapes:
+        for data in ("flat", "peaked"):
+            batches = run.batches(shape, data)
+            available, missing = split_available(all_providers(), batches[0])
+            run.missing(missing)
+            for job in ("head", "grpo", "lad", "ce"):
+                if run.time_left() < 10:
+                    return
+                chosen = [p for p in available if p.job == job]
+                chosen = [p for p in chosen if ("compiled" in p.tags) == slow or p.name == EAGER]
+                compare(run, chosen, job, shape, data, batches)
+
+
+def compare(run: Run, providers: list[Provider], job: str, shape: Shape, data: str, batches: list[Batch]) -> None:
+    """Gate, then rounds until the time is up, then memory; one row per provider."""
+    verdicts = {}
+    for provider in providers:
+        try:
+            verdicts[provider] = gate.check(provider, gate.gate_batch(data, torch.bfloat16, run.device))
+        except Exception as error:  # named in the table of what was not measured
+            run.missing({provider.name: f"gate {describe(error)}"})
+    rounds = Rounds(list(verdicts), batches)
+    rounds.warm()
+    for count in range(run.repeats):
+        if count >= 5 and run.time_left() < 8:
+            break
+        rounds()
+    run.missing(rounds.failed)
+    baseline = next((s for p, s in rounds.samples.items() if p.name == EAGER), None)
+    for provider, samples in rounds.samples.items():
+        run.add(
+            "speed", job=job, shape=str(shape), data=data, dtype="bfloat16", provider=provider.name,
+            ours=provider.ours, note=provider.note, rounds=len(samples), **summary(samples),
+            vs_eager=ratio(samples, baseline) if baseline else None, errors=verdicts[provider].errors,
+            outside=verdicts[provider].failed,
+        )  # fmt: skip
+        if run.device == "cuda" and data == "flat":
+            peak = peak_bytes_cuda(provider, batches[0])
+            run.add(
+                "memory", job=job, shape=str(shape), provider=provider.name, ours=provider.ours, peak_mib=peak / MIB,
+                beyond_gradients_mib=max(peak - batches[0].gradient_bytes, 0) / MIB,
+            )  # fmt: skip
+
+
+def slow_peers(run: Run) -> None:
+    """E5 for torch.compile and other providers that take long to start."""
+    if run.dry_run:
+        run.missing({"providers that compile for long": "not run dry"})
+        return
+    peers(run, slow=True)
+
+
+EXPERIMENTS: dict[str, Callable[[Run], None]] = {
+    f.__name__: f for f in (correctness, test_suite, lad_against_grpo, peers, slow_peers)
+}

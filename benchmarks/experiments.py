@@ -1,0 +1,328 @@
+"""The GPU experiments, each a function of (Run): `python -m benchmarks.experiments NAME RESULTS [--dry-run]`.
+
+Every row is saved as soon as it is measured. Times are CUDA events, medians of at least 20 runs with quartiles; inputs
+rotate among copies that the L2 cannot hold. TFLOP/s count 2 N D V per product that the path launches.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import device_checks, machine, report
+from benchmarks.data import Batch, make_batches
+from benchmarks.measure import describe, quartiles
+from benchmarks.shapes import GPU, TINY, Shape
+from lad_kernels import linear_lad_loss, linear_logprobs
+
+ROOT = Path(__file__).resolve().parent.parent
+MIB = 2**20
+
+
+class Run:
+    """One experiment's device, shapes, clock and results."""
+
+    def __init__(self, path: Path, dry_run: bool):
+        self.path, self.dry_run = path, dry_run
+        self.device = "cpu" if dry_run else "cuda"
+        self.shapes = TINY if dry_run else GPU
+        self.repeats = 2 if dry_run else 20
+        self.end = time.monotonic() + float(os.environ.get("LAD_KERNELS_SECONDS", "600"))
+        notes = ["Dry run on CPU in Triton's interpreter: the numbers mean nothing."] if dry_run else []
+        self.results = report.Results({**machine.describe(self.device, "benchmarks/gpu.sh"), "notes": notes})
+        self.results.save(path)
+
+    def add(self, table: str, **row: object) -> None:
+        self.results.add(table, **row)
+        self.results.save(self.path)
+
+    def missing(self, found: dict[str, str]) -> None:
+        self.results.missing |= found
+        self.results.save(self.path)
+
+    def time_left(self) -> float:
+        return self.end - time.monotonic()
+
+    def time(self, function: Callable[[int], object]) -> list[float]:
+        """Quartiles in ms of function(i), i counting the calls."""
+        for i in range(1 if self.dry_run else 3):
+            function(i)
+        seconds = []
+        for i in range(self.repeats):
+            if self.device == "cuda":
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                function(i)
+                stop.record()
+                stop.synchronize()
+                seconds.append(start.elapsed_time(stop) / 1e3)
+            else:
+                begin = time.perf_counter()
+                function(i)
+                seconds.append(time.perf_counter() - begin)
+        return quartiles(seconds)
+
+    def batches(self, shape: Shape, data: str = "flat", dtype: torch.dtype = torch.bfloat16) -> list[Batch]:
+        return make_batches(shape, data, dtype, self.device)
+
+
+def rate(flops: float, milliseconds: list[float]) -> float:
+    """TFLOP/s at the median."""
+    return flops / milliseconds[1] / 1e9
+
+
+def ceilings(run: Run) -> None:
+    """E0: what the library and the memory of this device reach."""
+    side, buffer = (64, 1 << 16) if run.dry_run else (8192, 4 << 30)
+    squares = [torch.randn(side, side, device=run.device).bfloat16() for _ in range(4)]
+    ms = run.time(lambda i: squares[i % 2] @ squares[2 + i % 2])
+    run.add("ceilings", what=f"bf16 product {side}^3", ms=ms, tflops=rate(2 * side**3, ms), gb_per_s=None)
+    source = torch.randint(0, 255, (buffer,), dtype=torch.uint8, device=run.device)
+    target = torch.empty_like(source)
+    ms = run.time(lambda i: target.copy_(source))
+    run.add("ceilings", what=f"copy of {buffer / MIB:.3g} MiB", ms=ms, tflops=None, gb_per_s=2 * buffer / ms[1] / 1e6)
+    del source, target, squares
+    for shape in run.shapes:
+        for what, ms in three_products(run, shape).items():
+            run.add("ceilings", what=f"{what}, {shape}", ms=ms, tflops=rate(shape.flops, ms), gb_per_s=None)
+        if run.time_left() < 8:
+            return
+
+
+def three_products(run: Run, shape: Shape) -> dict[str, list[float]]:
+    """Bare library products of a head's forward and backward."""
+    n, d, v = shape.tokens, shape.hidden_size, shape.vocab_size
+    hidden = [torch.randn(n, d, device=run.device).bfloat16() for _ in range(2)]  # [N, D]
+    weight = [torch.randn(v, d, device=run.device).bfloat16() for _ in range(2)]  # [V, D]
+    dz = torch.randn(n, v, device=run.device, dtype=torch.bfloat16)  # [N, V]
+    found = {
+        "logits = h W^T": run.time(lambda i: hidden[i % 2] @ weight[i % 2].T),
+        "dH = dZ W": run.time(lambda i: dz @ weight[i % 2]),
+        "dW = dZ^T h": run.time(lambda i: dz.T @ hidden[i % 2]),
+    }
+    if run.device == "cuda":
+        mixed = {"out_dtype": torch.float32}
+        found["logits, fp32 output"] = run.time(lambda i: torch.mm(hidden[i % 2], weight[i % 2].T, **mixed))
+    return found
+
+
+def forward_tiles(run: Run) -> None:
+    """E2: tile shapes of the forward; all at the first shape, then the best three at the others and with entropy."""
+    from lad_kernels.head.kernels import forward
+    from lad_kernels.head.logits import LogitTransform
+
+    def measure(shape: Shape, batches: list[Batch], tiles, entropy: bool, product_ms: float) -> float:
+        def call(i: int):
+            b = batches[i % len(batches)]
+            return forward.forward(
+                b.hidden, b.weight, b.targets, None, LogitTransform(), want_entropy=entropy, want_block_lse=True,
+                tiles=tiles,
+            )  # fmt: skip
+
+        name = "table's choice" if tiles is None else repr(tiles)
+        try:
+            error = (call(0).lse - lse(batches[0])).abs().max().item()
+            ms = run.time(call)
+        except Exception as problem:  # a tile the device refuses is a result
+            run.add("forward tiles", shape=str(shape), tiles=name, entropy=entropy, ms=None, note=describe(problem))
+            return float("inf")
+        run.add(
+            "forward tiles", shape=str(shape), tiles=name, entropy=entropy, ms=ms, tflops=rate(shape.flops, ms),
+            of_library_product=product_ms / ms[1], lse_difference=error,
+        )  # fmt: skip
+        return ms[1]
+
+    first, *others = run.shapes[:2] if run.dry_run else run.shapes[:5]
+    batches = run.batches(first)
+    product = run.time(lambda i: batches[i % len(batches)].hidden.detach() @ batches[0].weight.detach().T)[1]
+    found = {tiles: measure(first, batches, tiles, False, product) for tiles in (None, *tile_variants(run.dry_run))}
+    best = sorted(found, key=found.get)[: 1 if run.dry_run else 3]
+    for tiles in best:
+        measure(first, batches, tiles, True, product)
+    for shape in others:
+        if run.time_left() < 8:
+            return
+        del batches
+        batches = run.batches(shape)
+        product = run.time(lambda i: batches[i % len(batches)].hidden.detach() @ batches[0].weight.detach().T)[1]
+        for tiles in dict.fromkeys((None, *best)):
+            measure(shape, batches, tiles, False, product)
+
+
+@torch.no_grad()
+def lse(batch: Batch) -> Tensor:  # [N]
+    """Log-sum-exp of float32 logits from a library product, 1,024 rows at a time."""
+    rows = [h.float() @ batch.weight.float().T for h in batch.hidden[:1024].split(256)]
+    head = torch.cat([z.logsumexp(1) for z in rows])
+    tail = [(h @ batch.weight.T).float().logsumexp(1) for h in batch.hidden[1024:].split(1024)]
+    return torch.cat([head, *tail])
+
+
+def tile_variants(dry_run: bool) -> list:
+    """Most promising first, so that a cut costs the least."""
+    from lad_kernels.head.kernels.configs import Tiles
+
+    if dry_run:
+        return [Tiles(64, 128, 32, 8, 8, 2), Tiles(128, 256, 64, 8, 8, 3, tma=True)]
+    base = Tiles(128, 256, 64, 8, 8, 3, tma=True)
+    small = Tiles(128, 128, 64, 8, 4, 3, tma=True)
+    return [
+        base, replace(base, stages=4), replace(base, group_n=16), replace(base, group_n=4), small,
+        replace(small, stages=4), Tiles(256, 128, 64, 8, 8, 3, tma=True), Tiles(128, 256, 32, 8, 8, 4, tma=True),
+        replace(base, tma=False), replace(small, warps=8), Tiles(128, 128, 128, 8, 8, 2, tma=True),
+        Tiles(64, 256, 64, 8, 4, 4, tma=True),
+    ]  # fmt: skip
+
+
+def slabs(run: Run) -> None:
+    """E4: the two-pass backward against its workspace."""
+    from lad_kernels.head.kernels import dense, forward
+    from lad_kernels.head.logits import LogitGradient, LogitTransform
+
+    plain = LogitTransform()
+    for shape in run.shapes[:2] if run.dry_run else (run.shapes[0], run.shapes[3], run.shapes[1]):
+        batches = run.batches(shape)
+        outs = [
+            forward.forward(b.hidden, b.weight, b.targets, None, plain, want_entropy=False, want_block_lse=False)
+            for b in batches
+        ]
+        for mib in (1, 64) if run.dry_run else (512, 256, 1024, 2048, 128):
+
+            def call(i: int, mib: int = mib, batches: list[Batch] = batches, outs: list = outs):
+                b, out = batches[i % len(batches)], outs[i % len(batches)]
+                return dense.backward(
+                    b.hidden, b.weight, b.targets, None, plain, out.lse, LogitGradient(b.upstream, -b.upstream),
+                    need_hidden=True, need_weight=True, need_bias=False, workspace_bytes=mib * MIB,
+                )  # fmt: skip
+
+            ms = run.time(call)
+            run.add("slabs", shape=str(shape), workspace_mib=mib, ms=ms, tflops=rate(3 * shape.flops, ms))
+            if run.time_left() < 6:
+                return
+
+
+def single_pass(run: Run) -> None:
+    """E3: coefficients known in advance, rows in chunks: three library products and row operations, dW in float32."""
+    for shape in run.shapes[:1] if run.dry_run else (run.shapes[0], run.shapes[3], run.shapes[1]):
+        batches = run.batches(shape)
+        for rows in (32, 64) if run.dry_run else (4096, 2048, 8192, 1024):
+
+            def call(i: int, rows: int = rows, batches: list[Batch] = batches):
+                return single_pass_step(batches[i % len(batches)], rows)
+
+            ms = run.time(call)
+            run.add("single pass", shape=str(shape), rows=rows, ms=ms, tflops=rate(3 * shape.flops, ms))
+            if run.time_left() < 6:
+                return
+
+
+@torch.no_grad()
+def single_pass_step(batch: Batch, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probs [N], dH [N, D], dW [V, D]) with the upstream gradient at hand in the forward."""
+    mixed = {"out_dtype": torch.float32} if batch.hidden.is_cuda else {}
+    dw = torch.zeros(batch.weight.shape, dtype=torch.float32, device=batch.weight.device)  # [V, D]
+    dh, logprobs = torch.empty_like(batch.hidden), torch.empty_like(batch.upstream)
+    for start in range(0, len(batch.hidden), rows):
+        chunk = slice(start, start + rows)
+        h, y, c = batch.hidden[chunk], batch.targets[chunk, None], batch.upstream[chunk, None]  # [C, D], [C, 1], [C, 1]
+        log_p = torch.mm(h, batch.weight.T, **mixed).float().log_softmax(-1)  # [C, V]
+        logprobs[chunk] = log_p.gather(1, y)[:, 0]
+        dz = log_p.exp_().mul_(-c).scatter_add_(1, y, c).to(h.dtype)  # [C, V]
+        torch.mm(dz, batch.weight, out=dh[chunk])
+        if mixed:
+            torch.addmm(dw, dz.T, h, out=dw, **mixed)
+        else:
+            dw.addmm_(dz.float().T, h.float())
+    return logprobs, dh, dw.to(batch.weight.dtype)
+
+
+def one_step(run: Run) -> None:
+    """What the profiler and the checker watch: forward and backward of the head and of the whole loss."""
+    watched = os.environ.get("LAD_KERNELS_STEP", "small")
+    dtypes = (torch.bfloat16,) if watched == "large" else (torch.bfloat16, torch.float32)
+    for dtype in dtypes:
+        b = run.batches(run.shapes[0] if watched == "large" else TINY[0], dtype=dtype)[0]
+        linear_logprobs(b.hidden, b.weight, b.targets, impl="triton").logprobs.backward(b.upstream)
+        if watched == "small":
+            padded = b.hidden.view(*b.padded, -1), b.weight, b.targets.view(b.padded), b.old_logprobs
+            linear_lad_loss(*padded, advantages=b.advantages, impl="triton").loss.backward()
+    if run.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def tool(run: Run, name: str, arguments: list[str], step: str) -> subprocess.CompletedProcess | None:
+    """Run `one_step` under a CUDA tool; None, and a reason, where the tool is absent."""
+    if shutil.which(name) is None:
+        run.missing({name: f"{name} is not on the path"})
+        return None
+    target = [sys.executable, "-m", "benchmarks.experiments", "one_step", str(run.path.with_suffix(".step"))]
+    environment = {
+        **os.environ,
+        "LAD_KERNELS_STEP": step,
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1" if step == "small" else "",
+    }
+    if step != "small":
+        del environment["PYTORCH_NO_CUDA_MEMORY_CACHING"]
+    return subprocess.run(
+        [name, *arguments, *target], cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+        timeout=max(run.time_left(), 1),
+    )  # fmt: skip
+
+
+def sanitizer(run: Run) -> None:
+    """E10: out-of-bounds accesses and races of the kernels on small shapes."""
+    for kind in ("memcheck", "racecheck"):
+        done = tool(run, "compute-sanitizer", ["--tool", kind, "--error-exitcode", "9"], "small")
+        if done is None:
+            return
+        print(done.stdout[-4000:], done.stderr[-2000:])
+        lines = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
+        run.add("sanitizer", tool=kind, exit_status=done.returncode, summary=lines[-1] if lines else "no summary")
+
+
+def counters(run: Run) -> None:
+    """E9: what limits the forward's and the backward's kernel; the text goes to ncu.txt."""
+    sections = (
+        "SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "WarpStateStats", "LaunchStats",
+        "Occupancy",
+    )  # fmt: skip
+    arguments = ["--clock-control", "none", "-k", "regex:_partials_kernel|_logit_gradient_kernel", "-c", "2"]
+    done = tool(run, "ncu", [*arguments, *(x for s in sections for x in ("--section", s))], "large")
+    if done is None:
+        return
+    (Path(os.environ.get("LAD_KERNELS_OUT", run.path.parent)) / "ncu.txt").write_text(done.stdout + done.stderr)
+    wanted = ("_kernel", "Duration", "Compute (SM) Throughput", "Memory Throughput", "L2 Cache Throughput", "Registers")
+    for line in done.stdout.splitlines():
+        if any(word in line for word in wanted):
+            run.add("counters", line=" ".join(line.split())[:160])
+    if done.returncode:
+        run.missing({"ncu": f"exit status {done.returncode}: {(done.stdout + done.stderr)[-200:]}"})
+
+
+EXPERIMENTS: dict[str, Callable[[Run], None]] = {
+    f.__name__: f for f in (ceilings, forward_tiles, slabs, single_pass, one_step, sanitizer, counters)
+} | device_checks.EXPERIMENTS
+
+
+def main() -> None:
+    name, path, *flags = sys.argv[1:]
+    torch.manual_seed(0)
+    if "--dry-run" in flags:
+        from tests import interpreter
+
+        torch.set_num_threads(1)
+        interpreter.install()
+    EXPERIMENTS[name](Run(Path(path), "--dry-run" in flags))
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,8 @@ here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "lad_kernels" / "__init__.py").read_text()).group(1)
 train = ["transformers>=5.0", "reasoning-gym>=0.1.24", "rich>=13", "matplotlib>=3.8"]
 oracles = ["liger-kernel>=0.8", "cut-cross-entropy>=25.1"]
-test = ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.15", "mypy>=1.18", *oracles]
+lint = ["ruff>=0.15", "mypy>=1.18"]
+test = ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "hypothesis>=6.100", *lint, *oracles]
 bench = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", *oracles]
 
 setup(

@@ -41,7 +41,7 @@ def correctness(run: Run) -> None:
     """E1. Uninitialised memory is NaN throughout. The exit status is that of our own functions."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    failed = [*head_options(run), *objectives(run), *repeats(run), *gates(run)]
+    failed = [*head_options(run), *repeats(run), *gates(run), *objectives(run)]
     if failed:
         raise SystemExit(f"outside the rule: {', '.join(failed)}")
 
@@ -50,7 +50,7 @@ def gates(run: Run) -> Iterator[str]:
     """The gate for every provider that can run; yields those of ours that miss it."""
     dtypes = (torch.bfloat16,) if run.dry_run else (torch.bfloat16, torch.float16, torch.float32)
     for dtype in dtypes:
-        for data in ("flat", "peaked"):
+        for data in ("flat",) if run.dry_run else ("flat", "peaked"):
             batch = gate.gate_batch(data, dtype, run.device)
             providers, missing = split_available(all_providers(), batch)
             run.missing(missing)
@@ -114,6 +114,9 @@ def objectives(run: Run) -> Iterator[str]:
         return torch.autograd.grad(out.loss, leaf)[0]
 
     for name, ours, plain, config in objective_cases(run.dry_run):
+        if run.time_left() < 8:  # each case is a kernel to compile; the test suite has them all
+            run.add("checks", check=name, case="float32", worst_share_of_allowance=None, note="not reached")
+            continue
         truth = gradient(plain, config, torch.float64)
         allowed = CONTRACT_MARGIN * relative_error(gradient(plain, config, torch.float32), truth)
         found = relative_error(gradient(ours, config, torch.float32, impl="triton"), truth)
@@ -175,13 +178,13 @@ def test_suite(run: Run) -> None:
 
 def lad_against_grpo(run: Run) -> None:
     """The ratio of the two losses in the same kernels, and of LAD to eager GRPO, in time and peak memory."""
-    for shape in run.shapes[:2]:
+    for shape in run.shapes[: 1 if run.dry_run else 2]:
         for data in ("flat", "peaked"):
             batches = run.batches(shape, data)
             ours = "lad_kernels (triton)"
             lad, grpo = (next(p for p in all_providers(job) if p.name == ours) for job in ("lad", "grpo"))
             eager = next(p for p in all_providers("grpo") if p.name == EAGER)
-            row = claim(lad, grpo, eager, batches, 4 if run.dry_run else 40)
+            row = claim(lad, grpo, eager, batches, 2 if run.dry_run else 40)
             if run.device == "cuda":
                 peaks = [peak_bytes_cuda(p, batches[0]) for p in (lad, grpo, eager)]
                 row |= {"memory_ratio": peaks[0] / peaks[1], "lad_to_eager_grpo_memory": peaks[0] / peaks[2]}
@@ -194,7 +197,7 @@ def lad_against_grpo(run: Run) -> None:
 def peers(run: Run, *, slow: bool = False) -> None:
     """E5: everything that is installed, on the same inputs in turns."""
     for shape in run.shapes[:1] if slow or run.dry_run else run.shapes:
-        for data in ("flat", "peaked"):
+        for data in ("flat",) if run.dry_run else ("flat", "peaked"):
             batches = run.batches(shape, data)
             available, missing = split_available(all_providers(), batches[0])
             run.missing(missing)
@@ -203,6 +206,8 @@ def peers(run: Run, *, slow: bool = False) -> None:
                     return
                 chosen = [p for p in available if p.job == job]
                 chosen = [p for p in chosen if ("compiled" in p.tags) == slow or p.name == EAGER]
+                if slow and len(chosen) < 2:
+                    continue
                 compare(run, chosen, job, shape, data, batches)
 
 

@@ -86,11 +86,9 @@ def ceilings(run: Run) -> None:
     squares = [torch.randn(side, side, device=run.device).bfloat16() for _ in range(4)]
     ms = run.time(lambda i: squares[i % 2] @ squares[2 + i % 2])
     run.add("ceilings", what=f"bf16 product {side}^3", ms=ms, tflops=rate(2 * side**3, ms), gb_per_s=None)
-    source = torch.randint(0, 255, (buffer,), dtype=torch.uint8, device=run.device)
-    target = torch.empty_like(source)
+    source, target = (torch.randint(0, 255, (buffer,), dtype=torch.uint8, device=run.device) for _ in range(2))
     ms = run.time(lambda i: target.copy_(source))
     run.add("ceilings", what=f"copy of {buffer / MIB:.3g} MiB", ms=ms, tflops=None, gb_per_s=2 * buffer / ms[1] / 1e6)
-    del source, target, squares
     for shape in run.shapes:
         for what, ms in three_products(run, shape).items():
             run.add("ceilings", what=f"{what}, {shape}", ms=ms, tflops=rate(shape.flops, ms), gb_per_s=None)
@@ -143,7 +141,7 @@ def forward_tiles(run: Run) -> None:
 
     first, *others = run.shapes[:2] if run.dry_run else run.shapes[:5]
     batches = run.batches(first)
-    product = run.time(lambda i: batches[i % len(batches)].hidden.detach() @ batches[0].weight.detach().T)[1]
+    product = product_ms(run, batches)
     found = {tiles: measure(first, batches, tiles, False, product) for tiles in (None, *tile_variants(run.dry_run))}
     best = sorted(found, key=found.get)[: 1 if run.dry_run else 3]
     for tiles in best:
@@ -153,9 +151,15 @@ def forward_tiles(run: Run) -> None:
             return
         del batches
         batches = run.batches(shape)
-        product = run.time(lambda i: batches[i % len(batches)].hidden.detach() @ batches[0].weight.detach().T)[1]
+        product = product_ms(run, batches)
         for tiles in dict.fromkeys((None, *best)):
             measure(shape, batches, tiles, False, product)
+
+
+@torch.no_grad()
+def product_ms(run: Run, batches: list[Batch]) -> float:
+    """One bare library product of the shape."""
+    return run.time(lambda i: batches[i % len(batches)].hidden @ batches[0].weight.T)[1]
 
 
 @torch.no_grad()
@@ -265,13 +269,9 @@ def tool(run: Run, name: str, arguments: list[str], step: str) -> subprocess.Com
         run.missing({name: f"{name} is not on the path"})
         return None
     target = [sys.executable, "-m", "benchmarks.experiments", "one_step", str(run.path.with_suffix(".step"))]
-    environment = {
-        **os.environ,
-        "LAD_KERNELS_STEP": step,
-        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1" if step == "small" else "",
-    }
-    if step != "small":
-        del environment["PYTORCH_NO_CUDA_MEMORY_CACHING"]
+    environment = {**os.environ, "LAD_KERNELS_STEP": step}
+    if step == "small":
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor an allocation: its bounds are then watched
     return subprocess.run(
         [name, *arguments, *target], cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
         timeout=max(run.time_left(), 1),

@@ -95,7 +95,7 @@ def merge(folder: Path, statuses: dict[str, str]) -> dict:
         "device": "unknown", "versions": {}, "commit": "unknown", **record["machine"], "command": "benchmarks/gpu.sh"
     }  # fmt: skip
     record["tables"]["experiments"] = [
-        {"experiment": e.name, "what": e.what, "status": statuses.get(e.name, "cut: the deadline came first")}
+        {"experiment": e.name, "what": e.what, "status": statuses.get(e.name, "not run: not reached, or not asked for")}
         for e in PLAN
     ]
     record["missing"] |= {what.split(":")[0] + " " + what.split(": ")[1]: "not built yet" for what in NOT_BUILT}

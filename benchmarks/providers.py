@@ -58,7 +58,7 @@ class Provider:
         return self.unavailable(batch)
 
     def step(self, batch: Batch) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
-        """(value, backward): the forward has run, `backward()` gives the gradients of hidden [N, D] and weight [V, D]."""
+        """(value, backward): the forward has run; `backward()` gives dH [N, D] and dW [V, D]."""
         value = self.forward(batch)
         upstream = batch.upstream.to(value.dtype) if self.job == "head" else None
 

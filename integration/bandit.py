@@ -5,7 +5,7 @@ policy, which stays frozen. LAD's target is pi* = softmax(log pi_old + A / eta):
 gradient has no such target; its optimum is the single best arm.
 
 Two rows for GRPO, because clipping matters here. The paper's claim is about the objective, hence `grpo` is unclipped:
-under a frozen pi_old it climbs to one arm. `grpo, clipped` (epsilon 0.2) stays in the neighbourhood of pi_old, since the
+under a frozen pi_old it climbs to one arm. `grpo, clipped` (epsilon 0.2) stays in the neighbourhood of pi_old, as the
 clip removes every gradient beyond a ratio of 1.2: it neither collapses nor learns the target.
 
 Every method and seed is an independent policy, so all of them share one logits tensor, one softmax and one Adam.
@@ -36,6 +36,7 @@ ARMS = 50
 BUMPS = ((10, 4.0), (25, 5.0), (40, 4.0))  # (centre, height); every width is 5 arms
 DRAWS = 32  # per step
 ETA = 1.0
+LEARNING_RATE = 5e-3
 LEARNING_RATE = 5e-3
 DIVERGENCES = ("js", "hd", "tv", "kl", "rkl", "jf", "ps", "pearson")
 MAX_TV_JS = 0.05  # checks: js must come closer to the target than this ...
@@ -133,6 +134,7 @@ def bandit_checks(result: BanditResult) -> dict[str, bool]:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     outcome = run_bandit()
     Console().print(bandit_sheet(outcome).rich())
     checks = bandit_checks(outcome)

@@ -50,9 +50,8 @@ def run_folder(folder: Path, algorithm: str, seed: int) -> Path:
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """A run's lines so far."""
     path = folder / "metrics.jsonl"
-    return (
-        [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
-    )
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be half written
 
 
 def run_once(config: TrainConfig, start: Path, task: Task) -> Evaluation:

@@ -3,8 +3,8 @@
     python -m integration.demo            # everything, about six minutes on two cores
     python -m integration.demo --quick    # the same path at toy size, for tests; says nothing about learning
 
-Outputs go to `runs/<time>/`: report.md, PNG plots, metrics.jsonl (every step of every run) and one folder per run with its
-checkpoint. The exit status is 1 when a stated check fails.
+Outputs go to `runs/<time>/`: report.md, PNG plots, metrics.jsonl (every step of every run) and one folder per run with
+its checkpoint. The exit status is 1 when a stated check fails.
 """
 
 from __future__ import annotations
@@ -127,4 +127,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # tiny tensors: a second thread waits more than it works; workers use the other cores
     raise SystemExit(main())

@@ -1,8 +1,8 @@
 """Peak memory and time of one loss with gradients at a real vocabulary: stored logits against ours.
 
-Each provider runs in a process of its own, so that neither inherits the other's peak. On the CPU the peak is that of the
-resident set (`ru_maxrss`) above its value once the inputs exist; on CUDA it is the allocator's. Both include the gradients
-of hidden states and weight, which every provider has to return.
+Each provider runs in a process of its own, so that neither inherits the other's peak. On the CPU the peak is that of
+the resident set above its size once the inputs exist; on CUDA it is the allocator's. Both include the gradients of
+hidden states and weight, which every provider has to return.
 
     python -m integration.memory ours --tokens 512
 """
@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -38,6 +39,20 @@ def ours(hidden: Tensor, weight: Tensor, target: Tensor, old_logp: Tensor, advan
     return linear_lad_loss(hidden, weight, target, old_logp, advantages=advantages).loss
 
 
+def peak_resident_bytes() -> int:
+    """The largest resident set this process ever had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere else
+
+
+def resident_bytes() -> int:
+    """The resident set now; where /proc is missing, its peak so far, which makes the difference a lower bound."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return peak_resident_bytes()
+    return int(statm.read_text().split()[1]) * resource.getpagesize()
+
+
 def measure(provider: str, tokens: int, hidden_size: int, device: str) -> dict[str, float]:
     """Peak bytes above the inputs and seconds of one loss with both gradients, in this process."""
     cuda = device == "cuda"
@@ -55,13 +70,13 @@ def measure(provider: str, tokens: int, hidden_size: int, device: str) -> dict[s
         hidden.grad = weight.grad = None
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = torch.cuda.memory_allocated() if cuda else resident_bytes()
     started = time.perf_counter()
     loss(hidden, weight, target, old_logp, advantages).backward()
     if cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()
     return {"bytes": peak - before, "seconds": seconds}
 
 

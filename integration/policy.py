@@ -1,12 +1,12 @@
 """A causal language model as the losses see it: backbone, head, packed sequences, and a sampler.
 
-The head's matrix product never happens here except for the few rows that are sampled from: the backbone's hidden states go
-to `lad_kernels` together with the head's weight and whatever the model does to its logits afterwards (bias, scale,
+The head's matrix product never happens here except for the few rows that are sampled from: the backbone's hidden states
+go to `lad_kernels` together with the head's weight and whatever the model does to its logits afterwards (bias, scale,
 softcap). `check_head` compares the two on a few tokens before anything is trained.
 
 Samples are packed, prompt and completion of each one after the other: N tokens in all, B samples, `cu_seqlens` as in
-flash-attention. With flash-attention the backbone runs on the packed tokens; otherwise it runs right-padded, which a causal
-model cannot notice, and its rows are packed afterwards.
+flash-attention. With flash-attention the backbone runs on the packed tokens; otherwise it runs right-padded, which a
+causal model cannot notice, and its rows are packed afterwards.
 """
 
 from __future__ import annotations
@@ -136,9 +136,9 @@ def check_head(policy: Policy, temperature: float) -> None:
     tolerance = 1e-3 if policy.device.type == "cpu" else 0.25  # the model's own logits are bf16 on CUDA
     if not error <= tolerance:
         raise ValueError(
-            f"model {type(policy.model).__name__}: log-probabilities from its hidden states and head differ by {error:.3g} "
-            f"from its own logits (allowed {tolerance:g}); its logits are transformed in a way that bias, logit_scale "
-            "and softcap do not express, so it cannot be trained here"
+            f"model {type(policy.model).__name__}: log-probabilities from its hidden states and head differ by {error:.3g}"
+            f" from its own logits, expected at most {tolerance:g}; bias, logit_scale and softcap do not express how its "
+            "logits are transformed, so it cannot be trained here"
         )
 
 

@@ -1,15 +1,13 @@
-"""LAD or GRPO on verifiable problems, one file, top to bottom: policy, rollouts, update, evaluation, checkpoint, loop.
+"""LAD or GRPO on verifiable problems, one file, top to bottom: configuration, rollouts, update, evaluation, loop.
 
-Without `--model` the policy is a small Llama-style decoder with random weights and a tokenizer built in process; a short
-supervised warm start on generated solutions teaches it the format, reinforcement learning does the rest. With
-`--model PATH_OR_ID --device cuda` the same loop fine-tunes a pretrained causal language model in bf16 autocast with fp32
-weights, with flash-attention and Liger's layer kernels where they are installed.
+Without `--model` the policy is a small Qwen3-style decoder with random weights and a tokenizer built in process: a few
+supervised steps on generated solutions teach it the format, reinforcement learning does the rest. With
+`--model PATH_OR_ID --device cuda` the same loop fine-tunes a pretrained causal language model: fp32 weights, bf16
+autocast, flash-attention and Liger's layer kernels where they are installed.
 
 The logits of the training batch are never stored: the backbone's hidden states go to `linear_lad_loss` or
-`linear_grpo_loss` with the head's weight. Sequences are packed, [N, D] with `cu_seqlens`: prompt and completion of each
-sample follow each other and `loss_mask` marks the rows that predict a completion token. With flash-attention the backbone
-itself runs on the packed tokens; otherwise it runs right-padded, which a causal model cannot notice, and its rows are
-packed afterwards.
+`linear_grpo_loss` with the head's weight, packed, [N, D] with `cu_seqlens`; `loss_mask` marks the rows that predict a
+completion token.
 
 A run is reproducible from its seed, and on the CPU `--resume` continues it bit for bit: model, optimiser, generator and
 step are in the checkpoint, and the problems of a step are a function of seed and step.
@@ -57,7 +55,7 @@ class TrainConfig:
     model: str | None = None  # path or hub id; none builds a small decoder
     device: str = "cpu"
     seed: int = 0  # of sampling and of the order of problems
-    steps: int = 100  # rollouts
+    steps: int = 200  # rollouts
     prompts_per_step: int = 16
     group_size: int = 8  # completions per prompt
     updates_per_rollout: int = 2  # optimiser steps per rollout; from the second one on the ratio is not 1
@@ -355,7 +353,7 @@ def make_progress(console: Console) -> Progress:
 
 
 def parse_config(arguments: list[str] | None = None) -> TrainConfig:
-    """Flags are the fields of `TrainConfig`; with `--resume` the saved configuration holds wherever no flag is given."""
+    """Flags are the fields of `TrainConfig`; with `--resume` the saved ones hold wherever no flag is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(TrainConfig):
         kind = {"int": int, "float": float}.get(field.type, str)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lad_kernels import linear_logprobs
+from lad_kernels import checks, linear_logprobs
 from lad_kernels.head import dispatch, torch_ops
 from lad_kernels.testing import check_head, format_report, make_inputs, run_head
 from tests.cases import CASES
@@ -174,6 +174,32 @@ def test_memory_of_the_chunked_path_does_not_grow_with_n_times_v(device):
         linear_logprobs(h, w, y).logprobs.sum().backward()
     largest = max(e.cpu_memory_usage for e in prof.events())
     assert 0 < largest <= 2 * torch_ops.TILE_BYTES < 4 * n * v / 4
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_target_outside_the_vocabulary_is_never_a_number(impl, device, monkeypatch):
+    """Where its range is not checked (accelerators), it reads nothing out of bounds and has probability 0."""
+    monkeypatch.setattr(checks, "target_range", lambda *_: None)
+    i = make_inputs(8, 16, 140, device=device, masked=0.0)
+    targets = i.targets.clone()
+    targets[0], targets[1] = 140, -7
+    logprobs = linear_logprobs(i.hidden, i.weight, targets, impl=impl).logprobs
+    assert (logprobs[:2] == -torch.inf).all()
+    assert logprobs[2:].isfinite().all()
+
+
+def test_offsets_beyond_two_to_the_31(device):
+    """Rows 2^23 elements apart: the last token and weight row lie beyond 2^31 elements (lazily zero memory)."""
+    step, rows, width = 2**23 - 1, 260, 16
+    memory = torch.zeros(step * rows, dtype=torch.float16, device=device)
+    h, w = memory.as_strided((rows, width), (step, 1)), memory.as_strided((rows, width), (step, 1), width)
+    gen = torch.Generator().manual_seed(0)
+    for x in (h, w):
+        x.copy_(torch.randn(rows, width, generator=gen))
+    y = torch.arange(rows, device=device).flip(0)
+    far = linear_logprobs(h, w, y, impl="triton").logprobs
+    near = linear_logprobs(h.contiguous(), w.contiguous(), y, impl="triton").logprobs
+    torch.testing.assert_close(far, near, rtol=1e-6, atol=1e-6)
 
 
 def test_why_says_which_path():

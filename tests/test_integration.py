@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ pytest.importorskip("reasoning_gym", reason="integration needs the train extra: 
 from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config, GraniteConfig
 
 from integration import bandit, demo
+from integration.compare import read_records
 from integration.policy import build_policy, check_head, logprobs_of, pack
 from integration.tasks import RIGHT, Task, build_tokenizer, tagged_answer
 from integration.trainer import TrainConfig, evaluate, load_policy, parse_config, save_checkpoint, train, warm_start
@@ -141,7 +141,7 @@ def test_resume_continues_bit_for_bit(task, tmp_path):
     train(second, task, config)
     for a, b in zip(whole.model.parameters(), second.model.parameters()):
         assert torch.equal(a, b)
-    lines = [[json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")] for name in ("whole", "parts")]
+    lines = [read_records(tmp_path / name) for name in ("whole", "parts")]
     assert [x["step"] for x in lines[1]] == [1, 2, 3, 4]
     assert [x["loss"] for x in lines[0]] == [x["loss"] for x in lines[1]]
 
@@ -201,7 +201,7 @@ def test_transformed_logits_are_understood_or_refused(config, tmp_path):
         return out
 
     policy.model.forward = squared
-    with pytest.raises(ValueError, match="logits are transformed"):
+    with pytest.raises(ValueError, match="from its own logits"):
         check_head(policy, 1.0)
 
 
@@ -218,7 +218,7 @@ def test_demo_quick_passes_and_fails_when_a_check_fails(tmp_path, monkeypatch):
     assert demo.main(["--quick", "--out", str(tmp_path / "pass")]) == 0
     for name in ("report.md", "bandit.png", "training.png", "metrics.jsonl", "summary.json"):
         assert (tmp_path / "pass" / name).stat().st_size > 0
-    lines = [json.loads(line) for line in open(tmp_path / "pass" / "metrics.jsonl")]
+    lines = read_records(tmp_path / "pass")
     assert {line["algorithm"] for line in lines} == {"lad", "grpo"}
 
     monkeypatch.setattr(demo, "PARITY", -1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import sys
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from lad_kernels import LADConfig, linear_logprobs, reference
-from lad_kernels.head import autograd, torch_ops
+from lad_kernels.head import autograd, kernels, torch_ops
+from lad_kernels.head.kernels import dense, forward  # noqa: F401  (bound as attributes of the folder)
 from lad_kernels.objective import divergences, policy
 from lad_kernels.testing import check_head, make_inputs
 
@@ -74,6 +76,52 @@ def test_the_chunked_head_without_a_bug_passes(monkeypatch, tmp_path, device):
     mutant.MAX_CHUNK = 40
     monkeypatch.setattr(autograd, "torch_ops", mutant)
     check("torch", torch.float32, device)
+
+
+TRITON_HEAD = {
+    "forward: bias forgotten": ("forward.py", "raw += tl.load(bias + columns, mask=columns < V, other=0.0)",
+                                "raw += 0.0 * tl.load(bias + columns, mask=columns < V, other=0.0)"),
+    "forward: columns beyond V counted": ("forward.py", "tl.where(columns[None, :] < V, z, _LOWEST)", "z"),
+    "forward: block maximum forgotten": ("forward.py", "rows[:, None], top + log_total,", "rows[:, None], log_total,"),
+    "forward: last blocks skipped": ("forward.py", "mass += e\n", "mass += e * (at[:, None] < blocks - 1)\n"),
+    "forward: no entropy inside blocks": ("forward.py", "tl.load(block_entropy + offsets, mask, other=0.0) - below",
+                                          "0.0 - below"),
+    "forward: target of the wrong row": ("forward.py", "y = tl.where(known, y, 0)", "y = tl.where(known, y - 1, 0)"),
+    "dense: one-hot missing": ("dense.py", "g + at_target[:, None], g)", "g, g)"),
+    "dense: one-hot off by one": ("dense.py", "columns[None, :] == y[:, None]", "columns[None, :] == y[:, None] + 1"),
+    "dense: slab offset forgotten": ("dense.py", "other=-1) - column0)", "other=-1) - 0)"),
+    "dense: slope forgotten": ("dense.py", "g + at_target[:, None], g) * slope", "g + at_target[:, None], g)"),
+    "dense: entropy term missing": ("dense.py", "weight -= tl.load(entropy", "weight -= 0.0 * tl.load(entropy"),
+    "dense: dH of the last slab": ("dense.py", "accumulate(dh[run], part, weight[slab], first=v0 == 0)",
+                                   "accumulate(dh[run], part, weight[slab], first=True)"),
+    "dense: bias of the wrong slab": ("dense.py", "None if bias is None else bias[slab]",
+                                      "None if bias is None else bias[: slab.stop - v0]"),
+}  # fmt: skip
+
+
+def plant_in_triton(monkeypatch, mutant) -> None:
+    if hasattr(mutant, "forward"):
+        monkeypatch.setattr(kernels, "forward", mutant)
+    else:  # three slabs of 256 columns
+        small = functools.partial(mutant.backward, workspace_bytes=256 * (90 * 4 + 4 * 80))
+        monkeypatch.setattr(mutant, "_MIN_COLUMNS", 128)
+        monkeypatch.setattr(dense, "backward", small)
+
+
+@pytest.mark.parametrize("bug", TRITON_HEAD)
+def test_bug_in_the_triton_head_is_caught(bug, monkeypatch, tmp_path, device):
+    name, old, new = TRITON_HEAD[bug]
+    plant_in_triton(monkeypatch, mutate(f"head/kernels/{name}", old, new, tmp_path))
+    with pytest.raises(AssertionError):
+        check("triton", torch.float32, device)
+
+
+@pytest.mark.parametrize("name", ("forward.py", "dense.py"))
+def test_the_triton_head_without_a_bug_passes(name, monkeypatch, tmp_path, device):
+    plant_in_triton(
+        monkeypatch, mutate(f"head/kernels/{name}", "import annotations", "import annotations  #", tmp_path)
+    )
+    check("triton", torch.float32, device)
 
 
 POLICY = {

@@ -61,7 +61,8 @@ class LADConfig:
         advantage_scale: how rewards become advantages: `group` (GRPO), `batch`, `none` (Dr. GRPO), `loo` (RLOO).
         centered: use f(x) - f'(1) (x - 1): same exact minimiser, no drift in a group without reward variance.
             Changes `kl` and `rkl` only.
-        target_norm: `group` divides e^u by its mean over the group, so that the target sums to one; None leaves it.
+        target_norm: `group` divides e^u by its mean over the group (an unscorable completion counts with A = 0), so
+            that the target sums to one; None leaves it.
         log_ratio_clamp: bound on abs(log r); beyond it the gradient is zero. None: no bound.
         target_clamp: bound on abs(u). None: no bound.
         kl_coef: weight of the k3 estimate of KL(pi || pi_ref).

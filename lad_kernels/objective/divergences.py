@@ -112,14 +112,12 @@ _LAD_TERMS = {"js": _js, "hd": _hd, "tv": _tv, "kl": _kl, "rkl": _rkl, "jf": _jf
 def lad_terms(divergence: str, log_ratio: Tensor, target: Tensor, *, centered: bool = False) -> Terms:
     """Terms of e^u f(r / e^u) for log_ratio d [M] and target u [M]; `centered` uses f(x) - f'(1) (x - 1)."""
     terms = _LAD_TERMS[divergence](log_ratio, target)
-    slope = SLOPE_AT_ONE.get(divergence, 0.0)
-    if not centered or slope == 0.0:
+    if not centered or divergence not in SLOPE_AT_ONE:
         return terms
-    return Terms(
-        terms.loss - slope * _exp_gap(log_ratio, target),
-        terms.coef - slope * log_ratio.exp(),
-        terms.above_start - slope * log_ratio.expm1(),
-    )
+    slope, gap = SLOPE_AT_ONE[divergence], _exp_gap(log_ratio, target)
+    r = log_ratio.exp()
+    coef = _times_ratio(r, log_ratio - target) if divergence == "kl" else gap  # r w, r - e^u: no subtraction left
+    return Terms(terms.loss - slope * gap, coef, terms.above_start - slope * log_ratio.expm1())
 
 
 def grpo_terms(config: GRPOConfig, logprobs: Tensor, log_ratio: Tensor, advantages: Tensor) -> tuple[Terms, Tensor]:

@@ -319,9 +319,10 @@ def policy_terms(
     dlogprobs = seq.level(through_ratio, config.importance_sampling_level)
     if config.kl_coef != 0:
         gap = ref_logprobs - logprobs  # [M]
-        loss = loss + config.kl_coef * (w * (gap.expm1() - gap)).sum()
+        k3 = torch.where(gap.isinf(), torch.inf, gap.expm1() - gap)  # [M]
+        loss = loss + config.kl_coef * (w * k3).sum()
         dlogprobs = dlogprobs - config.kl_coef * w * gap.expm1()
-        extra["kl_ref"] = _mean(gap.expm1() - gap)
+        extra["kl_ref"] = _mean(k3)
     dentropy = None
     if entropy is not None:
         extra["entropy"] = _mean(entropy)

@@ -57,13 +57,12 @@ class Policy:
             "softcap": getattr(config, "final_logit_softcapping", None),
         }
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of a few rows, for sampling: [B, D] -> [B, V] in fp32."""
-        head = self.head()
-        bias = head["bias"]
-        logits = nn.functional.linear(hidden.to(head["lm_head_weight"].dtype), head["lm_head_weight"], bias).float()
-        logits = logits * head["logit_scale"]
-        return logits if head["softcap"] is None else head["softcap"] * torch.tanh(logits / head["softcap"])
+
+def logits(hidden: Tensor, head: dict[str, Any]) -> Tensor:
+    """Logits of a few rows, for sampling: [B, D] -> [B, V] in fp32; `head` as `Policy.head` returns it."""
+    weight = head["lm_head_weight"]
+    z = nn.functional.linear(hidden.to(weight.dtype), weight, head["bias"]).float() * head["logit_scale"]
+    return z if head["softcap"] is None else head["softcap"] * torch.tanh(z / head["softcap"])
 
 
 def build_policy(
@@ -135,10 +134,11 @@ def check_head(policy: Policy, temperature: float) -> None:
     error = (ours - expected).abs().max().item()
     tolerance = 1e-3 if policy.device.type == "cpu" else 0.25  # the model's own logits are bf16 on CUDA
     if not error <= tolerance:
+        name = type(policy.model).__name__
         raise ValueError(
-            f"model {type(policy.model).__name__}: log-probabilities from its hidden states and head differ by {error:.3g}"
-            f" from its own logits, expected at most {tolerance:g}; bias, logit_scale and softcap do not express how its "
-            "logits are transformed, so it cannot be trained here"
+            f"model {name}: log-probabilities from its hidden states and head differ by {error:.3g} from its logits, "
+            f"expected at most {tolerance:g}; bias, logit_scale and softcap do not express what it does to them, "
+            "so it cannot be trained here"
         )
 
 
@@ -219,13 +219,14 @@ def sample(
     with policy.autocast():
         out = model.base_model(padded["input_ids"], attention_mask=mask, position_ids=position, **arguments)
         cache.batch_repeat_interleave(group_size)
+        head = policy.head()
         hidden = out.last_hidden_state[:, -1].repeat_interleave(group_size, 0)  # [B, D]
         mask = mask.repeat_interleave(group_size, 0)  # [B, T]
         position = position[:, -1:].repeat_interleave(group_size, 0)  # [B, 1]
         done = torch.zeros(len(hidden), dtype=torch.bool, device=policy.device)
         tokens = []
         for _ in range(max_new_tokens):
-            probabilities = torch.softmax(policy.logits(hidden) / temperature, -1)  # [B, V]
+            probabilities = torch.softmax(logits(hidden, head) / temperature, -1)  # [B, V]
             token = torch.multinomial(probabilities, 1, generator=generator)  # [B, 1]
             tokens.append(token.masked_fill(done[:, None], tokenizer.pad_token_id))
             done = done | (token[:, 0] == tokenizer.eos_token_id)

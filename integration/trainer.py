@@ -26,7 +26,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from rich.console import Console
@@ -210,30 +210,30 @@ def optimizer_step(
     return [{"grad_norm": norm.item(), **{k: v.item() for k, v in record.items()}} for record in records]
 
 
+@torch.no_grad()
 def evaluate(policy: Policy, task: Task, config: TrainConfig, samples: int = 16) -> dict[str, float]:
     """Accuracy, pass@8, distinct right answers and token entropy on the held-out problems, `samples` answers each."""
     generator = torch.Generator(policy.device).manual_seed(12345)
-    run = rollout(policy, task, task.held_out, samples, config, generator)
-    right = (run.scores >= RIGHT).view(-1, samples).sum(1)  # [P]
-    miss = torch.ones(len(right))  # [P], chance that 8 of the samples are all wrong
+    problems = max(1, config.micro_batch // samples)  # at a time
+    right, distinct, entropy, tokens = [], 0.0, 0.0, 0
+    for start in range(0, len(task.held_out), problems):
+        entries = task.held_out[start : start + problems]
+        run = rollout(policy, task, entries, samples, config, generator)
+        batch = pack(run.prompts, run.completions, policy.device)
+        entropy += logprobs_of(policy, batch, config.temperature, return_entropy=True).entropy.sum().item()
+        tokens += int(batch.loss_mask.sum())
+        right.append((run.scores >= RIGHT).view(-1, samples).sum(1))
+        distinct += run.distinct * len(entries)
+    right = torch.cat(right)  # [P], right answers per problem
+    miss = torch.ones(len(right))  # [P], chance that 8 of the samples, drawn without replacement, are all wrong
     for i in range(8):
         miss *= ((samples - right - i) / (samples - i)).clamp_min(0)
-    entropies, count = 0.0, 0
-    for start in range(0, len(run.prompts), config.micro_batch):
-        part = slice(start, start + config.micro_batch)
-        batch = pack(run.prompts[part], run.completions[part], policy.device)
-        with torch.no_grad():
-            entropies += logprobs_of(policy, batch, config.temperature, True).entropy.sum().item()
-        count += int(batch.loss_mask.sum())
     return {
-        "accuracy": run.accuracy,
+        "accuracy": right.sum().item() / (len(right) * samples),
         "pass@8": 1.0 - miss.mean().item(),
-        "distinct": run.distinct,
-        "entropy": entropies / count,
+        "distinct": distinct / len(right),
+        "entropy": entropy / tokens,
     }
-
-
-# ---- Checkpoints and the loop --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -294,6 +294,14 @@ def problems_of_step(task: Task, step: int, config: TrainConfig) -> list[Entry]:
     return chosen
 
 
+def open_log(state: State, config: TrainConfig) -> TextIO:
+    """`out/metrics.jsonl` with the lines up to the state's step, ready for the next one."""
+    path = Path(config.out) / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() and config.resume else []
+    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= state.step))
+    return path.open("a", buffering=1)  # a line at a time, for whoever is watching
+
+
 def train(policy: Policy, task: Task, config: TrainConfig, progress: Progress | None = None) -> list[dict[str, Any]]:
     """The reinforcement learning loop; returns one record per step and appends it to `out/metrics.jsonl`."""
     state = initial_state(policy, config)
@@ -304,7 +312,7 @@ def train(policy: Policy, task: Task, config: TrainConfig, progress: Progress | 
         bar = progress.add_task(
             f"{config.algorithm} seed {config.seed}", total=config.steps, completed=state.step, text=""
         )
-    with open(Path(config.out) / "metrics.jsonl", "a") as log:
+    with open_log(state, config) as log:
         while state.step < config.steps:
             started = time.perf_counter()
             for group in state.optimizer.param_groups:

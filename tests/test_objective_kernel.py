@@ -23,8 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy under
 ULP = 2.0**-24
 LENGTHS = (0, 2 * 256 + 37, 1, 30, 0, 256)  # two blocks and a remainder, one token, empty, exactly one block
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
-SHORT = (0, 70, 1, 30, 0, 5)  # one block each
-GROUPS = (4, 9, 4, 4, 9, 1)  # ragged, interleaved, a group of one
+SHORT, GROUPS = (0, 70, 1, 30, 0, 5), (4, 9, 4, 4, 9, 1)  # one block each; ragged, interleaved, a group of one
 
 
 def inputs(device, lengths=LENGTHS, seed=0, spread=0.5):
@@ -370,22 +369,20 @@ def compile_everything(arch: str) -> list[dict]:
         for loss in POLICY_LOSSES if arch == "sm_90" else ("ppo",):
             ours(given, GRPOConfig(policy_loss=loss, **shared), **everything)
         ours(plain, LADConfig(), advantages=weights, advantages_by_token=True)
-        ours(
-            given, GRPOConfig(importance_sampling_level="sequence_sum"), advantages=rewards, rollout_is_weights=rewards
-        )
+        summed = GRPOConfig(importance_sampling_level="sequence_sum")
+        ours(given, summed, advantages=rewards, rollout_is_weights=rewards)
     report = []
     for name, compiled_kernel in compiled.values():
         used = resources(name, compiled_kernel, arch)
-        text = compiled_kernel.asm.get("ptx") or compiled_kernel.asm["amdgcn"]
-        report.append(dict(registers=used.registers, spilled=used.spilled, doubles="f64" in text))
+        doubles = "f64" in (compiled_kernel.asm.get("ptx") or compiled_kernel.asm["amdgcn"])
+        report.append(dict(registers=used.registers, spilled=used.spilled, doubles=doubles))
     return report
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> dict[str, list[dict]]:
     """Compiled in a process of its own: this one may be interpreting its kernels."""
-    here = Path(__file__).resolve().parent
-    path = os.pathsep.join([str(here.parent), str(here)])
+    path = os.pathsep.join(str(folder) for folder in Path(__file__).resolve().parents[:2])
     cache = str(tmp_path_factory.mktemp("triton"))
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache, "PYTHONPATH": path}
     code = "import json, test_objective_kernel as t; print(json.dumps({a: t.compile_everything(a) for a in t.ARCHES}))"

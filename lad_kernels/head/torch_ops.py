@@ -175,4 +175,5 @@ def _logit_gradient(
         p = log_p.exp()
         dz = log_p.mul_(-gradient.entropy[rows, None]).add_(gradient.prob[rows, None]).mul_(p)
     column, inside = _column(targets[rows], columns)
-    return dz.scatter_add_(1, column[:, None], torch.where(inside, gradient.onehot[rows], 0.0)[:, None])
+    dz[torch.arange(len(dz), device=dz.device), column] += torch.where(inside, gradient.onehot[rows], 0.0)
+    return dz

@@ -1,0 +1,181 @@
+"""The benchmarks themselves: a wrong kernel is never timed, missing peers are named, reports and the GPU script work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gate, gpu, report
+from benchmarks.data import make_batch
+from benchmarks.measure import Rounds, quartiles, ratio, ratio_interval, summary
+from benchmarks.providers import EAGER, JOBS, Provider, all_providers, eager_logprobs, split_available
+from benchmarks.shapes import SETS, TINY
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def small_batch():
+    return gate.gate_batch("flat", torch.float32, "cpu")
+
+
+def ours(job: str) -> Provider:
+    return next(p for p in all_providers(job) if p.name == "lad_kernels (torch)")
+
+
+@pytest.mark.parametrize("job", tuple(JOBS))
+@pytest.mark.parametrize("data", ("flat", "peaked"))
+def test_our_providers_pass_the_gate(job, data):
+    verdict = gate.check(ours(job), gate.gate_batch(data, torch.float32, "cpu"))
+    assert verdict.failed == []
+    assert set(verdict.errors) == {"value", "dH", "dW target rows", "dW other rows"}
+
+
+BUGS = {
+    "a factor in the value": lambda b: eager_logprobs(b) * 1.0001,
+    "a detached hidden state": lambda b: eager_logprobs(dataclasses.replace(b, hidden=b.hidden.detach())) + 0 * b.hidden.sum(),
+    "a lost last word": lambda b: eager_logprobs(dataclasses.replace(b, weight=b.weight[:-1], targets=b.targets % 599)),
+    "rounded logits": lambda b: (b.hidden.bfloat16() @ b.weight.bfloat16().T).float().log_softmax(-1)[:, 0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_gate_stops_a_planted_bug(bug, small_batch):
+    wrong = Provider("planted", "head", BUGS[bug], ours=True)
+    with pytest.raises(AssertionError, match="outside the tolerance"):
+        gate.check(wrong, small_batch)
+
+
+def test_gate_only_reports_a_peer(small_batch):
+    verdict = gate.check(Provider("peer", "head", BUGS["a factor in the value"]), small_batch)
+    assert "value" in verdict.failed
+    assert verdict.errors["value"] == pytest.approx(1e-4, rel=0.01)
+
+
+def test_every_missing_provider_says_why(small_batch):
+    providers = all_providers()
+    available, missing = split_available(providers, small_batch)
+    assert {p.name for p in available} | set(missing) == {p.name for p in providers}
+    assert missing
+    for name, reason in missing.items():
+        assert len(reason.split()) >= 4, f"{name}: {reason!r} is not a sentence"
+    cuda_only = next(p for p in providers if p.name == "verl linear_cross_entropy")
+    assert "not installed" in cuda_only.unavailable_reason(small_batch) or "CUDA" in cuda_only.unavailable_reason(
+        small_batch
+    )
+
+
+def test_every_job_has_its_baseline_and_both_of_our_paths():
+    for job in JOBS:
+        names = [p.name for p in all_providers(job)]
+        assert names[0] == EAGER
+        assert {"lad_kernels (triton)", "lad_kernels (torch)"} <= set(names)
+        assert len(set(names)) == len(names)
+
+
+def test_shapes_have_reasons_and_unique_names():
+    for shapes in SETS.values():
+        assert len({s.name for s in shapes}) == len(shapes)
+        assert all(len(s.reason.split()) >= 3 for s in shapes)
+
+
+@pytest.mark.parametrize("data", ("flat", "peaked"))
+def test_batches_are_what_they_say(data):
+    batch = make_batch(TINY[0], data, torch.float32, "cpu")
+    log_p = (batch.hidden @ batch.weight.T).log_softmax(-1)  # [N, V]
+    entropy = -(log_p.exp() * log_p).sum(-1).mean().item()
+    assert entropy == pytest.approx(0.4, abs=0.05) if data == "peaked" else entropy > 5
+    assert (batch.old_logprobs <= 0).all()
+
+
+def test_rounds_take_turns_and_survive_a_failing_peer(small_batch):
+    order = []
+
+    def provider(name: str, fails: bool = False, **flags) -> Provider:
+        def forward(batch):
+            order.append(name)
+            if fails:
+                raise RuntimeError("out of\nluck")
+            return eager_logprobs(batch)
+
+        return Provider(name, "head", forward, **flags)
+
+    rounds = Rounds([provider("a"), provider("b"), provider("c", fails=True)], [small_batch])
+    rounds.warm()
+    rounds()
+    assert order == ["a", "b", "c", "b", "a"]
+    assert rounds.failed == {"c": "failed: RuntimeError: luck"}
+    assert all(len(samples) == 1 for samples in rounds.samples.values())
+    with pytest.raises(RuntimeError, match="luck"):
+        Rounds([provider("ours", fails=True, ours=True)], [small_batch])()
+
+
+def test_statistics():
+    fast, slow = [(1.0, 1.0), (2.0, 2.0), (1.0, 2.0)], [(2.0, 2.0), (4.0, 4.0), (2.0, 4.0)]
+    assert ratio(fast, slow) == 0.5
+    assert ratio_interval(fast, slow) == (0.5, 0.5, 0.5)
+    assert summary(fast)["total_ms"] == [2500.0, 3000.0, 3500.0]
+    assert quartiles([0.001]) == [1.0, 1.0, 1.0]
+
+
+def example_results() -> report.Results:
+    results = report.Results({"device": "a machine", "versions": {"torch": "2"}, "commit": "abc", "command": "pytest"})
+    row = dict(job="head", shape="s N=1 D=2 V=3", data="flat", dtype="float32", note="", rounds=3, outside=[],
+               errors={"value": 1e-7}, forward_ms=[1.0, 2.0, 3.0], backward_ms=[1.0, 2.0, 3.0])  # fmt: skip
+    results.add("speed", **row, provider=EAGER, ours=False, total_ms=[3.0, 4.0, 5.0], vs_eager=1.0)
+    results.add("speed", **row, provider="lad_kernels (torch)", ours=True, total_ms=[5.0, 6.0, 7.0], vs_eager=1.5)
+    for name, peak in ((EAGER, 10.0), ("lad_kernels (torch)", 12.0)):
+        results.add("memory", job="head", shape="s", provider=name, ours=name != EAGER, peak_mib=peak,
+                    beyond_gradients_mib=peak)  # fmt: skip
+    results.missing["some peer"] = "the package some_peer is not installed"
+    return results
+
+
+def test_report_shows_machine_missing_and_losing_rows(tmp_path):
+    example_results().save(tmp_path / "results" / "box" / "small.json")
+    text = report.write(tmp_path / "results", tmp_path / "RESULTS.md").read_text()
+    for part in ("## box", "a machine", "torch 2", "commit abc", "`pytest`", "some peer: the package"):
+        assert part in text
+    assert "1.5 **slower**" in text
+    assert "1.2 **more**" in text
+    assert "6 [5, 7]" in text
+
+
+def test_committed_results_are_rendered():
+    """RESULTS.md is what the committed JSON files give."""
+    if not report.RESULTS.exists():
+        pytest.skip("no results are committed")
+    assert report.TARGET.read_text() == report.document(report.RESULTS)
+
+
+def test_a_crash_loses_one_experiment(tmp_path):
+    status, log = gpu.run(gpu.Experiment("no_such_experiment", 60, "planted"), tmp_path, 60, dry_run=True)
+    assert status.startswith("failed with exit status 1")
+    assert "KeyError" in log
+    record = gpu.merge(tmp_path, {"ceilings": status})
+    assert {row["experiment"] for row in record["tables"]["experiments"]} == {e.name for e in gpu.PLAN}
+    assert "not built yet" in record["missing"].values()
+
+
+def test_dry_run_of_the_gpu_script(tmp_path):
+    """A part of the plan, end to end: processes, merging, the table; tools that are absent are named."""
+    names = ["forward_tiles", "single_pass", "sanitizer"]
+    environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--dry-run", "--only", *names], env=environment,
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "every experiment that ran is done" in done.stdout
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert {"forward tiles", "single pass", "experiments"} <= set(record["tables"])
+    assert record["missing"]["compute-sanitizer"] == "compute-sanitizer is not on the path"
+    assert record["machine"]["notes"] == ["Dry run on CPU in Triton's interpreter: the numbers mean nothing."]
+    assert len(list(tmp_path.iterdir())) <= 8

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-# Read once, by @triton.jit when a kernel's module is imported: compiled on CUDA, else not run at all but in the gate's
-# own tests. Benchmarks never time the interpreter.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import gate, machine, report
@@ -19,13 +19,14 @@ from benchmarks.measure import Rounds, describe, peak_bytes_cuda, peaks_cpu, rat
 from benchmarks.providers import EAGER, Provider, all_providers, split_available
 from benchmarks.shapes import SETS, Shape
 
-ROUNDS = {"tiny": 2, "small": 7, "full": 5, "gpu": 20}
+ROUNDS = {"tiny": 2, "small": 5, "full": 2, "gpu": 20}
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("lad_kernels benchmarks")
     group.addoption("--bench-set", default=None, choices=sorted(SETS), help="which shapes; default small, or gpu")
+    group.addoption("--one-thread", action="store_true", help="CPU: one thread, its CPU time; for a busy machine")
     group.addoption("--save", action="store_true", help="write benchmarks/results/<machine>/ and RESULTS.md")
 
 
@@ -41,17 +42,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def device() -> str:
-    torch.set_num_threads(machine.cores())
+def device(pytestconfig: pytest.Config) -> str:
+    torch.set_num_threads(1 if pytestconfig.getoption("--one-thread") else machine.cores())
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Bench:
     """One session: its inputs, its gate, its rows."""
 
-    def __init__(self, set_name: str, device: str):
+    def __init__(self, set_name: str, device: str, one_thread: bool, command: str):
         self.set_name, self.device, self.dtype = set_name, device, DTYPE[device]
-        self.results = report.Results(machine.describe(device, f"pytest benchmarks/ --bench-set {set_name}"))
+        self.clock = time.process_time if one_thread else time.perf_counter
+        notes = ["One thread; times are its CPU time, because other jobs ran on the machine."] if one_thread else []
+        self.results = report.Results({**machine.describe(device, command), "notes": notes})
         self._batches: tuple[object, list[Batch]] = (None, [])
         self._verdicts: dict[tuple[str, str, str], gate.Verdict | str] = {}
         self._peaks: dict[Shape, dict[str, dict[str, int | str]]] = {}
@@ -121,13 +124,18 @@ class Bench:
 
 @pytest.fixture(scope="session")
 def bench(pytestconfig: pytest.Config, device: str):
-    session = Bench(chosen_set(pytestconfig), device)
+    command = shlex.join(["pytest", *map(str, pytestconfig.invocation_params.args)])
+    session = Bench(chosen_set(pytestconfig), device, pytestconfig.getoption("--one-thread"), command)
     yield session
-    text = report.render([session.results])
-    pytestconfig.stash[REPORT] = text
+    pytestconfig.stash[REPORT] = report.render([session.results])
+
+
+@pytest.fixture(autouse=True)
+def save(bench: Bench, pytestconfig: pytest.Config):
+    """With --save, results are on disk after every test."""
+    yield
     if pytestconfig.getoption("--save"):
-        path = report.RESULTS / machine.folder(device) / f"{session.set_name}.json"
-        session.results.save(path)
+        bench.results.save(report.RESULTS / machine.folder(bench.device) / f"{bench.set_name}.json")
         report.write()
 
 

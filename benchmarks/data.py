@@ -67,7 +67,7 @@ def make_batch(
         advantages = torch.randn(shape.sequences, generator=gen)  # [B]
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.no_grad():
-        old = linear_logprobs(hidden, weight, targets).logprobs + drift  # [N]
+        old = linear_logprobs(hidden, weight, targets, impl="torch").logprobs + drift  # [N], whatever is measured later
     old = old.clamp(max=0.0).view(shape.sequences, shape.length)  # [B, T]
     return Batch(hidden.requires_grad_(), weight.detach().requires_grad_(), targets, upstream, old, advantages)
 

@@ -11,6 +11,7 @@ experiment's output) and `ncu.txt` are all that is written. This process never t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -41,16 +42,16 @@ PLAN = (
     Experiment("peers", 110, "E5: time, memory and error of every provider that is installed"),
     Experiment("forward_tiles", 70, "E2: tile shapes of the forward, with and without entropy"),
     Experiment("slabs", 35, "E4: workspace of the two-pass backward"),
-    Experiment("single_pass", 30, "E3: rows of a chunk, one pass in library products"),
+    Experiment("single_pass", 30, "E3, rows of a chunk, one pass in library products"),
     Experiment("sanitizer", 60, "E10: memcheck and racecheck on small shapes"),
     Experiment("counters", 50, "E9: hardware counters of the two large kernels"),
     Experiment("slow_peers", 60, "E5: providers that compile for long"),
 )
 NOT_BUILT = (
-    "E3: a fused single-pass path of our own (the table is library products and row operations)",
-    "E6: routed backward kernels",
-    "E7: routed backward end to end",
-    "E8: fp8 screening forward",
+    "E3, a fused single-pass path of our own (the table is library products and row operations)",
+    "E6, routed backward kernels",
+    "E7, routed backward end to end",
+    "E8, fp8 screening forward",
 )
 
 
@@ -75,9 +76,10 @@ def run(experiment: Experiment, folder: Path, limit: float, dry_run: bool) -> tu
             code = child.wait(timeout=limit + 5)
             status = "done" if code == 0 else f"failed with exit status {code}"
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
             status = f"cut after {limit + 5:.0f} s"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # whatever it left running would disturb the next one
+        child.wait()
     return f"{status}, {time.monotonic() - start:.0f} s", log.read_text(errors="replace")[-LOG_BYTES:]
 
 
@@ -90,7 +92,8 @@ def merge(folder: Path, statuses: dict[str, str]) -> dict:
             found = json.loads(path.read_text())
             record["machine"] = found["machine"] or record["machine"]
             record["missing"] |= found["missing"]
-            record["tables"] |= found["tables"]
+            for name, rows in found["tables"].items():
+                record["tables"].setdefault(name, []).extend(rows)
     record["machine"] = {
         "device": "unknown", "versions": {}, "commit": "unknown", **record["machine"], "command": "benchmarks/gpu.sh"
     }  # fmt: skip
@@ -98,7 +101,7 @@ def merge(folder: Path, statuses: dict[str, str]) -> dict:
         {"experiment": e.name, "what": e.what, "status": statuses.get(e.name, "not run: not reached, or not asked for")}
         for e in PLAN
     ]
-    record["missing"] |= {what.split(":")[0] + " " + what.split(": ")[1]: "not built yet" for what in NOT_BUILT}
+    record["missing"] |= dict.fromkeys(NOT_BUILT, "not built yet")
     return record
 
 
@@ -136,10 +139,8 @@ def main() -> int:
             (out / "log.txt").write_text("".join(f"==== {n}: {statuses[n]}\n{log}\n" for n, log in logs.items()))
         if (folder / "ncu.txt").exists():
             (out / "ncu.txt").write_text((folder / "ncu.txt").read_text()[: 4 * LOG_BYTES])
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.report", str(out / "results.json")], cwd=ROOT, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+    show = [sys.executable, "-m", "benchmarks.report", "--short", str(out / "results.json")]
+    done = subprocess.run(show, cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout or done.stderr)
     bad = [name for name, status in statuses.items() if not status.startswith("done")]
     print(f"results in {out}; " + (f"not done: {', '.join(bad)}" if bad else "every experiment that ran is done"))

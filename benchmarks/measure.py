@@ -1,8 +1,8 @@
 """Time, interleaved; and peak memory, in a process of its own on CPU.
 
 All providers of a comparison run once per round, in an order that rotates, so that whatever else the machine does hits
-all of them; ratios are taken round by round and their median is reported. CPU: wall clock. CUDA: events, and inputs
-that rotate among copies larger than the cache.
+all of them; ratios are taken round by round and their median is reported. CPU: wall clock, or one thread's CPU time
+where the machine is too busy for that. CUDA: events, and inputs that rotate among copies larger than the cache.
 
 python -m benchmarks.measure SET SHAPE      peak memory of every provider's step on CPU, in bytes, as JSON
 """
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,19 +29,21 @@ from benchmarks.shapes import SETS, TINY, Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 M_MMAP_THRESHOLD = -3  # of malloc.h
-FEW_TOKENS = 1024  # above it, a CPU runs the providers of FOCUS alone
 FOCUS = (EAGER, "torch, 512-row checkpoints", "lad_kernels (torch)")
 
 
 def runs_on_cpu(provider: Provider, set_name: str, shape: Shape, *, memory: bool = False) -> bool:
-    """Whether a CPU has the time: compiled providers start slowly, many tokens are left to FOCUS."""
-    if "compiled" in provider.tags and (memory or shape is not SETS[set_name][0]):
+    """Whether a CPU has the time: providers that start slowly run at one shape, the full size is left to FOCUS."""
+    if provider.tags and (memory or shape is not SETS[set_name][0]):
         return False
-    return shape.tokens <= FEW_TOKENS or provider.name in FOCUS
+    return set_name != "full" or provider.name in FOCUS
 
 
-def time_step(provider: Provider, batch: Batch) -> tuple[float, float]:
-    """Seconds of (forward, backward)."""
+Clock = Callable[[], float]
+
+
+def time_step(provider: Provider, batch: Batch, clock: Clock = time.perf_counter) -> tuple[float, float]:
+    """Seconds of (forward, backward); `clock` is for CPU alone."""
     if batch.hidden.is_cuda:
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
         marks[0].record()
@@ -50,18 +53,18 @@ def time_step(provider: Provider, batch: Batch) -> tuple[float, float]:
         marks[2].record()
         marks[2].synchronize()
         return marks[0].elapsed_time(marks[1]) / 1e3, marks[1].elapsed_time(marks[2]) / 1e3
-    start = time.perf_counter()
+    start = clock()
     _, backward = provider.step(batch)
-    middle = time.perf_counter()
+    middle = clock()
     backward()
-    return middle - start, time.perf_counter() - middle
+    return middle - start, clock() - middle
 
 
 class Rounds:
     """Calling it runs every provider once; `samples` holds their (forward, backward) seconds, round by round."""
 
-    def __init__(self, providers: list[Provider], batches: list[Batch]):
-        self.providers, self.batches = list(providers), batches
+    def __init__(self, providers: list[Provider], batches: list[Batch], clock: Clock = time.perf_counter):
+        self.providers, self.batches, self.clock = list(providers), batches, clock
         self.samples: dict[Provider, list[tuple[float, float]]] = {p: [] for p in providers}
         self.failed: dict[str, str] = {}
         self.count = 0
@@ -75,7 +78,7 @@ class Rounds:
 
     def run_one(self, provider: Provider, batch: Batch) -> None:
         try:
-            self.samples[provider].append(time_step(provider, batch))
+            self.samples[provider].append(time_step(provider, batch, self.clock))
         except Exception as error:  # a peer's failure is a result; ours is a failure of the run
             if provider.ours:
                 raise
@@ -130,12 +133,19 @@ def ratio_interval(
 
 
 def claim(lad: Provider, grpo: Provider, eager: Provider, batches: list[Batch], pairs: int) -> dict[str, object]:
-    """The time part of the row "LAD costs what GRPO costs": interleaved pairs whose order alternates."""
-    paired, against = Rounds([lad, grpo], batches), Rounds([lad, eager], batches)
+    """The time part of the row "LAD costs what GRPO costs": interleaved pairs whose order alternates.
+
+    On CPU one thread runs and its own CPU time counts: a few hundred small operations are at stake, and on a shared
+    machine each barrier between threads can cost more than all of them.
+    """
+    clock, threads = time.process_time, torch.get_num_threads()
+    torch.set_num_threads(1)
+    paired, against = Rounds([lad, grpo], batches, clock), Rounds([lad, eager], batches, clock)
     for rounds, count in ((paired, pairs), (against, max(3, pairs // 10))):
         rounds.warm()
         for _ in range(count):
             rounds()
+    torch.set_num_threads(threads)
     low, middle, high = ratio_interval(paired.samples[lad], paired.samples[grpo])
     return {
         "pairs": pairs,

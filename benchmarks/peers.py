@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.data import Batch
 from benchmarks.providers import (
     EPSILON,
+    SLOW_START,
     Provider,
     compiler_missing,
     grpo_from_logprobs,
@@ -128,7 +129,6 @@ def trl_grpo(batch: Batch) -> Tensor:  # []
 
 
 def peer_providers() -> list[Provider]:
-    start = frozenset({"compiled"})
     liger, liger_cuda = needs("liger_kernel"), needs("liger_kernel", cuda=True)
     return [
         Provider("TRL fused head", "head", trl_logprobs, trl_missing),
@@ -136,9 +136,9 @@ def peer_providers() -> list[Provider]:
         Provider("Liger scaled CE", "head", liger_scaled_ce, liger),
         Provider("Liger fused linear CE, none", "head", liger_linear_ce("none"), liger_cuda),
         Provider("Liger fused linear CE", "ce", liger_linear_ce("mean"), liger_cuda),
-        Provider("Liger fused GRPO", "grpo", liger_grpo, liger, tags=start),
-        Provider("Cut Cross-Entropy", "head", cce("none"), cce_missing, note="filters gradients", tags=start),
-        Provider("Cut Cross-Entropy", "ce", cce("mean"), cce_missing, note="filters gradients", tags=start),
+        Provider("Liger fused GRPO", "grpo", liger_grpo, liger, tags=SLOW_START),
+        Provider("Cut Cross-Entropy", "head", cce("none"), cce_missing, note="filters gradients", tags=SLOW_START),
+        Provider("Cut Cross-Entropy", "ce", cce("mean"), cce_missing, note="filters gradients", tags=SLOW_START),
         Provider("flash-attn cross entropy", "head", flash_attn_logprobs, needs("flash_attn", cuda=True),
                  note="stores logits"),
         Provider("verl linear_cross_entropy", "head", verl_logprobs, verl_missing),

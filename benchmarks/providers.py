@@ -32,6 +32,8 @@ JOBS = {
     "lad": "LAD from hidden states",
 }
 EAGER = "eager torch"
+SLOW_START = frozenset({"compiled"})  # compiles for seconds before its first step
+SLOW = frozenset({"slow"})  # takes seconds a step where it is not at home
 CHUNK = 512  # rows of the checkpointed baseline
 EPSILON, ETA = 0.2, 0.25  # as in the default GRPOConfig and LADConfig
 
@@ -51,7 +53,7 @@ class Provider:
     unavailable: Callable[[Batch], str | None] = anywhere
     ours: bool = False
     note: str = ""
-    tags: frozenset[str] = field(default_factory=frozenset)  # `compiled`: takes long to start
+    tags: frozenset[str] = field(default_factory=frozenset)  # SLOW_START or SLOW
 
     def unavailable_reason(self, batch: Batch) -> str | None:
         """Why this provider cannot run on `batch`, in words; None if it can."""
@@ -207,14 +209,15 @@ def our_providers(impl: str) -> list[Provider]:
 
 def torch_providers() -> list[Provider]:
     baseline = {"head": eager_logprobs, "ce": eager_ce, "grpo": eager_grpo, "lad": eager_lad}
-    start = frozenset({"compiled"})
     found = [Provider(EAGER, job, forward, note="stores logits") for job, forward in baseline.items()]
     found += [
-        Provider("torch.compile", job, run_compiled(baseline[job]), compiler_missing, note="stores logits", tags=start)
+        Provider(
+            "torch.compile", job, run_compiled(baseline[job]), compiler_missing, note="stores logits", tags=SLOW_START
+        )
         for job in ("head", "grpo")
     ]
     found.append(Provider(f"torch, {CHUNK}-row checkpoints", "head", chunked_logprobs))
-    found.append(Provider("torch linear_cross_entropy", "ce", torch_linear_ce, torch_linear_ce_missing))
+    found.append(Provider("torch linear_cross_entropy", "ce", torch_linear_ce, torch_linear_ce_missing, tags=SLOW))
     return found
 
 

@@ -137,6 +137,28 @@ def render(runs: list[Results]) -> str:
     return "\n".join(lines)
 
 
+def short(run: Results) -> str:
+    """What fits a terminal: ceilings, the claim, totals of the head and the losses, the status of experiments."""
+    lines = [run.machine["device"], *run.machine.get("notes", []), ""]
+    for r in run.tables.get("ceilings", [])[:10]:
+        lines.append(f"{r['what']}: " + (f"{r['tflops']:.0f} TFLOP/s" if r["tflops"] else f"{r['gb_per_s']:.0f} GB/s"))
+    for r in run.tables.get("lad against grpo", []):
+        memory = f", memory {r['memory_ratio']:.3f}" if "memory_ratio" in r else ""
+        lines.append(f"LAD / GRPO, {r['shape']}, {r['data']}: time {r['time_ratio']:.3f}{memory}")
+    for r in run.tables.get("speed", []):
+        if r["job"] in ("head", "grpo") and r["shape"] == run.tables["speed"][0]["shape"]:
+            lines.append(
+                f"{r['job']}, {r['data']}, {r['provider']}: {spread(r['total_ms'])} ms, {number(r['vs_eager'])}x"
+            )
+    tiles = [r for r in run.tables.get("forward tiles", []) if r["ms"] and not r["entropy"]]
+    for r in sorted(tiles, key=lambda r: -r["tflops"])[:4]:
+        lines.append(
+            f"{r['tiles']}, {r['shape']}: {r['tflops']:.3g} TFLOP/s, {r['of_library_product']:.2f} of the library"
+        )
+    lines += [f"{r['experiment']}: {r['status']}" for r in run.tables.get("experiments", [])]
+    return "\n".join(lines)
+
+
 def document(results: Path) -> str:
     """All of RESULTS.md: every machine's folder under `results`."""
     lines = [PREFACE]
@@ -151,5 +173,7 @@ def write(results: Path = RESULTS, target: Path = TARGET) -> Path:
 
 
 if __name__ == "__main__":
-    # A file as the argument is shown, not filed.
-    print(render([Results.load(Path(p)) for p in sys.argv[1:]]) if sys.argv[1:] else write())
+    if sys.argv[1:2] == ["--short"]:
+        print(short(Results.load(Path(sys.argv[2]))))
+    else:
+        print(write())

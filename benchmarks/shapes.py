@@ -43,7 +43,7 @@ CPU_SMALL = (
 
 CPU_FULL = (
     Shape("Qwen2.5-0.5B short", 8, 64, 896, 151_936, "the 0.5B head with few tokens: dW traffic dominates"),
-    Shape("Qwen2.5-0.5B", 8, 256, 896, 151_936, "the 0.5B head, 27 % of that model's flops"),
+    Shape("Qwen2.5-0.5B long", 8, 256, 896, 151_936, "the 0.5B head, 27 % of that model's flops"),
 )
 
 GPU = (

@@ -13,7 +13,7 @@ from benchmarks.measure import claim
 from benchmarks.providers import EAGER
 
 LIMIT = 1.02
-PAIRS = {"tiny": 4, "small": 30, "full": 6, "gpu": 40}
+PAIRS = {"tiny": 4, "small": 30, "full": 3, "gpu": 40}
 MEMORY_SLACK = 2 << 20  # bytes of resident memory by which two runs of one program differ
 
 

@@ -114,9 +114,9 @@ def bandit_sheet(result: BanditResult) -> Sheet:
 def plot_bandit(result: BanditResult, path: Path) -> None:
     """Bars of the target with the first seed's LAD (js) and GRPO policies over them."""
     figure, axes = plt.subplots(figsize=(8, 4))
-    axes.bar(range(ARMS), result.target, color="0.85", label="target  softmax(A / η)")
-    axes.plot(result.policies["js"][0], color="tab:blue", label="LAD (js)")
-    axes.plot(result.policies["grpo"][0], color="tab:red", label="GRPO")
+    axes.bar(range(ARMS), result.target.tolist(), color="0.85", label="target  softmax(A / η)")
+    axes.plot(result.policies["js"][0].tolist(), color="tab:blue", label="LAD (js)")
+    axes.plot(result.policies["grpo"][0].tolist(), color="tab:red", label="GRPO")
     axes.set(xlabel="arm", ylabel="probability", yscale="log", ylim=(1e-4, 1))
     axes.legend()
     figure.tight_layout()

@@ -157,8 +157,10 @@ def plot_comparison(result: Comparison, path: Path) -> None:
             smooth = values.unfold(1, width, 1).mean(-1)  # [S, steps - width + 1]
             mean, spread = smooth.mean(0), smooth.std(0, correction=min(1, len(runs) - 1))
             steps = torch.arange(len(mean)) + width
-            axis.plot(steps, mean, color=color, label=algorithm.upper())
-            axis.fill_between(steps, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
+            axis.plot(steps.tolist(), mean.tolist(), color=color, label=algorithm.upper())
+            axis.fill_between(
+                steps.tolist(), (mean - spread).tolist(), (mean + spread).tolist(), color=color, alpha=0.2, linewidth=0
+            )
             axis.set(xlabel="step", ylabel=label)
     axes[0].legend()
     figure.tight_layout()

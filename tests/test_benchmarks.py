@@ -1,4 +1,4 @@
-"""The benchmarks themselves: a wrong kernel is never timed, missing peers are named, reports and the GPU script work."""
+"""The benchmarks: a wrong kernel is never timed, missing peers are named, the report and the GPU script work."""
 
 from __future__ import annotations
 
@@ -38,9 +38,13 @@ def test_our_providers_pass_the_gate(job, data):
     assert set(verdict.errors) == {"value", "dH", "dW target rows", "dW other rows"}
 
 
+def without_hidden_gradient(batch):
+    return eager_logprobs(dataclasses.replace(batch, hidden=batch.hidden.detach())) + 0 * batch.hidden.sum()
+
+
 BUGS = {
     "a factor in the value": lambda b: eager_logprobs(b) * 1.0001,
-    "a detached hidden state": lambda b: eager_logprobs(dataclasses.replace(b, hidden=b.hidden.detach())) + 0 * b.hidden.sum(),
+    "no gradient of hidden": without_hidden_gradient,
     "a lost last word": lambda b: eager_logprobs(dataclasses.replace(b, weight=b.weight[:-1], targets=b.targets % 599)),
     "rounded logits": lambda b: (b.hidden.bfloat16() @ b.weight.bfloat16().T).float().log_softmax(-1)[:, 0],
 }  # fmt: skip
@@ -83,7 +87,7 @@ def test_every_job_has_its_baseline_and_both_of_our_paths():
 def test_shapes_have_reasons_and_unique_names():
     for shapes in SETS.values():
         assert len({s.name for s in shapes}) == len(shapes)
-        assert all(len(s.reason.split()) >= 3 for s in shapes)
+        assert all(len(s.reason.split()) >= 2 for s in shapes)
 
 
 @pytest.mark.parametrize("data", ("flat", "peaked"))
@@ -166,7 +170,7 @@ def test_a_crash_loses_one_experiment(tmp_path):
 
 def test_dry_run_of_the_gpu_script(tmp_path):
     """A part of the plan, end to end: processes, merging, the table; tools that are absent are named."""
-    names = ["forward_tiles", "single_pass", "sanitizer"]
+    names = ["forward_tiles", "sanitizer"]
     environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
         ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--dry-run", "--only", *names], env=environment,
@@ -175,7 +179,7 @@ def test_dry_run_of_the_gpu_script(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "every experiment that ran is done" in done.stdout
     record = json.loads((tmp_path / "results.json").read_text())
-    assert {"forward tiles", "single pass", "experiments"} <= set(record["tables"])
+    assert {"forward tiles", "experiments"} <= set(record["tables"])
     assert record["missing"]["compute-sanitizer"] == "compute-sanitizer is not on the path"
     assert record["machine"]["notes"] == ["Dry run on CPU in Triton's interpreter: the numbers mean nothing."]
     assert len(list(tmp_path.iterdir())) <= 8

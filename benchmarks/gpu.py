@@ -35,16 +35,16 @@ class Experiment:
 
 
 PLAN = (
-    Experiment("ceilings", 50, "E0: cuBLAS products and copy bandwidth, the denominators"),
-    Experiment("correctness", 110, "E1: the gate for every provider, run twice bitwise, poisoned memory"),
-    Experiment("test_suite", 120, "E1: the repository's own tests on the device"),
-    Experiment("lad_against_grpo", 45, "the paper's claim: the ratio of LAD to GRPO in time and memory"),
-    Experiment("peers", 110, "E5: time, memory and error of every provider that is installed"),
-    Experiment("forward_tiles", 70, "E2: tile shapes of the forward, with and without entropy"),
-    Experiment("slabs", 35, "E4: workspace of the two-pass backward"),
-    Experiment("single_pass", 30, "E3, rows of a chunk, one pass in library products"),
+    Experiment("ceilings", 45, "E0: cuBLAS products and copy bandwidth, the denominators"),
+    Experiment("correctness", 100, "E1: the gate for every provider, run twice bitwise, poisoned memory"),
+    Experiment("test_suite", 100, "E1: the repository's own tests on the device"),
+    Experiment("lad_against_grpo", 40, "the paper's claim: the ratio of LAD to GRPO in time and memory"),
+    Experiment("forward_tiles", 60, "E2: tile shapes of the forward, with and without entropy"),
+    Experiment("slabs", 30, "E4: workspace of the two-pass backward"),
+    Experiment("single_pass", 25, "E3: rows of a chunk, one pass in library products"),
+    Experiment("peers", 90, "E5: time, memory and error of every provider that is installed"),
     Experiment("sanitizer", 60, "E10: memcheck and racecheck on small shapes"),
-    Experiment("counters", 50, "E9: hardware counters of the two large kernels"),
+    Experiment("counters", 40, "E9: hardware counters of the two large kernels"),
     Experiment("slow_peers", 60, "E5: providers that compile for long"),
 )
 NOT_BUILT = (

@@ -29,6 +29,7 @@ from benchmarks.shapes import SETS, TINY, Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 M_MMAP_THRESHOLD = -3  # of malloc.h
+Clock = Callable[[], float]
 FOCUS = (EAGER, "torch, 512-row checkpoints", "lad_kernels (torch)")
 
 
@@ -37,9 +38,6 @@ def runs_on_cpu(provider: Provider, set_name: str, shape: Shape, *, memory: bool
     if provider.tags and (memory or shape is not SETS[set_name][0]):
         return False
     return set_name != "full" or provider.name in FOCUS
-
-
-Clock = Callable[[], float]
 
 
 def time_step(provider: Provider, batch: Batch, clock: Clock = time.perf_counter) -> tuple[float, float]:

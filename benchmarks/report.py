@@ -122,7 +122,7 @@ def render(runs: list[Results]) -> str:
     for run in runs:
         m = run.machine
         versions = ", ".join(f"{name} {v}" for name, v in m["versions"].items())
-        threads = f", {m['threads']} threads" if "threads" in m else ""
+        threads = f", {m['threads']} thread" + "s" * (m["threads"] != 1) if "threads" in m else ""
         lines += [f"### {m['device']}{threads}", "", f"{versions}; commit {m['commit']}; command `{m['command']}`.", ""]
         lines += [f"{note}" for note in m.get("notes", [])] + ([""] if m.get("notes") else [])
         for name, rows in run.tables.items():

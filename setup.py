@@ -11,7 +11,8 @@ train = ["transformers>=5.0", "reasoning-gym>=0.1.24", "rich>=13", "matplotlib>=
 oracles = ["liger-kernel>=0.8", "cut-cross-entropy>=25.1"]
 lint = ["ruff>=0.15", "mypy>=1.18"]
 test = ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "hypothesis>=6.100", *lint, *oracles]
-bench = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", *oracles]
+trl = ["trl>=1.14,!=1.15.0", "accelerate>=1.10", "datasets>=4.7", "transformers>=5.0"]
+bench = ["pytest>=8", "pytest-timeout>=2.3", "pytest-benchmark>=5", "matplotlib>=3.8", *oracles, *trl]
 
 setup(
     name="lad_kernels",
@@ -25,7 +26,7 @@ setup(
     install_requires=["torch>=2.11", "numpy>=1.26", "triton>=3.6,<3.10; platform_system == 'Linux'"],
     extras_require={
         "train": train,
-        "trl": ["trl>=1.14,!=1.15.0", "accelerate>=1.10", "datasets>=4.7", "transformers>=5.0"],
+        "trl": trl,
         "bench": bench,
         "test": test,
     },

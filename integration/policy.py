@@ -26,9 +26,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen3Config,
 )
+from transformers.utils import logging
 
 from integration.tasks import build_tokenizer
 from lad_kernels import LinearLogprobs, linear_logprobs
+
+logging.disable_progress_bar()  # the terminal belongs to the trainer's own progress
 
 
 @dataclass

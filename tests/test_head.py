@@ -60,8 +60,8 @@ def test_chunked_path_crosses_its_own_tiles(monkeypatch, device):
 
 
 def test_chunked_path_crosses_tiles_at_their_default_size(device):
-    inputs = make_inputs(2 * torch_ops.MAX_CHUNK + 5, 8, 8200, device=device, masked=0.0)
-    assert [len(t) for t in torch_ops._tiles(4101, 8200, 4)] == [3, 3]
+    inputs = make_inputs(2 * torch_ops.MAX_CHUNK + 5, 8, 4200, device=device, masked=0.0)
+    assert [len(t) for t in torch_ops._tiles(4101, 4200, 4)] == [3, 3]
     check_head(head("torch"), inputs)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lad_kernels.head.logits import HeadForward, HeadGradients, LogitGradient, LogitTransform
 
-TILE_BYTES = 32 << 20  # one tile of logits; three such tiles are alive at a time
+TILE_BYTES = 16 << 20  # one tile of logits; at most three such tiles are alive at a time
 MAX_CHUNK = 2048  # tokens of a tile
 
 
@@ -139,13 +139,18 @@ def backward(
     need_bias: bool,
 ) -> HeadGradients:
     """Exact gradients for any LogitGradient; see the module docstring for the order of the work."""
+    needs = ((hidden, need_hidden), (weight, need_weight), (bias, need_bias))
+    if len(hidden) == 0:
+        return HeadGradients(*(torch.zeros_like(x) if need else None for x, need in needs))
     logits = _Logits(hidden, weight, bias, transform)
     dtype = logits.dtype
     dh = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if need_hidden else None
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
     db = torch.empty_like(bias) if need_bias else None
     for columns, w, b in logits.walk():
-        dw_slab = torch.zeros_like(w) if need_weight else None  # [Vs, D]
+        dw_slab = None  # [Vs, D]: dW itself, or a wider copy of its slab
+        if need_weight:
+            dw_slab = dw[columns] if dw.dtype == dtype else torch.empty_like(w)
         db_slab = w.new_zeros(len(w)) if need_bias else None  # [Vs]
         for rows in logits.chunks:
             z, tanh = logits.tile(rows, w, b)  # [C, Vs]
@@ -154,10 +159,10 @@ def backward(
             if need_hidden:
                 dh[rows].addmm_(dz, w)
             if need_weight:
-                dw_slab.addmm_(dz.T, logits.hidden[rows])
+                dw_slab.addmm_(dz.T, logits.hidden[rows], beta=int(rows.start > 0))  # beta 0: written, not added
             if need_bias:
                 db_slab += dz.sum(0)
-        if need_weight:
+        if need_weight and dw.dtype != dtype:
             dw[columns] = dw_slab
         if need_bias:
             db[columns] = db_slab

@@ -142,6 +142,8 @@ def target_range(targets: Tensor, vocabulary: int) -> None:
 def transform(temperature: float | Tensor, logit_scale: float, softcap: float | None, targets: Tensor) -> None:
     if isinstance(temperature, Tensor):
         plain_tensor("temperature", temperature)
+        if temperature.requires_grad:
+            raise ValueError("temperature: expected a constant, got a tensor that requires grad; detach it")
         if temperature.ndim and temperature.shape != targets.shape:
             raise ValueError(
                 f"temperature: expected a number or one per token {_shape(targets)}, got {_shape(temperature)}"
@@ -200,6 +202,21 @@ def layout(like: Tensor, like_name: str, cu_seqlens: Tensor | None) -> int | Non
     return len(cu_seqlens) - 1
 
 
+def mask(x: Tensor | None, like: Tensor, like_name: str) -> None:
+    """A mask keeps or drops; weights between 0 and 1 would be ignored, so they are refused."""
+    per_token("loss_mask", x, like, like_name, floating=False)
+    if x is not None and x.dtype.is_floating_point and not bool(((x == 0) | (x == 1)).all()):
+        raise ValueError(
+            "loss_mask: expected zeros and ones, got other values; pass weights as rollout_is_weights, one per token"
+        )
+
+
+def config(x: object, kind: type, other: str) -> None:
+    """The config of the function that was called, not of its sibling."""
+    if not isinstance(x, kind):
+        raise TypeError(f"config: expected {kind.__name__}, got {type(x).__name__}; the other objective is {other}")
+
+
 def per_sequence(name: str, x: Tensor, count: int | None, like: Tensor, like_name: str) -> None:
     """`x` is [B] or has one value per token."""
     plain_tensor(name, x)
@@ -213,8 +230,10 @@ def per_sequence(name: str, x: Tensor, count: int | None, like: Tensor, like_nam
     raise ValueError(f"{name}: expected {sequences}{_shape(like)} (one per token), got {_shape(x)}{hint}")
 
 
-def rewards(x: Tensor) -> None:
+def rewards(x: Tensor, like: Tensor | None = None, like_name: str = "") -> None:
     plain_tensor("rewards", x)
+    if like is not None:
+        _same_device("rewards", x, like, like_name)
     if x.ndim != 1:
         raise ValueError(f"rewards: expected [B], one per completion, got {_shape(x)}; combine reward functions first")
     if not x.dtype.is_floating_point:

@@ -67,6 +67,7 @@ def linear_lad_loss(
         ValueError, TypeError: an argument is of the wrong shape, dtype, device or range; the message says which.
         RuntimeError: impl='triton' where Triton cannot run; torch.func transforms; double backward.
     """
+    checks.config(config, LADConfig, "linear_grpo_loss")
     return _linear_policy_loss(**locals())
 
 
@@ -95,6 +96,7 @@ def linear_grpo_loss(
     impl: str = "auto",
 ) -> LossOutput:
     """PPO-clip and its family (see `GRPOConfig`) in the same kernels; arguments as for `linear_lad_loss`."""
+    checks.config(config, GRPOConfig, "linear_lad_loss")
     return _linear_policy_loss(**locals())
 
 
@@ -156,8 +158,8 @@ def _linear_policy_loss(
 
         loss: Any = reference.linear_lad_loss if isinstance(config, LADConfig) else reference.linear_grpo_loss
         return loss(
-            hidden, weight, target_ids, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-            config=config, return_entropy=return_entropy, **objective,
+            hidden, weight, target_ids.long(), bias=bias, temperature=temperature, logit_scale=logit_scale,
+            softcap=softcap, config=config, return_entropy=return_entropy, **objective,
         )  # fmt: skip
     triton = checks.use_triton(impl, hidden.device, hidden.dtype)
     with torch.no_grad():

@@ -109,6 +109,11 @@ BAD = {
     "normalizer": (good(normalizer=0.0), ValueError, "normalizer: expected a finite number > 0"),
     "no reference": (good(config=LADConfig(kl_coef=0.1)), ValueError, "ref_logprobs: needed because config.kl_coef"),
     "rollout weights": (good(rollout_is_weights=torch.ones(5)), ValueError, "rollout_is_weights: expected"),
+    "fractional mask": (good(loss_mask=torch.full((2, 3), 0.5)), ValueError, "loss_mask: expected zeros and ones"),
+    "temperature with grad": (good(temperature=torch.ones((), requires_grad=True)), ValueError, "temperature: expected a constant"),
+    "config of the sibling": (good(config=GRPOConfig()), TypeError, "config: expected LADConfig, got GRPOConfig; .*linear_grpo_loss"),
+    "no config": (good(config=None), TypeError, "config: expected LADConfig, got NoneType"),
+    "rewards elsewhere": (good(advantages=None, rewards=torch.zeros(2, device="meta"), group_size=2), ValueError, "rewards: expected device cpu"),
     "impl": (good(impl="cuda"), ValueError, "impl: expected one of 'auto'"),
     "routed": (good(config=LADConfig(backward="routed")), ValueError, "'routed' is not built"),
     "target norm by token": (good(advantages=torch.zeros(2, 3), config=LADConfig(target_norm="group"), group_size=2), ValueError, "one per sequence"),
@@ -162,6 +167,13 @@ def test_bad_grpo_config():
         GRPOConfig(policy_loss="cispo", importance_sampling_level="sequence")
     with pytest.raises(TypeError, match="eta: expected a number"):
         LADConfig(eta="0.25")
+
+
+def test_int32_targets_on_every_path():
+    kw = good(target_ids=torch.randint(0, 11, (2, 3), dtype=torch.int32))
+    values = [linear_lad_loss(**kw, impl=impl).loss for impl in ("torch", "triton", "reference")]
+    torch.testing.assert_close(values[0], values[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(values[0], values[2], rtol=1e-6, atol=1e-6)
 
 
 def test_entropy_bonus_without_entropy():

@@ -51,6 +51,8 @@ def linear_logprobs(
         ValueError, TypeError: an argument is of the wrong shape, dtype, device or range; the message says which.
         RuntimeError: impl='triton' where Triton cannot run; torch.func transforms; double backward.
     """
+    checks.plain_tensor("target_ids", target_ids)
+    checks.mask(loss_mask, target_ids, "target_ids")
     hidden, weight, targets, packing, transform = prepare(
         hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, loss_mask, impl
     )
@@ -58,8 +60,8 @@ def linear_logprobs(
         from lad_kernels import reference
 
         return reference.linear_logprobs(
-            hidden, weight, target_ids, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-            loss_mask=loss_mask, return_entropy=return_entropy,
+            hidden, weight, target_ids.long(), bias=bias, temperature=temperature, logit_scale=logit_scale,
+            softcap=softcap, loss_mask=loss_mask, return_entropy=return_entropy,
         )  # fmt: skip
     logprobs, entropy, lse = LinearLogprobsFunction.apply(
         hidden,
@@ -79,13 +81,12 @@ def prepare(
     hidden: Tensor, weight: Tensor, target_ids: Tensor, bias: Tensor | None, temperature: float | Tensor,
     logit_scale: float, softcap: float | None, loss_mask: Tensor | None, impl: str, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Packing, LogitTransform]:  # fmt: skip
-    """Validate and pack: hidden and weight in the dtype to compute in, targets [M], packing, transform."""
+    """Validate what the head needs and pack: hidden and weight in the dtype to compute in, targets [M], packing, transform."""
     checks.impl(impl)
     checks.plain_tensor("hidden_states", hidden)
     autocast = torch.is_autocast_enabled(hidden.device.type)
     checks.head(hidden, weight, target_ids, bias, autocast=autocast)
     checks.transform(temperature, logit_scale, softcap, target_ids)
-    checks.per_token("loss_mask", loss_mask, target_ids, "target_ids", floating=False)
     if autocast:
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)

@@ -97,6 +97,7 @@ def lad_loss(
     Raises:
         ValueError, TypeError: an argument is of the wrong shape, dtype or device; the message says which and why.
     """
+    checks.config(config, LADConfig, "grpo_loss")
     inputs = PolicyInputs(
         old_logprobs=old_logprobs, advantages=advantages, group_size=group_size, group_ids=group_ids,
         loss_mask=loss_mask, cu_seqlens=cu_seqlens, normalizer=normalizer, ref_logprobs=ref_logprobs, entropy=entropy,
@@ -122,6 +123,7 @@ def grpo_loss(
     impl: str = "auto",
 ) -> LossOutput:
     """PPO-clip and its family (see `GRPOConfig`) on given log-probabilities; arguments as for `lad_loss`."""
+    checks.config(config, GRPOConfig, "lad_loss")
     inputs = PolicyInputs(
         old_logprobs=old_logprobs, advantages=advantages, group_size=group_size, group_ids=group_ids,
         loss_mask=loss_mask, cu_seqlens=cu_seqlens, normalizer=normalizer, ref_logprobs=ref_logprobs, entropy=entropy,
@@ -173,7 +175,7 @@ def validate(inputs: PolicyInputs, like: Tensor, like_name: str, config: Config)
     count = checks.layout(like, like_name, inputs.cu_seqlens)
     for name in ("old_logprobs", "ref_logprobs", "entropy"):
         checks.per_token(name, getattr(inputs, name), like, like_name)
-    checks.per_token("loss_mask", inputs.loss_mask, like, like_name, floating=False)
+    checks.mask(inputs.loss_mask, like, like_name)
     checks.normalizer(inputs.normalizer)
     _validate_signal(inputs, count, like, like_name)
     if inputs.rollout_is_weights is not None:
@@ -204,7 +206,7 @@ def _validate_signal(inputs: PolicyInputs, count: int | None, like: Tensor, like
     if inputs.advantages is not None:
         checks.per_sequence("advantages", inputs.advantages, count, like, like_name)
         return
-    checks.rewards(inputs.rewards)
+    checks.rewards(inputs.rewards, like, like_name)
     if count is None or len(inputs.rewards) != count:
         have = "packed tokens without cu_seqlens" if count is None else f"{count} sequences"
         raise ValueError(f"rewards: expected one per sequence, got {len(inputs.rewards)} for {have}")

@@ -169,8 +169,9 @@ def test_bad_grpo_config():
         LADConfig(eta="0.25")
 
 
-def test_int32_targets_on_every_path():
+def test_int32_targets_on_every_path(device):
     kw = good(target_ids=torch.randint(0, 11, (2, 3), dtype=torch.int32))
+    kw = {k: v.to(device) for k, v in kw.items()}
     values = [linear_lad_loss(**kw, impl=impl).loss for impl in ("torch", "triton", "reference")]
     torch.testing.assert_close(values[0], values[1], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(values[0], values[2], rtol=1e-6, atol=1e-6)

@@ -81,7 +81,10 @@ def prepare(
     hidden: Tensor, weight: Tensor, target_ids: Tensor, bias: Tensor | None, temperature: float | Tensor,
     logit_scale: float, softcap: float | None, loss_mask: Tensor | None, impl: str, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Packing, LogitTransform]:  # fmt: skip
-    """Validate what the head needs and pack: hidden and weight in the dtype to compute in, targets [M], packing, transform."""
+    """Validate what the head needs and pack it.
+
+    Returns hidden and weight in the dtype to compute in, targets [M], packing and transform.
+    """
     checks.impl(impl)
     checks.plain_tensor("hidden_states", hidden)
     autocast = torch.is_autocast_enabled(hidden.device.type)

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from lad_kernels import reference
 
-# Largest relative error of a float32 output. Measured on CPU (2 cores, PyTorch 2.13): the chunked path uses at most
-# 7e-7 of it over tests/cases.py; no GPU has measured it yet.
+# Largest relative error of a float32 output. Measured over tests/cases.py on a CPU (PyTorch 2.13): 8e-7 chunked, 5e-7
+# in interpreted Triton, except the peaked policy (2.6e-6, where the contract's own error is 2.3e-6). No GPU yet.
 FP32_TOLERANCE = 2e-6
 CONTRACT_MARGIN = 2.0
 

@@ -25,7 +25,7 @@ from lad_kernels.testing import relative_error
 
 IMPLS = ("torch", "triton")
 B, T, D, V = 6, 9, 24, 150
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}  # float32: measured at most 3e-6 over this file on CPU
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 4e-6}  # float32: measured 1.2e-6 (PyTorch), 8e-7 (Triton)
 
 
 def batch(dtype=torch.float64, device="cpu", seed=0, padded=True):
@@ -177,9 +177,9 @@ def test_all_masked_is_a_differentiable_zero(impl, config, device):
 
 
 @pytest.mark.parametrize("mode", AGGREGATIONS)
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=str)
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-12), (torch.float32, 5e-7)], ids=str)
 def test_gradient_accumulation_equals_one_large_batch(mode, dtype, allowed):
-    """Three micro-batches of two sequences with the global normalizer; float32 measured at 4e-7."""
+    """Three micro-batches of two sequences with the global normalizer; float32 measured at 1.1e-7."""
     kw, adv = batch(dtype), torch.randn(B, dtype=dtype)
     lengths = kw["loss_mask"].sum(1)
     total = {"token-mean": lengths.sum().item(), "seq-mean-token-sum-norm": B * T}.get(mode, (lengths > 0).sum().item())

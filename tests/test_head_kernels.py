@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from lad_kernels.head.kernels import configs, dense, forward
-from lad_kernels.head.kernels.configs import BLOCK, Tiles
-from lad_kernels.head.logits import HeadForward, HeadGradients, LogitGradient, LogitTransform
+from lad_kernels.head.kernels.configs import Tiles
+from lad_kernels.head.logits import BLOCK, HeadForward, HeadGradients, LogitGradient, LogitTransform
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOAT32_LIMIT = 2e-6

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+BLOCK = 128  # vocabulary columns of a block: the unit of probability mass that the forward reports
+
 
 @dataclass(frozen=True)
 class LogitTransform:
@@ -50,3 +52,15 @@ class HeadGradients(NamedTuple):
     hidden: Tensor | None  # [N, D]
     weight: Tensor | None  # [V, D]
     bias: Tensor | None  # [V]
+
+
+class Routing(NamedTuple):
+    """Which (token, vocabulary block) pairs of the logit gradient are multiplied; see routing.py.
+
+    Every token belongs to exactly one of two groups: those of `dense` take all blocks, the others the pairs of `rows`.
+    """
+
+    rows: Tensor  # [P] int64: the token of each kept pair, by block, then ascending
+    scale: Tensor | None  # [P] float32: factor on the pair's piece of dZ; None stands for ones
+    counts: list[int]  # [blocks] pairs of each block; block b holds rows[sum(counts[:b]) :][: counts[b]]
+    dense: Tensor  # [Nd] int64, ascending

@@ -28,8 +28,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lad_kernels.head.logits import LogitTransform
 
-BLOCK = 128  # vocabulary columns per entry of the block partials
-
 
 @dataclass(frozen=True)
 class Tiles:

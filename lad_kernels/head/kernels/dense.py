@@ -34,9 +34,9 @@ from torch import Tensor
 
 from lad_kernels.head.kernels import configs
 from lad_kernels.head.kernels.blocks import inverse_temperatures, logits, product, tile_order
-from lad_kernels.head.kernels.configs import BLOCK, Tiles
+from lad_kernels.head.kernels.configs import Tiles
 from lad_kernels.head.kernels.forward import inverse_temperature
-from lad_kernels.head.logits import HeadGradients, LogitGradient, LogitTransform
+from lad_kernels.head.logits import BLOCK, HeadGradients, LogitGradient, LogitTransform
 
 _MIN_COLUMNS = 1024  # narrower slabs would starve the products: split the rows instead
 _ROW_STEP = 256  # rows are split at multiples of this, hence of every block_n

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from lad_kernels.head.kernels import configs
 from lad_kernels.head.kernels.blocks import inverse_temperatures, logits, product, tile_order
-from lad_kernels.head.kernels.configs import BLOCK, Tiles
-from lad_kernels.head.logits import HeadForward, LogitTransform
+from lad_kernels.head.kernels.configs import Tiles
+from lad_kernels.head.logits import BLOCK, HeadForward, LogitTransform
 
 _PARTIAL_BYTES = 160 << 20  # bound on the block partials of one run of rows
 _RUN = 1024  # runs are multiples of this, hence of every block_n

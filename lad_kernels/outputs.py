@@ -29,7 +29,7 @@ class LossOutput(NamedTuple):
     """
 
     loss: Tensor  # []
-    logprobs: Tensor  # [N] or [B, T]: log-probabilities of the targets, 0 where masked
+    logprobs: Tensor | None  # [N] or [B, T]: log-probabilities of the targets, 0 where masked; None if not wanted
     entropy: Tensor | None  # same shape; None unless asked for
     advantages: Tensor  # [B], or [N] / [B, T] when they were given per token
     metrics: dict[str, Tensor]

@@ -215,6 +215,7 @@ def linear_lad_loss(
     ref_logprobs: Tensor | None = None,
     rollout_is_weights: Tensor | None = None,
     return_entropy: bool = False,
+    return_logprobs: bool = True,
     impl: str = "reference",
 ) -> LossOutput:
     """`linear_logprobs`, `group_advantages` if rewards are given, then `lad_loss`."""
@@ -226,11 +227,12 @@ def linear_lad_loss(
     if advantages is None:
         advantages = group_advantages(rewards, group_size=group_size, group_ids=group_ids, scale=config.advantage_scale)
     loss = lad_loss if isinstance(config, LADConfig) else grpo_loss
-    return loss(
+    out = loss(
         head.logprobs, old_logprobs, advantages, loss_mask=loss_mask, cu_seqlens=cu_seqlens, config=config,
         normalizer=normalizer, ref_logprobs=ref_logprobs, group_size=group_size, group_ids=group_ids,
         entropy=head.entropy, rollout_is_weights=rollout_is_weights,
     )  # fmt: skip
+    return out if return_logprobs else out._replace(logprobs=None)
 
 
 def linear_grpo_loss(
@@ -254,6 +256,7 @@ def linear_grpo_loss(
     ref_logprobs: Tensor | None = None,
     rollout_is_weights: Tensor | None = None,
     return_entropy: bool = False,
+    return_logprobs: bool = True,
     impl: str = "reference",
 ) -> LossOutput:
     """`linear_logprobs`, `group_advantages` if rewards are given, then `grpo_loss`."""

@@ -115,7 +115,6 @@ BAD = {
     "no config": (good(config=None), TypeError, "config: expected LADConfig, got NoneType"),
     "rewards elsewhere": (good(advantages=None, rewards=torch.zeros(2, device="meta"), group_size=2), ValueError, "rewards: expected device cpu"),
     "impl": (good(impl="cuda"), ValueError, "impl: expected one of 'auto'"),
-    "routed": (good(config=LADConfig(backward="routed")), ValueError, "'routed' is not built"),
     "target norm by token": (good(advantages=torch.zeros(2, 3), config=LADConfig(target_norm="group"), group_size=2), ValueError, "one per sequence"),
     "float64 in triton": (good(hidden_states=torch.randn(2, 3, 8).double(), lm_head_weight=torch.randn(11, 8).double(), impl="triton"), RuntimeError, "float64"),
 }  # fmt: skip

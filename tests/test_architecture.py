@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "reference": {"outputs", "objective.config"},
     "testing": {"reference"},
     "head": {"head", "checks", "outputs", "packing"},
-    "head.kernels": {"head.kernels", "head.logits"},
+    "head.kernels": {"head.kernels", "head.logits", "head.flops"},
     "objective": {"objective", "checks", "outputs", "packing"},
     "loss": {"head", "objective", "checks", "outputs", "packing"},
     "": {"head", "objective", "loss", "outputs"},

@@ -1,7 +1,8 @@
 """The head's gradient: what is saved, what is recomputed, in which precision.
 
 Saved: the inputs themselves (no copy), which tokens take part, their lse and entropy. Recomputed in the backward: the
-logits, one tile or slab at a time. Nothing of size N x V is ever stored, and nothing that is saved is changed.
+logits, one tile or slab at a time. Nothing of size N x V is ever stored, and nothing that is saved is changed. Tokens
+whose coefficients are all zero are dropped before the backward's first product (one host sync on an accelerator).
 
 | quantity | precision |
 |---|---|
@@ -17,6 +18,8 @@ costs no dW, a frozen body no dH.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,47 +27,100 @@ from torch import Tensor
 
 from lad_kernels import checks
 from lad_kernels.head import torch_ops
-from lad_kernels.head.logits import HeadForward, HeadGradients, LogitGradient, LogitTransform
+from lad_kernels.head.logits import HeadForward, HeadGradients, LogitGradient, LogitTransform, Routing
 from lad_kernels.packing import Packing
 
 
-def head_forward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, transform: LogitTransform, *,
-    want_entropy: bool, triton: bool,
-) -> HeadForward:  # fmt: skip
-    """Forward on [M, D] packed hidden states, without autograd."""
-    if triton:
-        from lad_kernels.head.kernels import forward as kernel
+@dataclass(frozen=True)
+class Head:
+    """The head on M packed tokens, in Triton or PyTorch, without autograd."""
 
-        return kernel.forward(hidden, weight, targets, bias, transform, want_entropy=want_entropy, want_block_lse=False)
-    return torch_ops.forward(hidden, weight, targets, bias, transform, want_entropy=want_entropy)
+    hidden: Tensor  # [M, D]
+    weight: Tensor  # [V, D]
+    targets: Tensor  # [M]
+    bias: Tensor | None  # [V]
+    transform: LogitTransform
+    triton: bool
+
+    def take(self, tokens: Tensor | None) -> Head:
+        """The head on some of the tokens [A]; None stands for all."""
+        if tokens is None:
+            return self
+        transform, t = self.transform, self.transform.temperature
+        if isinstance(t, Tensor):
+            transform = replace(transform, temperature=t[tokens])
+        return replace(self, hidden=self.hidden[tokens], targets=self.targets[tokens], transform=transform)
+
+    def forward(self, *, want_entropy: bool, want_block_lse: bool = False) -> HeadForward:
+        path: Any = torch_ops
+        if self.triton:
+            from lad_kernels.head.kernels import forward as path
+        return path.forward(
+            self.hidden, self.weight, self.targets, self.bias, self.transform, want_entropy=want_entropy,
+            want_block_lse=want_block_lse,
+        )  # fmt: skip
+
+    def has_one_pass(self) -> bool:
+        """Whether `one_pass` can run: in Triton not for float16 (exponentials leave its range), in PyTorch not for
+        16-bit inputs (the weight would be widened twice per chunk) nor with a softcap (its slope would be lost)."""
+        if self.triton:
+            return self.hidden.dtype != torch.float16
+        return self.hidden.dtype.itemsize > 2 and self.transform.softcap is None
+
+    def one_pass(
+        self, prior: Tensor | None, coefficients: Callable[[slice, Tensor], Tensor], *, chunks: Sequence[slice],
+        want_entropy: bool, needs: tuple[bool, bool, bool],
+    ) -> tuple[HeadForward, HeadGradients] | None:  # fmt: skip
+        """Forward and gradient together; None where the prior log-probs [M] are too far off (Triton)."""
+        wanted = dict(zip(("need_hidden", "need_weight", "need_bias"), needs))
+        inputs = (self.hidden, self.weight, self.targets, self.bias, self.transform)
+        if not self.triton:
+            return torch_ops.one_pass(*inputs, coefficients, chunks=chunks, want_entropy=want_entropy, **wanted)
+        from lad_kernels.head.kernels import one_pass
+
+        return one_pass.one_pass(*inputs, prior, coefficients, chunks=chunks, want_entropy=want_entropy, **wanted)
+
+    def backward(
+        self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: tuple[bool, bool, bool]
+    ) -> HeadGradients:
+        """Gradients of hidden [M, D], weight and bias; exact without a routing."""
+        wanted = dict(zip(("need_hidden", "need_weight", "need_bias"), needs))
+        inputs = (self.hidden, self.weight, self.targets, self.bias, self.transform, lse, gradient)
+        if not self.triton:
+            return torch_ops.backward(*inputs, routing, **wanted)
+        from lad_kernels.head.kernels import dense, routed
+
+        return dense.backward(*inputs, **wanted) if routing is None else routed.backward(*inputs, routing, **wanted)
 
 
-def head_backward(
-    hidden: Tensor,  # [N, D] or [B, T, D], as the user gave it
-    weight: Tensor,  # [V, D]
-    bias: Tensor | None,  # [V]
-    targets: Tensor,  # [M]
-    lse: Tensor,  # [M]
-    gradient: LogitGradient,
-    *,
-    packing: Packing,
-    transform: LogitTransform,
-    triton: bool,
-    needs: tuple[bool, bool, bool],
-) -> HeadGradients:
-    """Gradients of hidden (in its own shape), weight and bias."""
-    need_hidden, need_weight, need_bias = needs
-    if not any(needs):
-        return HeadGradients(None, None, None)
-    backward: Any = torch_ops.backward
-    if triton:
-        from lad_kernels.head.kernels.dense import backward
-    found = backward(
-        packing.take(hidden), weight, targets, bias, transform, lse, gradient,
-        need_hidden=need_hidden, need_weight=need_weight, need_bias=need_bias,
-    )  # fmt: skip
-    return found._replace(hidden=None if found.hidden is None else packing.place(found.hidden))
+def live_tokens(gradient: LogitGradient) -> Tensor | None:
+    """Tokens [A] with a coefficient that is not zero, ascending; None if all have one."""
+    live = (gradient.onehot != 0) | (gradient.prob != 0)  # [M]
+    if gradient.entropy is not None:
+        live |= gradient.entropy != 0
+    tokens = live.nonzero()[:, 0]  # [A]
+    return None if len(tokens) == len(live) else tokens
+
+
+def take(x: Tensor, tokens: Tensor | None) -> Tensor:
+    """[M] -> [A]."""
+    return x if tokens is None else x[tokens]
+
+
+def take_gradient(gradient: LogitGradient, tokens: Tensor | None) -> LogitGradient:
+    """Coefficients of some tokens."""
+    entropy = None if gradient.entropy is None else take(gradient.entropy, tokens)
+    return LogitGradient(take(gradient.onehot, tokens), take(gradient.prob, tokens), entropy)
+
+
+def spread(found: HeadGradients, packing: Packing, tokens: Tensor | None) -> HeadGradients:
+    """Gradients with dH [A, D] of some packed tokens -> with dH in the shape the user gave, zero elsewhere."""
+    dh = found.hidden
+    if dh is None:
+        return found
+    if tokens is not None:
+        dh = dh.new_zeros(packing.tokens, dh.shape[1]).index_copy_(0, tokens, dh)
+    return found._replace(hidden=packing.place(dh))
 
 
 class LinearLogprobsFunction(torch.autograd.Function):
@@ -75,9 +131,8 @@ class LinearLogprobsFunction(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, packing: Packing,
         transform: LogitTransform, want_entropy: bool, triton: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-        out = head_forward(
-            packing.take(hidden), weight, targets, bias, transform, want_entropy=want_entropy, triton=triton
-        )
+        head = Head(packing.take(hidden), weight, targets, bias, transform, triton)
+        out = head.forward(want_entropy=want_entropy)
         ctx.save_for_backward(hidden, weight, bias, targets, out.lse, out.entropy)
         ctx.packing, ctx.transform, ctx.triton = packing, transform, triton
         ctx.set_materialize_grads(False)
@@ -87,14 +142,14 @@ class LinearLogprobsFunction(torch.autograd.Function):
     def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None, g_lse: Tensor | None) -> tuple:
         checks.refuse_double_backward()
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
-        if g_logp is None and g_entropy is None and g_lse is None:
+        if (g_logp is None and g_entropy is None and g_lse is None) or not any(ctx.needs_input_grad[:3]):
             return (None,) * 8
         onehot = torch.zeros_like(lse) if g_logp is None else g_logp  # [M]
         prob = -onehot if g_lse is None else g_lse - onehot  # [M]
         if g_entropy is not None:
             prob = prob - g_entropy * entropy
-        found = head_backward(
-            hidden, weight, bias, targets, lse, LogitGradient(onehot, prob, g_entropy),
-            packing=ctx.packing, transform=ctx.transform, triton=ctx.triton, needs=ctx.needs_input_grad[:3],
-        )  # fmt: skip
-        return *found, None, None, None, None, None
+        gradient = LogitGradient(onehot, prob, g_entropy)
+        live = live_tokens(gradient)  # [A]
+        head = Head(ctx.packing.take(hidden), weight, targets, bias, ctx.transform, ctx.triton).take(live)
+        found = head.backward(take(lse, live), take_gradient(gradient, live), None, ctx.needs_input_grad[:3])
+        return *spread(found, ctx.packing, live), None, None, None, None, None

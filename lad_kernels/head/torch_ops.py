@@ -7,6 +7,8 @@ the next begins: written once, deterministic.
     forward    per slab and chunk: z = transform(h W^T + b); running maximum, sum of exponentials and (for the
                entropy) sum of e^(z - max) (z - max), rescaled when the maximum moves                        2 N D V
     backward   per slab and chunk: z again, p = e^(z - lse), dZ, then dW += dZ^T h and dH += dZ W            6 N D V
+    routed     the same for the kept (token, block) pairs alone: each block gathers its own tokens           6 D BLOCK P
+    one pass   whole rows of a chunk: z, lse, c, then dH and dW at once, when c is known inside the chunk     6 N D V
 
 Arithmetic is float32 (float64 for float64 inputs) throughout: 16-bit operands are widened before each product, which
 is exact; each gradient is rounded once, when it is written. Left out: 16-bit matrix units (the Triton path has them).
@@ -14,21 +16,22 @@ is exact; each gradient is rounded once, when it is written. Left out: 16-bit ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from lad_kernels.head.logits import HeadForward, HeadGradients, LogitGradient, LogitTransform
+from lad_kernels.head import flops
+from lad_kernels.head.logits import BLOCK, HeadForward, HeadGradients, LogitGradient, LogitTransform, Routing
 
 TILE_BYTES = 16 << 20  # one tile of logits; at most three such tiles are alive at a time
 MAX_CHUNK = 2048  # tokens of a tile
 
 
 def _tiles(tokens: int, vocabulary: int, item: int) -> tuple[list[slice], list[slice]]:
-    """(vocabulary slabs, token chunks) whose product fits in TILE_BYTES."""
-    chunk = max(1, min(tokens, MAX_CHUNK))
-    slab = max(1, min(vocabulary, TILE_BYTES // (item * chunk)))
+    """(vocabulary slabs of whole blocks, token chunks) whose product fits in TILE_BYTES."""
+    chunk = max(1, min(tokens, MAX_CHUNK, TILE_BYTES // (item * BLOCK)))
+    slab = max(1, TILE_BYTES // (item * chunk * BLOCK)) * BLOCK
     cut = lambda total, step: [slice(i, min(i + step, total)) for i in range(0, total, step)]  # noqa: E731
     return cut(vocabulary, slab), cut(tokens, chunk)
 
@@ -42,23 +45,27 @@ class _Logits:
         t = transform.temperature
         self.inverse_temperature = (1 / t.to(self.dtype))[:, None] if isinstance(t, Tensor) else 1 / t  # [N, 1]
         self.slabs, self.chunks = _tiles(len(hidden), len(weight), self.dtype.itemsize)
-        room = max((s.stop - s.start for s in self.slabs[:1]), default=0) * min(len(hidden), MAX_CHUNK)
-        self._memory = self.hidden.new_empty(room)  # one tile, used again and again
+        self.reserve(*(max((s.stop - s.start for s in x[:1]), default=0) for x in (self.chunks, self.slabs)))
+
+    def reserve(self, tokens: int, columns: int) -> None:
+        """Memory of one tile, used again and again."""
+        self._memory = self.hidden.new_empty(max(tokens * columns, BLOCK * min(len(self.hidden), MAX_CHUNK)))
 
     def slab(self, columns: slice) -> tuple[Tensor, Tensor | None]:
         """Weight [Vs, D] and bias [Vs] of a slab, widened."""
         bias = None if self.bias is None else self.bias[columns].to(self.dtype)
         return self.weight[columns].to(self.dtype), bias
 
-    def _per_row(self, rows: slice) -> Tensor | float:
+    def _per_row(self, rows: slice | Tensor) -> Tensor | float:
         t = self.inverse_temperature
         return t[rows] if isinstance(t, Tensor) else t
 
-    def tile(self, rows: slice, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def tile(self, rows: slice | Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """z [C, Vs], valid until the next tile, and tanh [C, Vs] of the softcap if there is one."""
         h = self.hidden[rows]  # [C, D]
         z = self._memory[: len(h) * len(w)].view(len(h), len(w))
         torch.mm(h, w.T, out=z) if b is None else torch.addmm(b, h, w.T, out=z)
+        flops.product(len(h), h.shape[1], len(w))
         if self.transform.scale != 1.0:
             z.mul_(self.transform.scale)
         cap, tanh = self.transform.softcap, None
@@ -70,7 +77,7 @@ class _Logits:
             z.mul_(inverse)
         return z, tanh
 
-    def chain(self, dz: Tensor, rows: slice, tanh: Tensor | None) -> Tensor:
+    def chain(self, dz: Tensor, rows: slice | Tensor, tanh: Tensor | None) -> Tensor:
         """dZ [C, Vs] -> d loss / d raw product, in place."""
         if tanh is not None:
             dz.mul_(1 - tanh.square())
@@ -92,31 +99,53 @@ def forward(
     transform: LogitTransform,
     *,
     want_entropy: bool,
+    want_block_lse: bool = False,
 ) -> HeadForward:
-    """Log-probs, lse and entropy of N tokens; memory beyond the inputs is O(TILE_BYTES + N D if 16-bit)."""
+    """Log-probs, lse and entropy of N tokens; memory beyond the inputs is O(TILE_BYTES + N D if 16-bit).
+
+    Exponentials are taken relative to the largest logit met before the present slab, which spares a pass over the
+    tile; where that overflows, the tile is made again with its own maximum. A block's mass is thus 0 when it lies
+    more than about 100 nats below the maximum.
+    """
     logits = _Logits(hidden, weight, bias, transform)
-    top = hidden.new_full((len(hidden),), -torch.inf, dtype=logits.dtype)  # [N] running maximum
+    top = hidden.new_full((len(hidden),), -torch.inf, dtype=logits.dtype)  # [N] what exponentials are relative to
     mass = torch.zeros_like(top)  # [N] sum e^(z - top)
     moment = torch.zeros_like(top)  # [N] sum e^(z - top) (z - top)
     chosen = torch.full_like(top, -torch.inf)  # [N] z_y; a target outside [0, V) keeps probability 0
+    blocks = -(-len(weight) // BLOCK)
+    block_lse = top.new_empty(blocks, len(top)) if want_block_lse else None  # [blocks, N]
     for columns, w, b in logits.walk():
         for rows in logits.chunks:
-            z, _ = logits.tile(rows, w, b)  # [C, Vs]
             column, inside = _column(targets[rows], columns)
-            chosen[rows] = torch.where(inside, z.gather(1, column[:, None])[:, 0], chosen[rows])
-            new = torch.maximum(top[rows], z.amax(1))  # [C]
+            for again in (columns.start == 0, True):
+                z, _ = logits.tile(rows, w, b)  # [C, Vs]
+                chosen[rows] = torch.where(inside, z.gather(1, column[:, None])[:, 0], chosen[rows])
+                new = torch.maximum(top[rows], z.amax(1)) if again else top[rows]  # [C]
+                z.sub_(new[:, None])
+                e = z.exp() if want_entropy else z.exp_()  # [C, Vs]
+                sums = _block_sums(e)  # [C, Vs / BLOCK]
+                if again or bool((sums < torch.inf).all()):
+                    break
             shift = top[rows] - new  # [C]
             decay = shift.exp()  # 0 for the first slab
-            z.sub_(new[:, None])
-            e = z.exp() if want_entropy else z.exp_()  # [C, Vs]
             if want_entropy:
                 carried = torch.where(mass[rows] > 0, decay * (moment[rows] + shift * mass[rows]), 0.0)
                 moment[rows] = carried + torch.linalg.vecdot(e, z)
-            mass[rows] = mass[rows] * decay + e.sum(1)
+            if want_block_lse:
+                first = columns.start // BLOCK
+                block_lse[first : first + sums.shape[1], rows] = (sums.log() + new[:, None]).T
+            mass[rows] = mass[rows] * decay + sums.sum(1)
             top[rows] = new
     lse = top + mass.log()
     entropy = mass.log() - moment / mass if want_entropy else None
-    return HeadForward((chosen - lse).clamp(max=0.0), lse, entropy, None)
+    return HeadForward((chosen - lse).clamp(max=0.0), lse, entropy, block_lse)
+
+
+def _block_sums(e: Tensor) -> Tensor:
+    """[C, Vs] -> sums over blocks of columns [C, ceil(Vs / BLOCK)]; the last block may be partial."""
+    whole = e.shape[1] // BLOCK * BLOCK
+    sums = e[:, :whole].unflatten(1, (-1, BLOCK)).sum(2) if whole else e.new_empty(len(e), 0)
+    return sums if whole == e.shape[1] else torch.cat([sums, e[:, whole:].sum(1, keepdim=True)], 1)
 
 
 def _column(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
@@ -133,12 +162,13 @@ def backward(
     transform: LogitTransform,
     lse: Tensor,  # [N]
     gradient: LogitGradient,
+    routing: Routing | None = None,
     *,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> HeadGradients:
-    """Exact gradients for any LogitGradient; see the module docstring for the order of the work."""
+    """Gradients for any LogitGradient, exact without a routing; see the module docstring for the order of the work."""
     needs = ((hidden, need_hidden), (weight, need_weight), (bias, need_bias))
     if len(hidden) == 0:
         return HeadGradients(*(torch.zeros_like(x) if need else None for x, need in needs))
@@ -147,21 +177,35 @@ def backward(
     dh = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if need_hidden else None
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
     db = torch.empty_like(bias) if need_bias else None
-    for columns, w, b in logits.walk():
+    dense = logits.chunks if routing is None else [c for c in routing.dense.split(MAX_CHUNK) if len(c)]
+    pairs = _pairs_by_block(routing)
+    for columns in logits.slabs:
         dw_slab = None  # [Vs, D]: dW itself, or a wider copy of its slab
         if need_weight:
-            dw_slab = dw[columns] if dw.dtype == dtype else torch.empty_like(w)
-        db_slab = w.new_zeros(len(w)) if need_bias else None  # [Vs]
-        for rows in logits.chunks:
-            z, tanh = logits.tile(rows, w, b)  # [C, Vs]
-            dz = _logit_gradient(z, rows, columns, targets, lse, gradient)
-            dz = logits.chain(dz, rows, tanh)
-            if need_hidden:
+            dw_slab = dw[columns] if dw.dtype == dtype else dw.new_empty(dw[columns].shape, dtype=dtype)
+            if not dense:
+                dw_slab.zero_()
+        db_slab = lse.new_zeros(columns.stop - columns.start) if need_bias else None  # [Vs]
+        work = [(columns, rows, None) for rows in dense]
+        work += (pair for b in range(columns.start // BLOCK, -(-columns.stop // BLOCK)) for pair in pairs.get(b, ()))
+        w = b = seen = None
+        for i, (part, rows, scale) in enumerate(work):
+            if part != seen:
+                (w, b), seen = logits.slab(part), part
+            z, tanh = logits.tile(rows, w, b)  # [C, v]
+            dz = logits.chain(_logit_gradient(z, rows, part, targets, lse, gradient), rows, tanh)
+            if scale is not None:
+                dz.mul_(scale[:, None])
+            at = slice(part.start - columns.start, part.stop - columns.start)
+            if need_hidden and isinstance(rows, slice):
                 dh[rows].addmm_(dz, w)
-            if need_weight:
-                dw_slab.addmm_(dz.T, logits.hidden[rows], beta=int(rows.start > 0))  # beta 0: written, not added
+            elif need_hidden:
+                dh.index_add_(0, rows, dz @ w)
+            if need_weight:  # beta 0: written, not added
+                dw_slab[at].addmm_(dz.T, logits.hidden[rows], beta=int(i > 0 or not dense))
             if need_bias:
-                db_slab += dz.sum(0)
+                db_slab[at] += dz.sum(0)
+            _count(len(dz), len(w), hidden.shape[1], need_hidden + need_weight)
         if need_weight and dw.dtype != dtype:
             dw[columns] = dw_slab
         if need_bias:
@@ -169,8 +213,30 @@ def backward(
     return HeadGradients(None if dh is None else dh.to(hidden.dtype), dw, db)
 
 
+def _count(tokens: int, columns: int, hidden_size: int, products: int) -> None:
+    """Tell the tally about `products` further products of a tile [tokens, columns]."""
+    for _ in range(products):
+        flops.product(tokens, columns, hidden_size)
+
+
+def _pairs_by_block(routing: Routing | None) -> dict[int, list[tuple[slice, Tensor, Tensor | None]]]:
+    """{block: [(columns, tokens [<= MAX_CHUNK], scale of their pieces)]} of every block that is hot."""
+    found: dict[int, list[tuple[slice, Tensor, Tensor | None]]] = {}
+    if routing is None:
+        return found
+    start = 0
+    for block, count in enumerate(routing.counts):
+        columns = slice(block * BLOCK, (block + 1) * BLOCK)
+        for first in range(start, start + count, MAX_CHUNK):
+            part = slice(first, min(first + MAX_CHUNK, start + count))
+            scale = None if routing.scale is None else routing.scale[part]
+            found.setdefault(block, []).append((columns, routing.rows[part], scale))
+        start += count
+    return found
+
+
 def _logit_gradient(
-    z: Tensor, rows: slice, columns: slice, targets: Tensor, lse: Tensor, gradient: LogitGradient
+    z: Tensor, rows: slice | Tensor, columns: slice, targets: Tensor, lse: Tensor, gradient: LogitGradient
 ) -> Tensor:
     """dZ [C, Vs] of `LogitGradient`, in the memory of z where it can be."""
     log_p = z.sub_(lse[rows, None])  # [C, Vs]
@@ -182,3 +248,69 @@ def _logit_gradient(
     column, inside = _column(targets[rows], columns)
     dz[torch.arange(len(dz), device=dz.device), column] += torch.where(inside, gradient.onehot[rows], 0.0)
     return dz
+
+
+def one_pass(
+    hidden: Tensor,  # [N, D] float32 or float64
+    weight: Tensor,  # [V, D], same dtype
+    targets: Tensor,  # [N]
+    bias: Tensor | None,  # [V]
+    transform: LogitTransform,  # without a softcap
+    coefficients: Callable[[slice, Tensor], Tensor],
+    *,
+    chunks: Sequence[slice],
+    want_entropy: bool,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[HeadForward, HeadGradients]:
+    """Forward and gradient of a loss with coefficients c = d loss / d logp, each logit computed once.
+
+    Args:
+        coefficients: (rows, log-probs [N] known up to rows.stop) -> c [C] of those rows.
+        chunks: ascending cover of the N tokens. One chunk's logits [C, V] are the workspace.
+    """
+    logits = _Logits(hidden, weight, bias, transform)
+    logprobs, lse = hidden.new_empty(len(hidden)), hidden.new_empty(len(hidden))  # [N], [N]
+    entropy = torch.empty_like(lse) if want_entropy else None  # [N]
+    dh = torch.zeros_like(hidden) if need_hidden else None  # [N, D]
+    dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else None  # [V, D]
+    db = torch.zeros_like(bias) if need_bias else None  # [V]
+    logits.reserve(max((c.stop - c.start for c in chunks), default=0), len(weight))
+    step = max(
+        BLOCK, TILE_BYTES // (logits.dtype.itemsize * max(1, max((c.stop - c.start for c in chunks), default=1)))
+    )
+    for rows in chunks:
+        z, _ = logits.tile(rows, weight, bias)  # [C, V]
+        every = torch.arange(len(z), device=z.device)
+        top, z_y = z.amax(1), z[every, targets[rows]]  # [C], [C]
+        mass, moment = torch.zeros_like(top), torch.zeros_like(top)  # [C], [C]
+        for part in z.split(step, 1):  # [C, step], in place
+            part.sub_(top[:, None])
+            e = part.exp() if want_entropy else part.exp_()
+            mass += e.sum(1)
+            if want_entropy:
+                moment += torch.linalg.vecdot(e, part)
+                part.copy_(e)
+        lse[rows] = top + mass.log()
+        logprobs[rows] = (z_y - lse[rows]).clamp(max=0.0)
+        if want_entropy:
+            entropy[rows] = mass.log() - moment / mass
+        c = coefficients(rows, logprobs)  # [C]
+        live = c.nonzero()[:, 0].tolist()  # tokens with a gradient, moved to the front
+        for i, n in enumerate(live):
+            if i != n:
+                z[i] = z[n]
+        live = torch.tensor(live, device=z.device, dtype=torch.long)  # [A]
+        dz, every, c = z[: len(live)], every[: len(live)], c[live]  # [A, V], [A], [A]
+        dz.mul_((-c / mass[live])[:, None])
+        dz[every, targets[rows][live]] += c
+        dz = logits.chain(dz, rows.start + live, None)
+        if need_hidden:
+            dh[rows.start + live] = dz @ weight
+        if need_weight:
+            dw.addmm_(dz.T, hidden[rows.start + live])
+        if need_bias:
+            db += dz.sum(0)
+        _count(len(live), len(weight), hidden.shape[1], need_hidden + need_weight)
+    return HeadForward(logprobs, lse, entropy, None), HeadGradients(dh, dw, db)

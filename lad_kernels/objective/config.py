@@ -12,6 +12,7 @@ AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-
 ADVANTAGE_SCALES = ("group", "batch", "none", "loo")
 POLICY_LOSSES = ("ppo", "cispo", "reinforce")
 BACKWARDS = ("auto", "dense", "routed")
+TAILS = ("drop", "unbiased")
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -43,6 +44,7 @@ def _check_shared(config: LADConfig | GRPOConfig) -> None:
         raise ValueError(f"entropy_coef: expected a finite number, got {config.entropy_coef!r}")
     check_choice("backward", config.backward, BACKWARDS)
     check_number("tail_mass", config.tail_mass, 0.0, optional=True)
+    check_choice("tail", config.tail, TAILS)
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,13 @@ class LADConfig:
         target_clamp: bound on abs(u). None: no bound.
         kl_coef: weight of the k3 estimate of KL(pi || pi_ref).
         entropy_coef: weight of an entropy bonus (subtracted from the loss).
-        backward: `dense`, or `auto` to choose by cost.
-        tail_mass: theta, the share of gradient mass below which a (token, vocabulary block) pair may be dropped;
-            0 is exact, None lets the input dtype decide.
+        backward: `dense` is exact, `routed` multiplies the kept (token, vocabulary block) pairs alone, `auto` takes
+            the cheaper by the model of head/dispatch.py.
+        tail_mass: theta: a pair may be dropped when its piece of the logit gradient has an L1 norm of at most theta
+            times the mean |c|. 0 is exact; None means 0 for float32 and float64 and 3e-4 for 16-bit inputs, where
+            what is lost stays below the rounding of the dense path. `metrics` bound the error.
+        tail: what becomes of pairs below the threshold: `drop`, or `unbiased` to keep some at random, scaled so that
+            the expected gradient is exact.
     """
 
     divergence: str = "js"
@@ -84,6 +90,7 @@ class LADConfig:
     entropy_coef: float = 0.0
     backward: str = "auto"
     tail_mass: float | None = None
+    tail: str = "drop"
     target_clamp: float | None = None
 
     def __post_init__(self) -> None:
@@ -128,6 +135,7 @@ class GRPOConfig:
     entropy_coef: float = 0.0
     backward: str = "auto"
     tail_mass: float | None = None
+    tail: str = "drop"
 
     def __post_init__(self) -> None:
         check_number("epsilon_low", self.epsilon_low, 0.0)

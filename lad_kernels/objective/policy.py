@@ -294,19 +294,20 @@ def policy_terms(
         advantages = advantages_of(rewards, group_ids, config.advantage_scale)
     token_d = _log_ratio(logprobs, old_logprobs)  # [M]
     raw_d = seq.level(token_d, config.importance_sampling_level)  # [M]
-    bound = config.log_ratio_clamp
-    d = raw_d if bound is None else raw_d.clamp(-bound, bound)  # [M]
+    bound = torch.inf if config.log_ratio_clamp is None else config.log_ratio_clamp
+    d, stopped = raw_d.clamp(-bound, bound), raw_d.abs() > bound  # [M], [M]; NaN is not stopped
     spread = (lambda x: x) if advantages_by_token else seq.spread
     a = spread(advantages)  # [M]
-    bites, extra = d != raw_d, {}
+    bites, extra = stopped, {}
     if isinstance(config, LADConfig):
         u = advantages / config.eta  # [B] or [M]
         if config.target_norm == "group":
             u = u - group_log_mean_exp(u, group_ids)
         raw_u = spread(u)  # [M]
-        u = raw_u if config.target_clamp is None else raw_u.clamp(-config.target_clamp, config.target_clamp)
+        target_bound = torch.inf if config.target_clamp is None else config.target_clamp
+        u = raw_u.clamp(-target_bound, target_bound)  # [M]
         terms = lad_terms(config.divergence, d, u, centered=config.centered)
-        bites, extra["frac_over_target"] = bites | (u != raw_u), _mean(d > u)
+        bites, extra["frac_over_target"] = stopped | (raw_u.abs() > target_bound), _mean(d > u)
     else:
         terms, clipped = grpo_terms(config, logprobs, d, a)
         extra["clip_share"] = _mean(clipped)
@@ -317,7 +318,7 @@ def policy_terms(
         s = w * (rollout_is_weights if weights_by_token else seq.spread(rollout_is_weights))
     loss = (s * terms.loss).sum()
     direct = isinstance(config, GRPOConfig) and config.policy_loss != "ppo"
-    through_ratio = torch.where((d != raw_d) & (not direct), 0.0, s * terms.coef)  # [M]
+    through_ratio = torch.where(stopped & (not direct), 0.0, s * terms.coef)  # [M]
     dlogprobs = seq.level(through_ratio, config.importance_sampling_level)
     if config.kl_coef != 0:
         gap = ref_logprobs - logprobs  # [M]

@@ -1,0 +1,66 @@
+"""Time, memory, error and bound of the paths that skip work, beside eager torch and beside flat data that suits none.
+
+The gate is the measurement itself: an exact entry must be within the tolerance rule's float32 constant (or twice the
+error of eager torch), a routed one within its reported bound, before its row is written.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import sparse
+from benchmarks.measure import Rounds, ratio, summary
+from lad_kernels.head import dispatch
+from lad_kernels.testing import CONTRACT_MARGIN, FP32_TOLERANCE
+
+MIB = 2**20
+REGIONS = ("dH", "dW target rows", "dW other rows")
+
+
+@pytest.mark.parametrize("case", sparse.CASES)
+def test_sparse(bench, data, case, rounds):
+    shape = sparse.SHAPES[bench.set_name]
+    batch = sparse.make(shape, data, case, bench.dtype, bench.device)
+    entries = [e for e in sparse.ENTRIES if not (data == "flat" and e.path == "routed")]
+    true, found = sparse.truth(batch, case), {}
+    dispatch.forget()
+    for entry in entries:
+        _, backward = sparse.provider(entry, case).step(batch)
+        found[entry] = sparse.errors(*backward(), *true, batch.targets)
+    del true
+    eager = found[entries[0]]
+    for entry in entries[1:]:
+        metrics = sparse.outputs[entry].metrics
+        bounds = {"dH absolute": metrics["dhidden_bound"].item(), "dW absolute": metrics["dweight_bound"].item()}
+        exact = not any(bounds.values())
+        for region in REGIONS:
+            allowed = max(FP32_TOLERANCE, CONTRACT_MARGIN * eager[region])
+            assert not exact or bench.device == "cuda" or found[entry][region] <= allowed, (entry.name, region)
+        for region, bound in bounds.items():
+            assert exact or found[entry][region] <= bound, (entry.name, region)
+    run = Rounds([sparse.provider(e, case) for e in entries], [batch], bench.clock)
+    for _ in range(rounds):
+        run()
+    peaks = sparse.peaks_cpu(bench.set_name, data, case) if bench.device == "cpu" else {}
+    add_rows(bench, shape, data, case, batch, entries, found, run, peaks)
+
+
+def add_rows(bench, shape, data, case, batch, entries, found, run, peaks) -> None:
+    samples = {p.name: s for p, s in run.samples.items()}
+    for entry in entries:
+        row = {"shape": str(shape), "data": data, "case": case, "entry": entry.name}
+        row |= {"total_ms": summary(samples[entry.name])["total_ms"]}
+        row |= {"vs_eager": ratio(samples[entry.name], samples[entries[0].name])}
+        if entry.name in peaks:
+            row["mib_beyond_gradients"] = max(peaks[entry.name] - batch.gradient_bytes, 0) / MIB
+        row |= {f"error {k}": found[entry][k] for k in REGIONS}
+        if entry.config is not None:
+            metrics = sparse.outputs[entry].metrics
+            unit = shape.tokens * shape.hidden_size * shape.vocab_size
+            row |= {"flops / N D V": metrics["head_flops"].item() / unit, "kept_share": metrics["kept_share"].item()}
+            scale = {k: found[entry][f"{k} absolute"] for k in ("dH", "dW")}
+            row |= {
+                "bound over error dH": metrics["dhidden_bound"].item() / scale["dH"],
+                "bound over error dW": metrics["dweight_bound"].item() / scale["dW"],
+            }
+        bench.results.add("sparse", **row)

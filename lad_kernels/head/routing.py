@@ -1,0 +1,147 @@
+"""Which (token, vocabulary block) pairs of the logit gradient are multiplied, and a bound on what the others hold.
+
+The forward leaves L[b, n], the log of the un-normalised mass of each block of BLOCK columns, so that the probability
+mass of a block, m = e^(L - lse), is known before anything is multiplied. With c = d loss / d logp, the piece of dZ in a
+block has an L1 norm of
+
+    |c| m              in a block without the target
+    |c| (m + 1 - 2 p)  in the block of the target, whose probability is p
+
+One rule: keep a pair when that norm exceeds theta * mean|c|, the mean being over tokens with c != 0. What is dropped is
+known, so the error is bounded. With E[b, n] the norm of each piece that is dropped, w_b the longest row of W in a block
+and |dz/draw| <= s = |scale| / T,
+
+    ||error of dH||_F <= sqrt(sum_n (s_n sum_b E[b, n] w_b)^2)
+    ||error of dW||_F <= sqrt(sum_b (sum_n s_n E[b, n] ||h_n||)^2)
+
+An entropy term of the gradient adds |g_H| sum_{j in b} p_j |log p_j| <= |g_H| m (log BLOCK - log m) to the norm.
+
+`unbiased` keeps a pair below the threshold with probability q = norm / threshold and multiplies its piece by 1 / q:
+the expected gradient is exact, and such a pair is off by threshold - norm.
+
+The bound covers what is dropped, with masses as the forward computed them; the rounding of what is multiplied is that
+of the dense path. Tokens with more pairs than `dense_share` of the blocks are handed to the dense path whole.
+Source: the rule and its bound are this package's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lad_kernels.head.logits import BLOCK, LogitGradient, LogitTransform, Routing
+
+_SLICE = 1 << 22  # pairs looked at together: 16 MiB of float32
+_SLACK = 32  # rounding steps by which 1 - p_y may be wrong: added to the norm of the target's piece
+
+
+class Certificate(NamedTuple):
+    """What a routing leaves out; every field is 0-d on the device of the hidden states."""
+
+    pairs: Tensor  # kept pairs, those of dense tokens included
+    dropped_mass_mean: Tensor  # L1 norm of the dropped part of dZ over |c|, from 0 to 2; mean over the tokens given
+    dropped_mass_max: Tensor  # the largest of any token
+    dhidden_bound: Tensor  # upper bound on the Frobenius norm of the error of dH
+    dweight_bound: Tensor  # the same for dW
+
+
+def _norm(mass: Tensor, prob: Tensor, entropy: Tensor | None) -> Tensor:
+    """Upper bound on the L1 norm of p (prob - entropy log p) over columns of a block that hold `mass` together."""
+    norm = prob.abs() * mass
+    if entropy is not None:
+        spread = math.log(BLOCK) - mass.clamp(min=torch.finfo(mass.dtype).tiny).log()
+        norm = norm + entropy.abs() * mass * spread
+    return norm
+
+
+class _Pieces:
+    """Probability masses and L1 norms of the pieces of dZ, a slice of blocks at a time."""
+
+    def __init__(self, block_lse: Tensor, lse: Tensor, logprobs: Tensor, targets: Tensor, gradient: LogitGradient):
+        self.block_lse, self.lse, self.gradient = block_lse, lse, gradient  # [blocks, A], [A]
+        self.block, self.p = targets // BLOCK, logprobs.exp()  # [A], [A]
+        onehot, prob, entropy = gradient.onehot, gradient.prob, gradient.entropy  # [A] each
+        rest = prob + onehot if entropy is None else prob + onehot - entropy * logprobs.clamp(min=-1e30)
+        own = rest * self.p - onehot * torch.expm1(logprobs)  # [A] dZ at the target, without cancellation
+        self.own = own.abs() + onehot.abs() * _SLACK * torch.finfo(lse.dtype).eps
+        self.size = torch.maximum(onehot.abs(), prob.abs())  # [A]; |c| unless there is an entropy term
+        if entropy is not None:
+            self.size += entropy.abs()
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        """(blocks, norm [b, A])."""
+        prob, entropy = self.gradient.prob, self.gradient.entropy  # [A]
+        blocks, tokens = self.block_lse.shape
+        step = max(1, _SLICE // max(tokens, 1))
+        for first in range(0, blocks, step):
+            part = slice(first, min(first + step, blocks))
+            mass = (self.block_lse[part] - self.lse).exp_().clamp_(max=1.0)  # [b, A]
+            norm = _norm(mass, prob, entropy)  # [b, A]
+            here = ((self.block >= part.start) & (self.block < part.stop)).nonzero()[:, 0]  # [t] tokens
+            at = (self.block[here] - part.start, here)
+            others = (mass[at] - self.p[here]).clamp(min=0.0)  # [t]
+            norm[at] = _norm(others, prob[here], None if entropy is None else entropy[here]) + self.own[here]
+            yield part, norm
+
+
+def block_norms(weight: Tensor) -> Tensor:
+    """Length of the longest row of each block of weight [V, D]: [blocks] float32 (float64 for float64)."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(weight, dim=1, dtype=wide)  # [V]
+    padded = torch.nn.functional.pad(norms, (0, -len(norms) % BLOCK))  # [blocks * BLOCK]
+    return padded.view(-1, BLOCK).amax(1)
+
+
+def route(
+    hidden: Tensor,  # [A, D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [A]
+    transform: LogitTransform,  # its temperature, if a tensor, is [A]
+    lse: Tensor,  # [A]
+    logprobs: Tensor,  # [A]
+    block_lse: Tensor,  # [blocks, A]
+    gradient: LogitGradient,
+    theta: float,
+    *,
+    dense_share: float = 1.0,
+    unbiased: bool = False,
+) -> tuple[Routing, Certificate]:
+    """Choose the pairs of A tokens. Reading how many there are costs host syncs on an accelerator."""
+    pieces = _Pieces(block_lse, lse, logprobs, targets, gradient)
+    threshold = theta * pieces.size.sum() / (pieces.size != 0).sum().clamp(min=1)  # []
+    keep = torch.empty(block_lse.shape, dtype=torch.bool, device=lse.device)  # [blocks, A]
+    expected = torch.zeros_like(lse)  # [A] pairs
+    for part, norm in pieces:
+        keep[part] = ~(norm <= (threshold * torch.rand_like(norm) if unbiased else threshold))  # NaN is kept
+        expected += ((norm / threshold).clamp_(max=1.0) if unbiased else keep[part]).sum(0)
+    many = ~(expected <= dense_share * len(keep))  # [A]; not by the draw, which would bias what remains
+    dense = many.nonzero()[:, 0]  # [Nd]
+    keep &= ~many
+
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    slope = abs(transform.scale) / transform.temperature  # [A] or a number
+    reach = torch.linalg.vector_norm(hidden, dim=1, dtype=wide) * slope  # [A]
+    longest, lost = block_norms(weight), torch.zeros_like(lse)  # [blocks], [A]
+    error, by_block, scales = torch.zeros_like(lse), lse.new_empty(len(keep)), []  # [A], [blocks]
+    for part, norm in pieces:
+        kept = keep[part] | many  # [b, A]
+        lost += norm.masked_fill(kept, 0.0).sum(0)
+        if unbiased:
+            scales.append((threshold / norm).clamp_(min=1.0)[keep[part]])
+            norm = torch.where(keep[part], (threshold - norm).clamp_(min=0.0), norm.masked_fill_(many, 0.0))
+        else:
+            norm.masked_fill_(kept, 0.0)
+        error += torch.mv(norm.T, longest[part])
+        by_block[part] = torch.mv(norm, reach)
+    lost /= pieces.size
+    counts = keep.sum(1)  # [blocks]
+    rows = keep.nonzero()[:, 1]  # [P]
+    routing = Routing(rows, torch.cat(scales) if unbiased else None, counts.tolist(), dense)
+    certificate = Certificate(
+        counts.sum() + len(dense) * len(keep), lost.mean(), lost.amax(), (error * slope).norm(), by_block.norm()
+    )
+    return routing, certificate

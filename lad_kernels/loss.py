@@ -222,7 +222,7 @@ class _Step:
                 return
             self.live = live_tokens(_gradient(self.terms, None))  # [A]
         part = self.head.take(self.live)
-        out = self._one_pass(part) if grad and part.has_one_pass() else None
+        out = self._one_pass(part) if grad and part.has_one_pass(self.needs[2]) else None
         if out is None:
             want_block_lse = grad and dispatch.may_route(self.theta, self.config.backward)
             out = part.forward(want_entropy=self.want_entropy, want_block_lse=want_block_lse)

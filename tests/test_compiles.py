@@ -32,6 +32,7 @@ ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 # on sm_90 and sm_100, 32 bytes in the forward with entropy and temperatures on sm_100, none elsewhere.
 SPILLED = 0 if version("triton").startswith("3.6.") else 32
 TILED = ("_partials_kernel", "_logit_gradient_kernel")
+ROUTED = ("pairs_kernel", "weight_kernel", "hidden_kernel")
 
 
 def compile_all(arch: str) -> None:
@@ -39,8 +40,8 @@ def compile_all(arch: str) -> None:
     import aot
     import torch
 
-    from lad_kernels.head.kernels import dense, forward
-    from lad_kernels.head.logits import LogitGradient, LogitTransform
+    from lad_kernels.head.kernels import dense, forward, routed
+    from lad_kernels.head.logits import BLOCK, LogitGradient, LogitTransform, Routing
 
     dense.accumulate = lambda *arguments, **options: None  # the library's product of what was never computed
     for dtype, layout, features in CASES + EXTRA.get(arch, []):
@@ -56,7 +57,13 @@ def compile_all(arch: str) -> None:
             forward.forward(hidden, weight, targets, bias, transform, want_entropy=entropy, want_block_lse=True)
             gradient = LogitGradient(numbers, numbers, numbers if entropy else None)
             needs = {"need_hidden": True, "need_weight": False, "need_bias": bias is not None}
-            dense.backward(hidden, weight, targets, bias, transform, numbers, gradient, **needs)
+            arguments = (hidden, weight, targets, bias, transform, numbers, gradient)
+            dense.backward(*arguments, **needs)
+            counts = [n] + [0] * ((v - 1) // BLOCK)
+            routing = Routing(torch.arange(n), numbers if entropy else None, counts, torch.arange(0))
+            needs["need_weight"] = True
+            for atomics, workspace in ((False, 512 << 20), (True, 1)):  # and a block in pieces
+                routed.backward(*arguments, routing, **needs, atomics=atomics, workspace_bytes=workspace)
         for name, kernel in compiled.values():
             found = vars(aot.resources(name, kernel, arch))
             print(json.dumps({"dtype": dtype, "layout": layout, "features": features, **found}), flush=True)
@@ -80,9 +87,9 @@ def rows(arch: str) -> list[dict]:
     return found
 
 
-def tiled(arch: str, **wanted: str) -> list[dict]:
-    """Rows of the two kernels with a tile product, in the cases that match."""
-    found = [r for r in rows(arch) if r["name"] in TILED and all(r[key] == value for key, value in wanted.items())]
+def tiled(arch: str, names=TILED, **wanted: str) -> list[dict]:
+    """Rows of the kernels with a tile product, in the cases that match."""
+    found = [r for r in rows(arch) if r["name"] in names and all(r[key] == value for key, value in wanted.items())]
     assert found, f"nothing was compiled for {wanted}"
     return found
 
@@ -90,7 +97,14 @@ def tiled(arch: str, **wanted: str) -> list[dict]:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_no_spills_and_shared_memory_within_the_device(arch):
     limit = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}[arch] << 10
-    assert {r["name"] for r in rows(arch)} == {*TILED, "_target_kernel", "_finalize_kernel"}
+    assert {r["name"] for r in rows(arch)} == {
+        *TILED,
+        "_target_kernel",
+        "_finalize_kernel",
+        *ROUTED,
+        "bias_kernel",
+        "token_kernel",
+    }
     for row in rows(arch):
         assert row["spilled"] <= SPILLED, row
         assert row["shared"] <= limit, row
@@ -102,10 +116,10 @@ def test_no_spills_and_shared_memory_within_the_device(arch):
 )
 def test_tensor_cores(arch, instruction):
     """16-bit products run on the tensor cores in every layout; aligned float32 never becomes tf32."""
-    for row in tiled(arch, dtype="bfloat16"):
+    for row in tiled(arch, TILED + ROUTED, dtype="bfloat16"):
         assert row["instructions"][instruction] > 0, row
     if arch.startswith("sm_"):
-        for row in tiled(arch, dtype="float32"):
+        for row in tiled(arch, TILED + ROUTED, dtype="float32"):
             assert not any(row["instructions"][name] for name in ("mma.sync", "wgmma", "tcgen05")), row
 
 
@@ -118,7 +132,7 @@ def test_bulk_copies(arch, layout):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86"])
 def test_asynchronous_copies(arch):
-    for row in tiled(arch, dtype="bfloat16", layout="aligned"):
+    for row in tiled(arch, TILED + ROUTED[:2], dtype="bfloat16", layout="aligned"):
         assert row["instructions"]["cp.async"] > 0, row
 
 

@@ -17,7 +17,7 @@ from lad_kernels import GRPOConfig, LADConfig, linear_grpo_loss, linear_lad_loss
 from lad_kernels.head import dispatch, torch_ops
 from lad_kernels.head.logits import BLOCK, LogitGradient, LogitTransform
 from lad_kernels.head.routing import route
-from lad_kernels.testing import make_inputs
+from lad_kernels.testing import FP32_TOLERANCE, make_inputs, relative_error
 
 B, T, D, V = 6, 12, 24, 5 * BLOCK + 37
 M = B * T
@@ -91,6 +91,27 @@ def test_exact_paths_equal_the_specification(objective, on_policy, path):
         torch.testing.assert_close(found.logprobs, truth.logprobs, rtol=1e-9, atol=1e-9)
         for leaf, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[leaf], rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("path", dispatch.PATHS)
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_kernels_take_every_path(transform, on_policy, path, device, monkeypatch):
+    """In float32 and exact, the Triton paths agree with the specification in float64; no token is left to dense."""
+    never = {k: dataclasses.replace(v, gathered=2.0) for k, v in dispatch.SPEEDS.items()}
+    monkeypatch.setattr(dispatch, "SPEEDS", never)
+    inputs = batch(None, drift=None if on_policy else 0.3, **TRANSFORMS["all"] if transform == "all" else {})
+    inputs["temperature"] = TRANSFORMS[transform].get("temperature", 1.0)
+    inputs["bias"] = inputs["bias"] if transform == "all" else None
+    truth, expected = run(reference.linear_lad_loss, inputs)
+    on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    with dispatch.force(path):
+        found, gradients = run(
+            linear_lad_loss, on_device, torch.float32, config=LADConfig(tail_mass=1e-9), impl="triton"
+        )
+    assert relative_error(found.logprobs.cpu(), truth.logprobs) < FP32_TOLERANCE
+    for leaf, gradient in gradients.items():
+        assert relative_error(gradient.cpu(), expected[leaf]) < FP32_TOLERANCE, leaf
 
 
 def adversarial(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

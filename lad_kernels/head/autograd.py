@@ -60,12 +60,17 @@ class Head:
             want_block_lse=want_block_lse,
         )  # fmt: skip
 
-    def has_one_pass(self) -> bool:
-        """Whether `one_pass` can run: in Triton not for float16 (exponentials leave its range), in PyTorch not for
-        16-bit inputs (the weight would be widened twice per chunk) nor with a softcap (its slope would be lost)."""
+    def has_one_pass(self, need_bias: bool) -> bool:
+        """Whether `one_pass` can run.
+
+        Triton: not for float16 (exponentials leave its range), nor for a 16-bit dbias (it would be rounded before the
+        sum). PyTorch: not for 16-bit inputs (the weight would be widened twice per chunk), nor with a softcap (its
+        slope would be lost).
+        """
+        dtype = self.hidden.dtype
         if self.triton:
-            return self.hidden.dtype != torch.float16
-        return self.hidden.dtype.itemsize > 2 and self.transform.softcap is None
+            return dtype == torch.float32 or (dtype == torch.bfloat16 and not need_bias)
+        return dtype.itemsize > 2 and self.transform.softcap is None
 
     def one_pass(
         self, prior: Tensor | None, coefficients: Callable[[slice, Tensor], Tensor], *, chunks: Sequence[slice],

@@ -25,6 +25,7 @@ of dW in 16 bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lad_kernels.head import flops
 from lad_kernels.head.kernels import configs
 from lad_kernels.head.kernels.blocks import inverse_temperatures, logits, product, tile_order
 from lad_kernels.head.kernels.configs import Tiles
@@ -115,6 +117,7 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     The library's mixed form (16-bit factors, float32 result) exists on NVIDIA only; elsewhere the factors are upcast,
     which gives the same products, slower and with float32 copies of both.
     """
+    flops.product(a.shape[0], a.shape[1], b.shape[1])
     if a.dtype != torch.float32 and not (a.is_cuda and torch.version.hip is None):
         a, b = a.float(), b.float()
     mixed = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
@@ -171,8 +174,13 @@ def backward(
     need_bias: bool,
     workspace_bytes: int = 512 << 20,
     tiles: Tiles | None = None,
+    then: Callable[[slice, Tensor | None, Tensor | None], None] | None = None,
 ) -> HeadGradients:
-    """Gradients with respect to hidden, weight and bias. `tiles` overrides the table of configs.py."""
+    """Gradients with respect to hidden, weight and bias. `tiles` overrides the table of configs.py.
+
+    `then` is called for each slab of whole blocks with its finished dW [width, D] and db [width], both unscaled
+    float32 or None, and may add to them before they are cast.
+    """
     (N, D), V, device = hidden.shape, weight.shape[0], hidden.device
     need_bias = need_bias and bias is not None
     if N == 0:
@@ -206,10 +214,15 @@ def backward(
                 accumulate(dw_sum, part.t(), hidden[run], first=n0 == 0)
             if need_bias:
                 db[slab] += sums
+        db_sum = db[slab] if need_bias else None  # [width]
+        if down is not None:
+            dw_sum, db_sum = (None if x is None else x.mul_(down) for x in (dw_sum, db_sum))
+        if then is not None:
+            then(slab, dw_sum, db_sum)
         if narrow_dw:
-            dw[slab] = dw_sum if down is None else dw_sum.mul_(down)
-    if down is not None:
-        dh, db = (None if x is None else x.mul_(down) for x in (dh, db))
+            dw[slab] = dw_sum
+    if down is not None and need_hidden:
+        dh.mul_(down)
     return HeadGradients(None if dh is None else dh.to(hidden.dtype), dw, None if db is None else db.to(bias.dtype))
 
 
@@ -240,6 +253,7 @@ def _logit_gradient(
     sums = (
         torch.empty(tiles_n, triton.cdiv(V, BLOCK) * BLOCK, dtype=torch.float32, device=device) if need_sums else None
     )
+    flops.product(N, D, V)
     inv_temperature = inverse_temperature(transform, run.start, run.stop)
     with configs.current(device):
         _logit_gradient_kernel[(configs.programs(device, tiles_n * triton.cdiv(V, tiles.block_v)),)](

@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lad_kernels.head import flops
 from lad_kernels.head.kernels import configs
 from lad_kernels.head.kernels.blocks import inverse_temperatures, logits, product, tile_order
 from lad_kernels.head.kernels.configs import Tiles
@@ -235,7 +236,7 @@ def forward(
             block_lse = all_lse[:, start:] if want_block_lse else run_lse  # [blocks, >= stop - start]
             inv_temperature = inverse_temperature(transform, start, stop)
             _partials(hidden[start:stop], weight, bias, inv_temperature, transform, block_lse, run_entropy, tiles)
-            z_y = _target_logits(hidden[start:stop], weight, targets[start:stop], bias, inv_temperature, transform)
+            z_y = target_logits(hidden[start:stop], weight, targets[start:stop], bias, inv_temperature, transform)
             _finalize_kernel[(triton.cdiv(stop - start, _FINAL_TOKENS),)](
                 block_lse,
                 run_entropy,
@@ -264,6 +265,7 @@ def _partials(
     tiles: Tiles,
 ) -> None:
     (N, D), V = hidden.shape, weight.shape[0]
+    flops.product(N, D, V)
     grid = configs.programs(hidden.device, triton.cdiv(N, tiles.block_n) * triton.cdiv(V, tiles.block_v))
     _partials_kernel[(grid,)](
         configs.operand(hidden, tiles.block_n, tiles),
@@ -293,7 +295,7 @@ def _partials(
     )
 
 
-def _target_logits(
+def target_logits(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
     targets: Tensor,  # [N]

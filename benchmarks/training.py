@@ -1,0 +1,194 @@
+"""Whether dropping the tail of the gradient changes training: dense, routed and unbiased routed AdamW from one start.
+
+A policy over V tokens (context embedding, one hidden layer, untied head) is fitted to sampled next-token pairs of a
+Zipf-like source, then trained for 2,000 steps of LAD on sampled tokens whose reward is 1 inside a set of tokens that
+depends on the context. All three variants start from the same weights and seed; three seeds give the noise. Adam
+divides by the gradient's own size, so a row of the head that is never hot may take steps of the learning rate's size
+when the backward is dense and none when it is routed: how far such rows move is reported beside held-out loss.
+
+python -m benchmarks.training [--steps 2000] [--seeds 3]      about half an hour of one core; writes results/training/
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import machine, report
+from lad_kernels import LADConfig, linear_lad_loss, linear_logprobs
+from lad_kernels.head import dispatch
+
+VOCABULARY, HIDDEN, CONTEXTS = 4096, 64, 256
+PROMPTS, GROUP = 32, 8  # sampled contexts a step, tokens per context
+LEARNING_RATE = 5e-5
+VARIANTS = {
+    "dense": LADConfig(tail_mass=0.0, backward="dense"),
+    "routed, 3e-4": LADConfig(tail_mass=3e-4, backward="routed"),
+    "routed, 3e-3": LADConfig(tail_mass=3e-3, backward="routed"),
+    "routed, 3e-3, unbiased tail": LADConfig(tail_mass=3e-3, backward="routed", tail="unbiased"),
+}
+COLDEST = "routed, 3e-3"  # whose never-kept blocks are watched in every variant
+
+
+class Policy(nn.Module):
+    """Context ids [N] -> hidden states [N, D]; `head.weight` is the lm_head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(CONTEXTS, HIDDEN)
+        self.body = nn.Sequential(nn.Linear(HIDDEN, 4 * HIDDEN), nn.GELU(), nn.Linear(4 * HIDDEN, HIDDEN))
+        self.norm = nn.RMSNorm(HIDDEN)
+        self.head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+
+    def forward(self, contexts: Tensor) -> Tensor:
+        x = self.embed(contexts)  # [N, D]
+        return self.norm(x + self.body(x))
+
+
+@dataclass
+class Outcome:
+    """Means over the last tenth of a run, and what became of the head's rows."""
+
+    variant: str
+    seed: int
+    loss_above_start: float
+    reward: float
+    gradient_norm: float
+    entropy: float
+    held_out_loss: float
+    kept_share: float
+    cold_rows: int  # rows of the head in blocks that the COLDEST run of the same seed never kept
+    cold_rows_moved: float  # mean length of their displacement over the mean length of the rows
+    hot_rows_moved: float
+    seconds: float
+
+
+def favourites(contexts: Tensor, rank: Tensor) -> Tensor:
+    return contexts * 7919 % (VOCABULARY // 2 - 8) + rank
+
+
+def source(contexts: Tensor, gen: torch.Generator) -> Tensor:
+    """Next tokens [N]: one of 8 favourites of the context (in the lower half of the vocabulary) with odds 1 / rank^2,
+    or, once in 1,000, any token by Zipf's law."""
+    rank = torch.multinomial(1 / torch.arange(1.0, 9.0) ** 2, len(contexts), replacement=True, generator=gen)  # [N]
+    favourite = favourites(contexts, rank)  # [N]
+    zipf = torch.multinomial(1 / (torch.arange(VOCABULARY) + 2.7), len(contexts), replacement=True, generator=gen)
+    return torch.where(torch.rand(len(contexts), generator=gen) < 0.999, favourite, zipf)
+
+
+def reward(contexts: Tensor, tokens: Tensor) -> Tensor:
+    """1 for the context's favourites of odd rank [N]."""
+    odd = torch.arange(1, 8, 2)  # [4]
+    good = favourites(contexts[:, None], odd)  # [N, 4]
+    return (tokens[:, None] == good).any(1).float()
+
+
+def held_out_loss(policy: Policy) -> float:
+    gen = torch.Generator().manual_seed(99)
+    contexts = torch.randint(CONTEXTS, (4096,), generator=gen)
+    with torch.no_grad():
+        return -linear_logprobs(policy(contexts), policy.head.weight, source(contexts, gen)).logprobs.mean().item()
+
+
+def warm_start(steps: int = 2000) -> Policy:
+    """A policy fitted to the source by maximum likelihood."""
+    torch.manual_seed(0)
+    policy, gen = Policy(), torch.Generator().manual_seed(1)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3, weight_decay=0.0)
+    for step in range(steps):
+        contexts = torch.randint(CONTEXTS, (512,), generator=gen)
+        loss = -linear_logprobs(policy(contexts), policy.head.weight, source(contexts, gen)).logprobs.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - step / steps)
+        optimizer.step()
+    return policy
+
+
+def train(start: dict, variant: str, seed: int, steps: int, never_hot: Tensor | None) -> tuple[Outcome, Tensor]:
+    """One run; returns its outcome and which blocks of the head were never kept (all of them in a dense run)."""
+    policy = Policy()
+    policy.load_state_dict(start)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    gen = torch.Generator().manual_seed(1000 + seed)
+    torch.manual_seed(seed)
+    config, log, began = VARIANTS[variant], [], time.process_time()
+    cold = torch.ones(-(-VOCABULARY // 128), dtype=torch.bool)  # [blocks]
+    for _ in range(steps):
+        contexts = torch.randint(CONTEXTS, (PROMPTS,), generator=gen).repeat_interleave(GROUP)  # [N]
+        hidden = policy(contexts)  # [N, D]
+        with torch.no_grad():
+            p = (hidden @ policy.head.weight.T).softmax(-1)  # [N, V]
+            tokens = torch.multinomial(p, 1, generator=gen)[:, 0]  # [N]
+            entropy = -(p * p.clamp(min=1e-30).log()).sum(-1).mean().item()
+        rewards = reward(contexts, tokens)  # [N]
+        out = linear_lad_loss(
+            hidden[:, None], policy.head.weight, tokens[:, None], rewards=rewards, group_size=GROUP, config=config
+        )
+        optimizer.zero_grad()
+        out.loss.backward()
+        grad = policy.head.weight.grad  # [V, D]
+        cold &= grad.view(-1, 128, HIDDEN).abs().amax((1, 2)) == 0
+        norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
+        optimizer.step()
+        log.append(
+            (out.metrics["loss_above_start"].item(), rewards.mean().item(), norm, entropy,
+             out.metrics["kept_share"].item())
+        )  # fmt: skip
+    last = log[-max(1, steps // 10) :]
+    above, mean_reward, norm, entropy, kept = (statistics.fmean(x) for x in zip(*last))
+    rows = (cold if never_hot is None else never_hot).repeat_interleave(128)  # [V]
+    moved = (policy.head.weight.detach() - start["head.weight"]).norm(dim=1) / start["head.weight"].norm(dim=1).mean()
+    outcome = Outcome(
+        variant, seed, above, mean_reward, norm, entropy, held_out_loss(policy), kept, int(rows.sum()),
+        moved[rows].mean().item() if rows.any() else 0.0, moved[~rows].mean().item(), time.process_time() - began,
+    )  # fmt: skip
+    return outcome, cold
+
+
+def compare(steps: int, seeds: int) -> list[Outcome]:
+    policy = warm_start()
+    print(f"warm start: held-out loss {held_out_loss(policy):.4f}")
+    start, outcomes = {k: v.clone() for k, v in policy.state_dict().items()}, []
+    for seed in range(seeds):
+        _, cold = train(start, COLDEST, seed, steps, None)
+        for variant in VARIANTS:
+            dispatch.forget()
+            outcomes.append(train(start, variant, seed, steps, cold)[0])
+            print(outcomes[-1], flush=True)
+    return outcomes
+
+
+def summarise(outcomes: list[Outcome]) -> list[dict]:
+    """Mean and standard deviation over seeds of every number, by variant."""
+    rows = []
+    for variant in VARIANTS:
+        runs = [asdict(o) for o in outcomes if o.variant == variant]
+        row: dict[str, object] = {"variant": variant, "seeds": len(runs)}
+        for key in [k for k in runs[0] if k not in ("variant", "seed")]:
+            values = [r[key] for r in runs]
+            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+            row[key] = f"{statistics.fmean(values):.4g} +- {deviation:.2g}"
+        rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    command = f"python -m benchmarks.training --steps {options.steps} --seeds {options.seeds}"
+    results = report.Results(machine.describe("cpu", command))
+    for line in summarise(compare(options.steps, options.seeds)):
+        results.add("training", **line)
+    results.save(report.RESULTS / "training" / "results.json")
+    print(report.render([results]))

@@ -1,0 +1,319 @@
+"""Log-probabilities and the gradient of the loss in one pass: 6 N D V flops, where forward and backward take 8.
+
+It serves losses whose gradient c_n = d loss / d logp_n is known as soon as log-probabilities up to token n are.
+Tokens pass in chunks, for which the exponentials of all logits are stored. z as in blocks.py, y the target:
+
+    s_n  = z_ny - prior_n        prior: an earlier log-probability of the target, or 0. No maximum is looked for:
+                                 any s near lse will do, since a shift cancels
+    E_nj = e^(z_nj - s_n)        S_n = sum_j E_nj,  A_n = sum_j E_nj (z_nj - s_n)
+    lse  = s + log S             logp = (z_y - s) - log S          H = log S - A / S
+    p    = E / S                 dR_nj = c_n (1[j = y] - p_nj) z'_nj = r_n F_nj,   z' = dz / draw,   r_n = -c_n / S_n
+    F    = E z', but S (p_y - 1) z'_ny in the target's column
+
+F does not depend on c, so the tiles write it before c is known, and c enters as one factor per row:
+
+    dH = diag(r) (F W),   dW = F^T (diag(r) H),   db = F^T r
+
+1. `target_logits` of forward.py: raw products of the targets, hence z_y, z'_y and s.
+2. `_exponentials_kernel` (2 C D V flops): F [C, V] without the target's term; sums of E and E (z - s) per tile.
+3. `_finalize_kernel`: those sums over the tiles in ascending order -> S, lse, logp, H; then F_ny, one number per row.
+4. the library: dH of the chunk, complete at once; dW into one float32 [V, D] over all chunks, cast once.
+
+Range: F and r H live in the dtype of the inputs, so S must stay within 2^-64 .. 2^64: the prior may be off by 44 nats;
+without one, the target's log-probability must be above -44. Else the call returns None and the caller takes two
+passes; this is read once, at the end, the only host sync. A target outside [0, V) also gives None. A NaN is no reason:
+it stays in the results. float16 has too few exponents for F and is refused.
+Exact: nothing is dropped, no atomics, fixed order; two runs agree bitwise. A log-probability, lse or entropy is
+bitwise independent of N and of the chunks; gradients depend on the chunks in their last bits.
+Precision: S, A and p_y come from unrounded numbers. 16-bit inputs round F and r H once each, so dW has one rounding
+more than in dense.py: 1.75 times the error of the final cast alone where dense.py has 1.4. db has the rounding of F,
+which sums over rows of mixed signs can magnify; dense.py's has none. H subtracts terms of the size of |log S|: its
+absolute error is up to 6e-7 |log S| (measured) beside forward.py's; without a prior |log S| = |logp|.
+Cost: C V elements of F written once and read twice; 8 V D bytes of float32 dW per chunk (hence `chunk_rows`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lad_kernels.head import flops
+from lad_kernels.head.kernels import configs, dense
+from lad_kernels.head.kernels.blocks import inverse_temperatures, logits, product, tile_order
+from lad_kernels.head.kernels.configs import Tiles
+from lad_kernels.head.kernels.forward import target_logits, inverse_temperature
+from lad_kernels.head.logits import BLOCK, HeadForward, HeadGradients, LogitTransform
+
+_MIN_ROWS, _ROW_STEP = 2048, 256  # of a chunk
+_LARGEST_SUM = 2.0**64  # F, F W and r H stay far inside the exponents of bfloat16 and float32
+_FINAL_TILES, _FINAL_TOKENS = 64, 32  # tile of the reduction over vocabulary tiles
+
+
+@triton.jit(do_not_specialize=["N", "sums_stride"])
+def _exponentials_kernel(
+    h,  # [N, D]
+    w,  # [V, D]
+    bias,  # [V] or None
+    inv_temperature,  # [N] or a number
+    shift,  # [N]
+    f,  # [N, >= V] out
+    sums,  # [vocabulary tiles, >= N] out
+    moments,  # [vocabulary tiles, >= N] out, or None
+    N,
+    V,
+    D,
+    h_stride,
+    w_stride,
+    f_stride,
+    sums_stride,
+    scale,
+    softcap,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+):
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_v = tl.cdiv(V, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0)):
+        tile_n, tile_v = tile_order(tile, tiles_n, tiles_v, GROUP_N)
+        row, column = tile_n * BLOCK_N, tile_v * BLOCK_V
+        raw = product(
+            h, w, row, column, N, V, D, h_stride, w_stride, BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, TMA
+        )  # [BLOCK_N, BLOCK_V]
+        rows = row + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        columns = column + tl.arange(0, BLOCK_V)  # [BLOCK_V]
+        in_n, in_v = rows < N, columns < V  # [BLOCK_N], [BLOCK_V]
+        if bias is not None:
+            raw += tl.load(bias + columns, mask=in_v, other=0.0).to(tl.float32)[None, :]
+        inv_t = inverse_temperatures(inv_temperature, rows, N, PER_TOKEN)  # [BLOCK_N]
+        z, slope = logits(raw, scale, softcap, inv_t[:, None])  # [BLOCK_N, BLOCK_V], broadcastable to it
+
+        z -= tl.load(shift + rows, mask=in_n, other=0.0)[:, None]
+        z = tl.where(in_v[None, :], z, -1e38)  # finite, so that e z below is 0
+        e = tl.exp(z)  # [BLOCK_N, BLOCK_V]
+        at = sums_stride * tile_v.to(tl.int64) + rows  # [BLOCK_N]
+        tl.store(sums + at, tl.sum(e, axis=1), mask=in_n)
+        if moments is not None:
+            tl.store(moments + at, tl.sum(e * z, axis=1), mask=in_n)
+        # The mask is as wide as a row of f, not as V: its bound divides by 16, so that the stores stay wide.
+        at = rows[:, None].to(tl.int64) * f_stride + columns[None, :]  # [BLOCK_N, BLOCK_V]
+        tl.store(f + at, (e * slope).to(f.dtype.element_ty), mask=in_n[:, None] & (columns < f_stride)[None, :])
+
+
+@triton.jit(
+    do_not_specialize=["N", "tiles", "sums_stride"],
+    do_not_specialize_on_alignment=["row_sums", "logprobs", "lse", "entropy"],  # a chunk starts anywhere
+)
+def _finalize_kernel(
+    sums,  # [tiles, >= N]
+    moments,  # [tiles, >= N] or None
+    target_logits,  # [N]
+    shift,  # [N]
+    row_sums,  # [N] out
+    logprobs,  # [N] out
+    lse,  # [N] out
+    entropy,  # [N] out, or None
+    N,
+    tiles,
+    sums_stride,
+    TILES: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
+    inside = rows < N  # [TOKENS]
+    total = tl.zeros((TILES, TOKENS), tl.float32)  # [TILES, TOKENS]
+    moment = tl.zeros((TILES, TOKENS), tl.float32)  # [TILES, TOKENS]
+    for first in range(0, tiles, TILES):
+        at = first + tl.arange(0, TILES)  # [TILES]
+        mask = (at[:, None] < tiles) & inside[None, :]  # [TILES, TOKENS]
+        offsets = at[:, None].to(tl.int64) * sums_stride + rows[None, :]  # [TILES, TOKENS]
+        total += tl.load(sums + offsets, mask, other=0.0)
+        if moments is not None:
+            moment += tl.load(moments + offsets, mask, other=0.0)
+    total = tl.where(inside, tl.sum(total, axis=0), 1.0)  # [TOKENS]
+    log_total = tl.log(total)  # [TOKENS]
+    s = tl.load(shift + rows, mask=inside, other=0.0)  # [TOKENS]
+    logp = (tl.load(target_logits + rows, mask=inside, other=0.0) - s) - log_total  # [TOKENS]
+    tl.store(row_sums + rows, total, mask=inside)
+    tl.store(logprobs + rows, tl.where(logp > 0, 0.0, logp), mask=inside)  # a minimum would turn NaN into 0
+    tl.store(lse + rows, s + log_total, mask=inside)
+    if moments is not None:
+        spread = log_total - tl.sum(moment, axis=0) / total  # [TOKENS]
+        tl.store(entropy + rows, tl.where(spread < 0, 0.0, spread), mask=inside)
+
+
+def chunk_rows(V: int, itemsize: int, workspace_bytes: int = 512 << 20) -> int:
+    """Rows of a chunk: what fits the workspace, but enough to pay for reading and writing dW once per chunk."""
+    return max(workspace_bytes // (_padded(V) * itemsize) // _ROW_STEP * _ROW_STEP, _MIN_ROWS)
+
+
+def _padded(V: int) -> int:
+    """Elements of a row of F: rows start on aligned addresses whatever V is."""
+    return triton.cdiv(V, BLOCK) * BLOCK
+
+
+@torch.no_grad()
+def one_pass(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D], same dtype
+    targets: Tensor,  # [N] int64
+    bias: Tensor | None,  # [V]
+    transform: LogitTransform,
+    prior: Tensor | None,  # [N]
+    coefficients: Callable[[slice, Tensor], Tensor],
+    *,
+    chunks: Sequence[slice],
+    want_entropy: bool,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    tiles: Tiles | None = None,
+) -> tuple[HeadForward, HeadGradients] | None:
+    """Outputs and gradients, or None where a row of exponentials left its range. `tiles` overrides configs.py.
+
+    `chunks` are ascending and cover 0..N. `coefficients(rows, logprobs)` returns c [C] float32 of these rows, given
+    logprobs [N] that are filled up to rows.stop.
+    """
+    if hidden.dtype == torch.float16:
+        raise ValueError("float16 has too few exponents for one pass; use forward and backward")
+    hidden, weight, targets = configs.by_rows(hidden), configs.by_rows(weight), targets.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    (N, D), V, device, dtype = hidden.shape, weight.shape[0], hidden.device, hidden.dtype
+    tiles = tiles or configs.tiles_for(hidden, weight, bias, transform)
+    longest = max((rows.stop - rows.start for rows in chunks), default=0)
+
+    new = {"dtype": torch.float32, "device": device}
+    entropy = torch.empty(N, **new) if want_entropy else None  # [N]
+    outputs = HeadForward(torch.empty(N, **new), torch.empty(N, **new), entropy, None)
+    row_sums = torch.empty(N, **new)  # [N]
+    workspace = torch.empty(longest, _padded(V), dtype=dtype, device=device)  # [longest chunk, >= V]
+    dh = torch.empty(N, D, dtype=dtype, device=device) if need_hidden else None  # [N, D]
+    dh_chunk = torch.empty(longest, D, **new) if need_hidden else None  # [longest chunk, D]
+    dw = (torch.empty if N else torch.zeros)(V, D, **new) if need_weight else None  # [V, D]
+    db = torch.zeros(V, 2, **new) if need_bias and bias is not None else None  # [V, 2]
+    for rows in chunks:
+        C = rows.stop - rows.start
+        f = workspace[:C, :V]  # [C, V]
+        _exponentials(hidden, weight, targets, bias, transform, prior, rows, f, row_sums, outputs, tiles)
+        r = -coefficients(rows, outputs.logprobs) / row_sums[rows]  # [C]
+        if need_hidden:
+            dense.accumulate(dh_chunk[:C], f, weight, first=True)
+            dh[rows] = dh_chunk[:C].mul_(r[:, None])
+        if need_weight:
+            scaled = (hidden[rows] * r[:, None]).to(dtype)  # [C, D], from float32
+            dense.accumulate(dw, f.t(), scaled, first=rows.start == 0)
+        if db is not None:
+            high = r.to(dtype)  # [C]
+            pair = torch.stack([high, (r - high).to(dtype)], dim=1)  # [C, 2]: two 16-bit numbers hold r to 2^-17
+            dense.accumulate(db, f.t(), pair, first=False)
+    if ((row_sums < 1 / _LARGEST_SUM) | (row_sums > _LARGEST_SUM)).any():
+        return None
+    return outputs, HeadGradients(
+        dh, None if dw is None else dw.to(weight.dtype), None if db is None else db.sum(1).to(bias.dtype)
+    )
+
+
+def _exponentials(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [N]
+    bias: Tensor | None,  # [V]
+    transform: LogitTransform,
+    prior: Tensor | None,  # [N]
+    rows: slice,
+    f: Tensor,  # [C, V] out
+    row_sums: Tensor,  # [N] out, its `rows`
+    outputs: HeadForward,  # [N] out, their `rows`
+    tiles: Tiles,
+) -> None:
+    """Fill f, the row sums and the outputs of the tokens of `rows`."""
+    hidden, targets, (C, V), device = hidden[rows], targets[rows], f.shape, hidden.device
+    tiles_v = triton.cdiv(V, tiles.block_v)
+    sums = torch.empty(tiles_v, C, dtype=torch.float32, device=device)  # [vocabulary tiles, C]
+    moments = torch.empty_like(sums) if outputs.entropy is not None else None  # [vocabulary tiles, C]
+    inv_temperature = inverse_temperature(transform, rows.start, rows.stop)
+    with configs.current(device):
+        raw = target_logits(hidden, weight, targets, bias, 1.0, LogitTransform())  # [C]
+        z_y, slope = _transformed(raw, transform, inv_temperature)  # [C], [C]
+        shift = z_y if prior is None else z_y - prior[rows].float()  # [C]
+        _launch(hidden, weight, bias, inv_temperature, transform, shift, f, sums, moments, tiles)
+        _finalize_kernel[(triton.cdiv(C, _FINAL_TOKENS),)](
+            sums,
+            moments,
+            z_y,
+            shift,
+            row_sums[rows],
+            outputs.logprobs[rows],
+            outputs.lse[rows],
+            None if moments is None else outputs.entropy[rows],
+            C,
+            tiles_v,
+            C,
+            TILES=_FINAL_TILES,
+            TOKENS=_FINAL_TOKENS,
+        )
+    at_target = row_sums[rows] * torch.expm1(outputs.logprobs[rows]) * slope  # [C]
+    f.scatter_(1, targets.clamp(0, V - 1)[:, None], at_target.to(f.dtype)[:, None])
+
+
+def _transformed(raw: Tensor, transform: LogitTransform, inv_temperature: Tensor | float) -> tuple[Tensor, Tensor]:
+    """`blocks.logits` for a few numbers: raw [C] -> z [C], dz/draw [C]. An absent target keeps its -inf."""
+    factor = torch.full_like(raw, transform.scale) * inv_temperature  # [C]
+    if transform.softcap is None:
+        return raw * factor, factor
+    x = raw * (transform.scale / transform.softcap)  # [C]
+    z = x.tanh() * transform.softcap * inv_temperature  # [C]
+    return torch.where(raw > -torch.inf, z, raw), factor / x.cosh().square()
+
+
+def _launch(
+    hidden: Tensor,  # [C, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    inv_temperature: Tensor | float,  # [C] or a number
+    transform: LogitTransform,
+    shift: Tensor,  # [C]
+    f: Tensor,  # [C, V] out
+    sums: Tensor,  # [vocabulary tiles, C] out
+    moments: Tensor | None,  # [vocabulary tiles, C] out
+    tiles: Tiles,
+) -> None:
+    (C, D), V = hidden.shape, weight.shape[0]
+    flops.product(C, D, V)
+    grid = configs.programs(hidden.device, triton.cdiv(C, tiles.block_n) * triton.cdiv(V, tiles.block_v))
+    _exponentials_kernel[(grid,)](
+        configs.operand(hidden, tiles.block_n, tiles),
+        configs.operand(weight, tiles.block_v, tiles),
+        bias,
+        inv_temperature,
+        shift,
+        f,
+        sums,
+        moments,
+        C,
+        V,
+        D,
+        hidden.stride(0),
+        weight.stride(0),
+        f.stride(0),
+        sums.stride(0),
+        float(transform.scale),
+        None if transform.softcap is None else float(transform.softcap),
+        BLOCK_N=tiles.block_n,
+        BLOCK_V=tiles.block_v,
+        BLOCK_K=tiles.block_k,
+        GROUP_N=tiles.group_n,
+        EVEN_K=D % tiles.block_k == 0,
+        TMA=tiles.tma,
+        PER_TOKEN=isinstance(inv_temperature, Tensor),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )

@@ -1,0 +1,221 @@
+"""Kernels of the routed backward; routed.py says how they fit together.
+
+A pair is a token and a vocabulary block of 128 columns; pairs are numbered by block, then token. `items` cuts the pairs
+of each block into tiles of up to BLOCK_N. dR of the pairs that pass together starts at `pair0`.
+Nothing out of bounds is read: places beyond an item repeat its last pair, columns beyond V its last row of W, and both
+are set to 0 in dR, even when that token or row holds NaN.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lad_kernels.head.kernels.blocks import inverse_temperatures, logits
+from lad_kernels.head.logits import BLOCK
+
+_BLOCK = tl.constexpr(BLOCK)
+
+
+@triton.jit(do_not_specialize=["N", "pair0"], do_not_specialize_on_alignment=["items"])
+def pairs_kernel(
+    h,  # [N, D]
+    w,  # [V, D]
+    bias,  # [V] or None
+    inv_temperature,  # [N] or a number
+    targets,  # [N]
+    lse,  # [N]
+    onehot,  # [N]
+    prob,  # [N]
+    entropy,  # [N] or None
+    tokens,  # [P] of each pair
+    pair_scale,  # [P] or None
+    items,  # [items, 3] block, first pair, pairs (at least 1)
+    dr,  # [pairs of the run, BLOCK] out, or None
+    column_sums,  # [items, BLOCK] out, or None
+    N,
+    V,
+    D,
+    pair0,
+    h_stride,
+    w_stride,
+    scale,
+    softcap,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+):
+    item = tl.program_id(0)
+    block, first, count = tl.load(items + 3 * item), tl.load(items + 3 * item + 1), tl.load(items + 3 * item + 2)
+    column = block * _BLOCK
+    places = tl.arange(0, BLOCK_N)  # [BLOCK_N] in the item
+    columns = tl.arange(0, _BLOCK)  # [BLOCK] in the block
+    in_n, in_v = places < count, columns < V - column  # [BLOCK_N], [BLOCK]
+    pairs = first + tl.minimum(places, count - 1)  # [BLOCK_N] beyond the item: its last pair once more
+    rows = tl.load(tokens + pairs)  # [BLOCK_N]
+
+    w += column.to(tl.int64) * w_stride
+    ks = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    h_rows = h + rows[:, None] * h_stride  # [BLOCK_N, 1]
+    w_offsets = tl.minimum(columns, V - 1 - column)[None, :] * w_stride + ks[:, None]  # [BLOCK_D, BLOCK]
+    raw = tl.zeros((BLOCK_N, _BLOCK), tl.float32)  # [BLOCK_N, BLOCK]
+    for k in range(0, D, BLOCK_D):
+        if EVEN_D:
+            a = tl.load(h_rows + (k + ks)[None, :])  # [BLOCK_N, BLOCK_D]
+            b = tl.load(w + k + w_offsets)  # [BLOCK_D, BLOCK]
+        else:
+            a = tl.load(h_rows + (k + ks)[None, :], mask=ks[None, :] < D - k, other=0.0)
+            b = tl.load(w + k + w_offsets, mask=ks[:, None] < D - k, other=0.0)
+        raw = tl.dot(a, b, raw, input_precision="ieee")
+    if bias is not None:
+        raw += tl.load(bias + column + columns, mask=in_v, other=0.0).to(tl.float32)[None, :]
+    inv_t = inverse_temperatures(inv_temperature, rows, N, PER_TOKEN)  # [BLOCK_N]
+    z, slope = logits(raw, scale, softcap, inv_t[:, None])  # [BLOCK_N, BLOCK], broadcastable to it
+
+    below = z - tl.load(lse + rows)[:, None]  # [BLOCK_N, BLOCK]
+    below = tl.where(below > 0, 0.0, below)  # [BLOCK_N, BLOCK] log p; a minimum would turn NaN into 0
+    weight = tl.load(prob + rows)[:, None]  # [BLOCK_N, 1]
+    if entropy is not None:
+        weight -= tl.load(entropy + rows)[:, None] * below  # [BLOCK_N, BLOCK]
+    g = tl.exp(below) * weight  # [BLOCK_N, BLOCK] dZ without the target's term
+    y = (tl.load(targets + rows) - column).to(tl.int32)  # [BLOCK_N] column in the block
+    g = tl.where(columns[None, :] == y[:, None], g + tl.load(onehot + rows)[:, None], g) * slope  # [BLOCK_N, BLOCK]
+    if pair_scale is not None:
+        g *= tl.load(pair_scale + pairs)[:, None]
+    g = tl.where(in_n[:, None] & in_v[None, :], g, 0.0)  # [BLOCK_N, BLOCK] dR
+
+    if column_sums is not None:
+        tl.store(column_sums + item.to(tl.int64) * _BLOCK + columns, tl.sum(g, axis=0))
+    if dr is not None:
+        at = (first - pair0 + places)[:, None].to(tl.int64) * _BLOCK + columns[None, :]  # [BLOCK_N, BLOCK]
+        tl.store(dr + at, g.to(dr.dtype.element_ty), mask=in_n[:, None])
+
+
+@triton.jit(do_not_specialize=["V", "pair0", "pair1"], do_not_specialize_on_alignment=["offsets"])
+def weight_kernel(
+    h,  # [N, D]
+    dr,  # [pairs of the run, BLOCK]
+    tokens,  # [P] of each pair
+    offsets,  # [blocks + 1] first pair of each block
+    down,  # [] factor, or None
+    dw,  # [V, D] of the run's blocks, out; read too if ADD
+    V,
+    D,
+    pair0,
+    pair1,
+    h_stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    block, tile_d = tl.program_id(0) // tiles_d, tl.program_id(0) % tiles_d
+    start = tl.maximum(tl.load(offsets + block), pair0)
+    stop = tl.minimum(tl.load(offsets + block + 1), pair1)
+    words = tl.arange(0, _BLOCK)  # [BLOCK] in the block
+    columns = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    acc = tl.zeros((_BLOCK, BLOCK_D), tl.float32)  # [BLOCK, BLOCK_D]
+    for pair in range(start, stop, BLOCK_N):
+        pairs = pair + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        inside = pairs < stop  # [BLOCK_N]
+        rows = tl.load(tokens + pairs, mask=inside, other=0)  # [BLOCK_N]
+        at = (pairs - pair0)[None, :].to(tl.int64) * _BLOCK + words[:, None]  # [BLOCK, BLOCK_N]
+        a = tl.load(dr + at, mask=inside[None, :], other=0.0)  # [BLOCK, BLOCK_N]
+        mask = inside[:, None] & (columns[None, :] < D)  # [BLOCK_N, BLOCK_D]
+        b = tl.load(h + rows[:, None] * h_stride + columns[None, :], mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    if down is not None:
+        acc *= tl.load(down)
+    words += block * _BLOCK
+    at = words[:, None].to(tl.int64) * D + columns[None, :]  # [BLOCK, BLOCK_D]
+    mask = (words[:, None] < V) & (columns[None, :] < D)  # [BLOCK, BLOCK_D]
+    if ADD:
+        acc += tl.load(dw + at, mask=mask, other=0.0)
+    tl.store(dw + at, acc.to(dw.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["V", "item0", "item1"], do_not_specialize_on_alignment=["offsets"])
+def bias_kernel(
+    column_sums,  # [items of the run, BLOCK]
+    offsets,  # [blocks + 1] first item of each block
+    down,  # [] factor, or None
+    db,  # [V] of the run's blocks, added to
+    V,
+    item0,
+    item1,
+):
+    block = tl.program_id(0)
+    start = tl.maximum(tl.load(offsets + block), item0)
+    stop = tl.minimum(tl.load(offsets + block + 1), item1)
+    columns = tl.arange(0, _BLOCK)  # [BLOCK]
+    acc = tl.zeros((_BLOCK,), tl.float32)  # [BLOCK]
+    for item in range(start, stop):
+        acc += tl.load(column_sums + (item - item0).to(tl.int64) * _BLOCK + columns)
+    if down is not None:
+        acc *= tl.load(down)
+    columns += block * _BLOCK
+    acc += tl.load(db + columns, mask=columns < V, other=0.0)
+    tl.store(db + columns, acc, mask=columns < V)
+
+
+@triton.jit(do_not_specialize=["pair0"], do_not_specialize_on_alignment=["items"])
+def hidden_kernel(
+    dr,  # [pairs of the run, BLOCK]
+    w,  # [V, D] a slice of the columns
+    items,  # [items, 3] block, first pair, pairs
+    tokens,  # [P] of each pair, or None
+    out,  # [pairs of the run, D] out; with tokens [N, D], added to
+    V,
+    D,
+    pair0,
+    w_stride,
+    out_stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    item, tile_d = tl.program_id(0) // tiles_d, tl.program_id(0) % tiles_d
+    block, first, count = tl.load(items + 3 * item), tl.load(items + 3 * item + 1), tl.load(items + 3 * item + 2)
+    pairs = first + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    inside = pairs < first + count  # [BLOCK_N]
+    columns = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    dr += (pairs - pair0)[:, None].to(tl.int64) * _BLOCK  # [BLOCK_N, 1]
+    w += (block * _BLOCK).to(tl.int64) * w_stride + columns[None, :]  # [1, BLOCK_D]
+    part = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)  # [BLOCK_N, BLOCK_D]
+    for word in range(0, _BLOCK, BLOCK_D):
+        words = word + tl.arange(0, BLOCK_D)  # [BLOCK_D] in the block
+        a = tl.load(dr + words[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_N, BLOCK_D]
+        mask = (words[:, None] < V - block * _BLOCK) & (columns[None, :] < D)  # [BLOCK_D, BLOCK_D]
+        b = tl.load(w + words[:, None] * w_stride, mask=mask, other=0.0)  # [BLOCK_D, BLOCK_D]
+        part = tl.dot(a, b, part, input_precision="ieee")
+    mask = inside[:, None] & (columns[None, :] < D)  # [BLOCK_N, BLOCK_D]
+    if tokens is None:
+        tl.store(out + (pairs - pair0)[:, None].to(tl.int64) * out_stride + columns[None, :], part, mask=mask)
+    else:
+        rows = tl.load(tokens + pairs, mask=inside, other=0)  # [BLOCK_N]
+        tl.atomic_add(out + rows[:, None] * out_stride + columns[None, :], part, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def token_kernel(
+    parts,  # [pairs of the run, D] a slice of the columns
+    order,  # [pairs of the run] places in parts, by token, then ascending
+    starts,  # [N + 1] first place in order of each token
+    dh,  # [N, D] the same slice, added to
+    D,
+    parts_stride,
+    dh_stride,
+    BLOCK_D: tl.constexpr,
+):
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    token, tile_d = tl.program_id(0) // tiles_d, tl.program_id(0) % tiles_d
+    start, stop = tl.load(starts + token), tl.load(starts + token + 1)
+    if start < stop:
+        columns = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+        mask = columns < D  # [BLOCK_D]
+        at = dh + token.to(tl.int64) * dh_stride + columns  # [BLOCK_D]
+        acc = tl.load(at, mask=mask, other=0.0)  # [BLOCK_D]
+        for place in range(start, stop):
+            acc += tl.load(parts + tl.load(order + place) * parts_stride + columns, mask=mask, other=0.0)
+        tl.store(at, acc, mask=mask)

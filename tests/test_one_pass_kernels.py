@@ -1,0 +1,365 @@
+"""The head in one pass against `reference` in float64, and what its kernels compile to.
+
+Coefficients are an advantage times the ratio to an old policy, so they depend on the log-probabilities that the pass
+itself finds; the truth takes them from the float64 log-probabilities.
+
+Rule, per region of lad_kernels/testing.py: float32 as there; 16-bit gradients at most PROMISE_MARGIN times the error
+of `rounded`, the formula in float64 with the roundings that the pass promises. That is 1.75 times the contract's error
+on most data, and up to 2.4 (5.5 for the bias) where coefficients of both signs cancel in a sum over tokens whose
+probabilities are alike, as in a flat policy.
+
+Run as a script this file compiles the kernels for one architecture and prints one JSON row per kernel, as
+test_compiles.py does for the other kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lad_kernels import reference, testing
+from lad_kernels.head import flops
+from lad_kernels.head.kernels import dense, one_pass
+from lad_kernels.head.kernels.configs import Tiles
+from lad_kernels.head.logits import LogitTransform
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PROMISE_MARGIN = 1.05
+N, D, V = 150, 48, 521
+CHUNKS = (slice(0, 37), slice(37, 133), slice(133, 150))
+FEATURES = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scale": {"logit_scale": 0.7},
+    "softcap": {"softcap": 4.0},
+    "all": {"bias": True, "logit_scale": 0.7, "softcap": 9.0, "temperature": torch.linspace(0.5, 1.5, N)},
+}
+LAYOUTS = {"aligned": (2048, 151936), "odd V": (896, 50257), "unaligned": (897, 50257), "ragged": (1000, 50257)}
+RICH = "bias+softcap+entropy+temperature"
+COMPILED = [("bfloat16", layout, features) for layout in LAYOUTS for features in ("plain", RICH)]
+COMPILED += [("bfloat16", "aligned", "entropy"), ("float32", "aligned", RICH), ("float32", "unaligned", RICH)]
+TENSOR_CORE = {"sm_80": "mma.sync", "sm_86": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "v_mfma"}
+SHARED = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    inputs: testing.HeadInputs  # whose upstream holds the true coefficients
+    old: Tensor  # [N] the true log-probabilities and a drift of 0.1
+    advantages: Tensor  # [N]
+    lse: Tensor  # [N] float64
+
+    def coefficients(self, rows: slice, logprobs: Tensor) -> Tensor:
+        return self.advantages[rows] * torch.exp(logprobs[rows] - self.old[rows])
+
+
+@functools.cache
+def make(device, dtype="bfloat16", features="plain", *, n=N, d=D, v=V, entropy=None, seed=0) -> Case:
+    options = {k: x[:n].to(device) if isinstance(x, Tensor) else x for k, x in FEATURES[features].items()}
+    inputs = testing.make_inputs(
+        n, d, v, dtype=DTYPES[dtype], device=device, entropy=entropy, masked=0.0, seed=seed, **options
+    )  # fmt: skip
+    exact = inputs.cast(torch.float64)
+    out = reference.linear_logprobs(exact.hidden, exact.weight, exact.targets, bias=exact.bias, **exact.options)
+    generator = torch.Generator().manual_seed(seed)
+    drift, advantages = torch.randn(2, n, generator=generator).to(device)  # [N], [N]
+    old = (out.logprobs + 0.1 * drift).float()  # [N]
+    upstream = advantages.double() * torch.exp(out.logprobs - old)  # [N]
+    return Case(dataclasses.replace(inputs, upstream=upstream), old, advantages, out.lse)
+
+
+def run(case: Case, *, prior=True, chunks=CHUNKS, needs=(True, True, True), coefficients=None, **options):
+    """`one_pass` on the case; `prior` True stands for the old log-probabilities, None for none."""
+    x = case.inputs
+    transform = LogitTransform(
+        x.options.get("logit_scale", 1.0), x.options.get("softcap"), x.options.get("temperature", 1.0)
+    )
+    return one_pass.one_pass(
+        x.hidden, x.weight, x.targets, x.bias, transform, case.old if prior is True else prior,
+        coefficients or case.coefficients, chunks=chunks, want_entropy=options.pop("want_entropy", True),
+        need_hidden=needs[0], need_weight=needs[1], need_bias=needs[2], **options,
+    )  # fmt: skip
+
+
+def replaced(case: Case, **changes) -> Case:
+    return dataclasses.replace(case, inputs=dataclasses.replace(case.inputs, **changes))
+
+
+def flat(result) -> dict[str, Tensor | None]:
+    outputs, gradients = result
+    return {**outputs._asdict(), **{f"d{name}": x for name, x in gradients._asdict().items()}}
+
+
+def same(a, b) -> None:
+    for (name, x), y in zip(flat(a).items(), flat(b).values(), strict=True):
+        assert (x is None) == (y is None), name
+        assert x is None or torch.equal(x, y), name
+
+
+def rounded(case: Case, prior: Tensor | None):
+    """HeadOutputs in float64, except that F, r H and the results are rounded to the dtype of the inputs."""
+    dtype, x, options = case.inputs.weight.dtype, case.inputs.cast(torch.float64), case.inputs.options
+    cast = lambda y: y.to(dtype).double()  # noqa: E731
+    raw = (x.hidden @ x.weight.T + (0 if x.bias is None else x.bias)).requires_grad_()  # [N, V]
+    z, cap, temperature = raw * options.get("logit_scale", 1.0), options.get("softcap"), options.get("temperature", 1.0)
+    z = z if cap is None else cap * torch.tanh(z / cap)
+    z = z / (temperature[:, None].double() if isinstance(temperature, Tensor) else temperature)
+    (slope,) = torch.autograd.grad(z.sum(), raw)  # [N, V]
+    target = x.targets[:, None]  # [N, 1]
+    s = z.detach().gather(1, target) - (0 if prior is None else prior.double()[:, None])  # [N, 1]
+    f = torch.exp(z.detach() - s)  # [N, V]
+    total = f.sum(1, keepdim=True)  # [N, 1]
+    f = cast(f.scatter_add(1, target, -total) * slope)  # [N, V]
+    r = -x.upstream[:, None] / total  # [N, 1]
+    dbias = None if x.bias is None else cast((f.T @ r)[:, 0])  # [V]
+    return testing.HeadOutputs(None, None, cast(r * (f @ x.weight)), cast(f.T @ cast(r * x.hidden)), dbias)
+
+
+def check(case: Case, *, prior=True, **options) -> None:
+    def formula(dtype) -> dict[str, Tensor]:
+        inputs = case.inputs.cast(dtype)
+        zeros = torch.zeros_like(inputs.upstream)
+        return testing.regions(testing.run_head(reference.linear_logprobs, inputs, entropy_upstream=zeros), inputs)
+
+    prior = case.old if prior is True else prior
+    outputs, gradients = run(case, prior=prior, **options)
+    assert outputs.block_lse is None and outputs.logprobs.max() <= 0 and outputs.entropy.min() >= 0
+    assert testing.relative_error(outputs.lse, case.lse) <= testing.FP32_TOLERANCE
+    actual = testing.HeadOutputs(outputs.logprobs, outputs.entropy, *gradients)
+    truth, contract = formula(torch.float64), formula(torch.float32)
+    promised = rounded(case, prior)
+    promised = testing.regions(dataclasses.replace(promised, logprobs=outputs.logprobs), case.inputs)
+    report = {}
+    for name, x in testing.regions(actual, case.inputs).items():
+        assert x.dtype == (case.inputs.weight.dtype if name[0] == "d" else torch.float32)
+        if x.dtype == torch.float32:
+            contract_error = testing.relative_error(contract[name], truth[name])
+            allowed = max(testing.CONTRACT_MARGIN * contract_error, testing.FP32_TOLERANCE)
+        else:
+            allowed = PROMISE_MARGIN * testing.relative_error(promised[name], truth[name])
+        report[name] = (testing.relative_error(x, truth[name]), allowed)
+    print("\n" + testing.format_report(report))
+    assert all(error <= allowed for error, allowed in report.values()), "\n" + testing.format_report(report)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prior", [True, None], ids=["prior", "no prior"])
+def test_flat_policy(device, dtype, features, prior):
+    check(make(device, dtype, features), prior=prior)
+
+
+@pytest.mark.parametrize("features", ["plain", "bias"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prior", [True, None], ids=["prior", "no prior"])
+def test_peaked_policy(device, dtype, features, prior):
+    check(make(device, dtype, features, d=80, v=600, entropy=0.4), prior=prior)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles(device, dtype):
+    """Descriptors; tiles wider than the vocabulary; rows at odd addresses."""
+    check(make(device, dtype, "all"), tiles=Tiles(64, 128, 32, 8, 8, 2, tma=True))
+    one = [slice(0, 17)]
+    for v in (2, 128, 129):
+        check(make(device, dtype, "bias", n=17, d=33, v=v), tiles=Tiles(16, 256, 32, 2, 4, 2), chunks=one)
+    check(make(device, dtype, "bias", n=17, d=45), chunks=one)
+
+
+@pytest.mark.parametrize("size", [1e-2, 30.0])
+def test_softcap_far_from_and_in_saturation(device, size):
+    case, ones = make(device, "float32", "softcap", n=70), torch.ones(70, device=device)
+    case = replaced(case, weight=case.inputs.weight * size, upstream=ones)
+    case = dataclasses.replace(case, lse=truth_lse(case))
+    check(case, chunks=[slice(0, 70)], prior=None, coefficients=lambda rows, logprobs: ones[rows])
+
+
+def truth_lse(case: Case) -> Tensor:
+    x = case.inputs.cast(torch.float64)
+    return reference.linear_logprobs(x.hidden, x.weight, x.targets, bias=x.bias, **x.options).lse  # [N]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_does_not_depend_on_its_chunk(device, dtype):
+    """Log-probability, lse and entropy bit for bit; coefficients see the chunks in order, filled up to their end."""
+    case, seen = make(device, dtype, "all"), []
+
+    def coefficients(rows, logprobs):
+        seen.append(rows)
+        assert logprobs.shape == (N,) and logprobs[: rows.stop].isfinite().all()
+        return case.coefficients(rows, logprobs)
+
+    several, whole = run(case, coefficients=coefficients), run(case, chunks=[slice(0, N)])
+    assert seen == list(CHUNKS)
+    nothing = whole[1]._make([None] * 3)
+    same((several[0], nothing), (whole[0], nothing))
+
+
+def test_twice_bitwise_and_inputs_untouched(device):
+    case = make(device, "bfloat16", "all")
+    saved = [x for x in (*vars(case).values(), *vars(case.inputs).values()) if isinstance(x, Tensor)]
+    saved = [(x, x.clone()) for x in saved]
+    same(run(case), run(case))
+    assert all(torch.equal(x, copy) for x, copy in saved)
+
+
+def test_zero_coefficients_give_exactly_zero(device):
+    case = make(device, "bfloat16", "bias")
+    keep = (torch.arange(N, device=device) % 3 > 0).float()
+    _, gradients = run(case, coefficients=lambda rows, logprobs: keep[rows])
+    assert torch.equal(gradients.hidden.any(dim=1), keep.bool())
+    _, gradients = run(case, coefficients=lambda rows, logprobs: 0 * keep[rows])
+    assert not any(x.any() for x in gradients)
+
+
+@pytest.mark.parametrize("needs", [(i > 3, i // 2 % 2 == 1, i % 2 == 1) for i in range(7)])
+def test_only_what_is_needed(device, needs):
+    case = make(device, "bfloat16", "all")
+    outputs, full = run(case)
+    expected = [x if need else None for x, need in zip(full, needs)]
+    same(run(case, needs=needs, want_entropy=False), (outputs._replace(entropy=None), full._make(expected)))
+
+
+def test_products_are_counted(device):
+    """6 N D V, less what is not needed; the sum over rows for the bias is 2 N V."""
+    for needs, expected in (((True, True, False), 6), ((True, False, False), 4), ((False, True, False), 4)):
+        with flops.counting() as tally:
+            run(make(device), needs=needs)
+        assert tally == [expected * N * D * V]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy sees the overflow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_out_of_range(device, dtype):
+    """A target 200 nats below the maximum, or a prior 200 nats off either way, is refused; a fair prior is not."""
+    case = make(device, dtype)
+    hidden, weight, targets = (getattr(case.inputs, name).clone() for name in ("hidden", "weight", "targets"))
+    hidden[:, 1], weight[:, 1] = 0.0, 0.0
+    hidden[140, 1], weight[7, 1], targets[140] = 200.0, 1.0, 3
+    case = replaced(case, hidden=hidden, weight=weight, targets=targets)
+    ones = torch.ones(N, device=device)
+    options = {"coefficients": lambda rows, logprobs: ones[rows]}
+    assert run(case, prior=None, **options) is None
+    fair = torch.zeros(N, device=device)
+    fair[140] = -200.0
+    case = dataclasses.replace(replaced(case, upstream=ones), lse=truth_lse(case))
+    check(case, prior=fair, **options)
+    for wrong in (-400.0, 0.0):
+        fair[140] = wrong
+        assert run(case, prior=fair, **options) is None
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy sees the overflow
+@pytest.mark.parametrize("features", ["plain", "softcap"])
+def test_absent_target(device, features):
+    case = make(device, "bfloat16", features)
+    for absent in (-100, V):
+        targets = case.inputs.targets.clone()
+        targets[140] = absent
+        assert run(replaced(case, targets=targets)) is None
+
+
+def test_nan_stays_with_its_token(device):
+    case = make(device)
+    hidden = case.inputs.hidden.clone()
+    hidden[40, 0] = float("nan")
+    outputs, gradients = run(replaced(case, hidden=hidden))
+    for nan in (gradients.hidden.isnan().all(1), *(x.isnan() for x in outputs[:3])):
+        assert nan.nonzero().tolist() == [[40]]
+    assert gradients.weight.isnan().all()
+
+
+def test_layouts(device):
+    """Strided hidden states, a transposed weight, strided vectors."""
+    case, x = make(device, "bfloat16", "all"), make(device, "bfloat16", "all").inputs
+    wide = torch.full((N, 2 * D), float("nan"), dtype=torch.bfloat16, device=device)
+    wide[:, :D] = x.hidden
+    spread = {name: getattr(x, name).repeat_interleave(2)[::2] for name in ("bias", "targets")}
+    other = replaced(case, hidden=wide[:, :D], weight=x.weight.T.contiguous().T, **spread)
+    same(run(other, prior=case.old.repeat_interleave(2)[::2]), run(case))
+
+
+def test_no_tokens(device):
+    outputs, gradients = run(make(device, n=0), chunks=[])
+    assert [tuple(x.shape) for x in outputs[:3]] == [(0,)] * 3
+    assert gradients.hidden.shape == (0, D) and not gradients.weight.any() and gradients.weight.shape == (V, D)
+
+
+def test_float16_is_refused(device):
+    case = make(device)
+    with pytest.raises(ValueError, match="float16"):
+        run(replaced(case, hidden=case.inputs.hidden.half(), weight=case.inputs.weight.half()))
+
+
+@pytest.mark.parametrize("v", [2, 50257, 151936, 256000])
+@pytest.mark.parametrize("workspace", [1, 512 << 20, 4 << 30])
+def test_chunk_rows(v, workspace):
+    rows = one_pass.chunk_rows(v, 2, workspace)
+    assert rows % 256 == 0 and rows >= 2048
+    assert rows == 2048 or rows * v * 2 <= workspace < (rows + 257) * (v + 127) * 2
+
+
+def compile_all(arch: str) -> None:
+    """Print one JSON row per compiled kernel."""
+    import aot
+
+    dense.accumulate = lambda *arguments, **options: None  # the library's product of what was never computed
+    for dtype, layout, features in COMPILED:
+        (d, v), n, kind = LAYOUTS[layout], 256, DTYPES[dtype]
+        hidden, weight = torch.empty(n, d, dtype=kind), torch.empty(v, d, dtype=kind)  # [N, D], [V, D]
+        targets, numbers = torch.zeros(n, dtype=torch.int64), torch.ones(n)  # [N], [N]
+        bias = torch.zeros(v, dtype=kind) if "bias" in features else None  # [V]
+        transform = LogitTransform(
+            softcap=30.0 if "softcap" in features else None, temperature=numbers if "temperature" in features else 0.9
+        )
+        with aot.compiling(arch) as compiled:
+            one_pass.one_pass(
+                hidden, weight, targets, bias, transform, numbers, lambda rows, logprobs: logprobs[rows],
+                chunks=[slice(0, n)], want_entropy="entropy" in features,
+                need_hidden=True, need_weight=False, need_bias=bias is not None,
+            )  # fmt: skip
+        for name, kernel in compiled.values():
+            found = vars(aot.resources(name, kernel, arch))
+            found["wide stores"] = kernel.asm.get("ptx", "").count("st.global.v4")
+            print(json.dumps({"dtype": dtype, "layout": layout, "features": features, **found}), flush=True)
+
+
+@pytest.mark.parametrize("arch", TENSOR_CORE)
+def test_compiles(arch):
+    """No spills; tensor cores for 16 bits only; bulk copies where rows allow them; F stored 16 bytes at a time."""
+    root = Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory() as cache:  # an empty cache: a hit would hide a compiler's complaint
+        environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
+        environment["PYTHONPATH"] = os.pathsep.join((str(root), str(root / "tests")))
+        result = subprocess.run(
+            [sys.executable, __file__, arch], env=environment, capture_output=True, text=True, cwd=root
+        )
+    assert result.returncode == 0, result.stderr[-4000:]
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    tiled = [row for row in found if row["name"] == "_exponentials_kernel"]
+    assert len(tiled) == len(COMPILED)
+    for row in found:
+        print(*(row[key] for key in ("dtype", "layout", "features", "name", "registers", "spilled", "shared")))
+        assert row["spilled"] == 0 and row["shared"] <= SHARED[arch] << 10, row
+    for row in tiled:
+        used = row["instructions"]
+        if row["dtype"] == "bfloat16":
+            assert used[TENSOR_CORE[arch]] > 0, row
+            assert (used.get("tma", 0) > 0) == (arch in ("sm_90", "sm_100") and row["layout"] != "unaligned"), row
+        elif arch != "gfx942":
+            assert not any(used[name] for name in ("mma.sync", "wgmma", "tcgen05")), row
+        assert arch == "gfx942" or row["wide stores"] > 0, row
+
+
+if __name__ == "__main__":
+    compile_all(sys.argv[1])

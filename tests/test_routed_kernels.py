@@ -1,0 +1,320 @@
+"""The routed backward's kernels against the formula in float64 with the pieces of dropped pairs set to zero.
+
+Allowances are those of test_head_kernels.py, per region: 2e-6 in float32 (measured: 1e-7 to 8e-7, with a single feature
+1.4e-6), in 16 bits twice the error of the same formula in float32 cast once (measured: up to 1.7 times). 70 tokens = an
+item of 64 pairs and 6 more of every block; 521 words = four blocks and one of 9; 67 features = a step of 64 and 3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from test_head_kernels import (
+    CONTRACT_FACTOR,
+    DTYPES,
+    FEATURE_CASES,
+    FEATURES,
+    FLOAT32_LIMIT,
+    Inputs,
+    error,
+    make,
+    regions,
+    same,
+)
+from torch import Tensor
+
+from lad_kernels.head import flops
+from lad_kernels.head.kernels import dense, routed
+from lad_kernels.head.kernels.routed_work import RoutedTiles, Schedule, Work
+from lad_kernels.head.logits import BLOCK, HeadGradients, LogitGradient, Routing
+
+N, D, V = 70, 48, 521
+SMALL = RoutedTiles(16, Schedule(64, 4, 1), Schedule(64, 4, 1), Schedule(64, 4, 1))
+NEEDS = ("need_hidden", "need_weight", "need_bias")
+
+
+def inputs_of(device, dtype="float32", features=(), *, n=N, d=D, v=V) -> Inputs:
+    return make(device, DTYPES[dtype], features, n=n, d=d, v=v)
+
+
+def logits_of(inputs: Inputs, leaves: list[Tensor | None]) -> Tensor:
+    """z [N, V] in the dtype of the leaves: hidden, weight, bias."""
+    hidden, weight, bias = leaves
+    transform, t = inputs.transform, inputs.transform.temperature
+    z = transform.scale * (hidden @ weight.T + (0 if bias is None else bias))  # [N, V]
+    if transform.softcap is not None:
+        z = transform.softcap * torch.tanh(z / transform.softcap)
+    return z / (t.to(z.dtype)[:, None] if isinstance(t, Tensor) else t)
+
+
+def coefficients(inputs: Inputs) -> tuple[Tensor, LogitGradient]:
+    """lse [N] and the gradient's three numbers per token, computed in float64, as float32."""
+    leaves = [None if x is None else x.double() for x in (inputs.hidden, inputs.weight, inputs.bias)]
+    z = logits_of(inputs, leaves)
+    log_p = z.log_softmax(1)  # [N, V]
+    g_logp, g_lse, g_entropy = inputs.upstream
+    prob = g_lse - g_logp + g_entropy * (log_p.exp() * log_p).sum(1)  # [N]
+    return z.logsumexp(1).float(), LogitGradient(g_logp, prob.float(), g_entropy)
+
+
+def factors(routing: Routing, n: int, v: int) -> Tensor:
+    """What each element of dZ is multiplied by, [N, V] float64: a pair's scale, 1 for dense tokens, else 0."""
+    blocks = torch.arange(len(routing.counts)).repeat_interleave(torch.tensor(routing.counts)).to(routing.rows.device)
+    out = torch.zeros(n, len(routing.counts), dtype=torch.float64, device=routing.rows.device)  # [N, blocks]
+    out[routing.rows, blocks] = 1.0 if routing.scale is None else routing.scale.double()
+    out[routing.dense] = 1.0
+    return out.repeat_interleave(BLOCK, 1)[:, :v]
+
+
+def formula(inputs: Inputs, gradient: LogitGradient, routing: Routing, dtype: torch.dtype) -> HeadGradients:
+    """dZ by the formula, the rest by autograd, in `dtype`."""
+    leaves = [
+        None if x is None else x.detach().to(dtype, copy=True).requires_grad_()
+        for x in (inputs.hidden, inputs.weight, inputs.bias)
+    ]
+    z = logits_of(inputs, leaves)
+    log_p = z.detach().log_softmax(1)  # [N, V]
+    onehot = torch.arange(z.shape[1], device=z.device) == inputs.targets[:, None]  # [N, V]
+    entropy = 0 if gradient.entropy is None else gradient.entropy[:, None].to(dtype)
+    dz = gradient.onehot[:, None] * onehot + log_p.exp() * (gradient.prob[:, None] - entropy * log_p)  # [N, V]
+    z.backward((dz * factors(routing, *z.shape)).to(dtype))
+    return HeadGradients(*(None if x is None else x.grad for x in leaves))
+
+
+def route(inputs: Inputs, keep=1.0, dense=0.0, scaled=False, seed=1) -> Routing:
+    """About `keep` of all pairs and `dense` of all tokens; keep = 1 keeps them all."""
+    generator = torch.Generator().manual_seed(seed)
+    n, blocks = len(inputs.hidden), -(-len(inputs.weight) // BLOCK)
+    whole = torch.rand(n, generator=generator) < dense  # [N]
+    kept = (torch.rand(n, blocks, generator=generator) < keep) & ~whole[:, None]  # [N, blocks]
+    rows = kept.T.nonzero()[:, 1]  # [P]
+    scale = (torch.rand(len(rows), generator=generator) + 0.5).to(inputs.hidden.device) if scaled else None
+    device = inputs.hidden.device
+    return Routing(rows.to(device), scale, kept.sum(0).tolist(), whole.nonzero()[:, 0].to(device))
+
+
+def run(inputs: Inputs, routing: Routing, needs=(True, True, True), gradient=None, **options) -> HeadGradients:
+    lse, computed = coefficients(inputs)
+    return routed.backward(
+        inputs.hidden, inputs.weight, inputs.targets, inputs.bias, inputs.transform, lse, gradient or computed, routing,
+        **dict(zip(NEEDS, needs, strict=True)), **options,
+    )  # fmt: skip
+
+
+def check(inputs: Inputs, routing: Routing, gradient=None, **options) -> HeadGradients:
+    """Every region within its allowance; tokens without pairs get exactly nothing."""
+    gradients = run(inputs, routing, gradient=gradient, **options)
+    gradient, targets = gradient or coefficients(inputs)[1], inputs.targets
+    truth = regions(formula(inputs, gradient, routing, torch.float64), targets)
+    contract = regions(formula(inputs, gradient, routing, torch.float32), targets)
+    dtype = inputs.hidden.dtype
+    for name, actual in regions(gradients, targets).items():
+        assert actual.dtype == dtype
+        allowed = FLOAT32_LIMIT
+        if dtype != torch.float32:
+            allowed = CONTRACT_FACTOR * error(contract[name].to(dtype), truth[name])
+        found = error(actual, truth[name])
+        print(f"{name}: {found:.1e} of {allowed:.1e}")
+        assert found <= allowed, name
+    used = factors(routing, len(targets), len(inputs.weight)).any(1)  # [N]
+    assert not gradients.hidden[~used].any()
+    return gradients
+
+
+@pytest.mark.parametrize(("dtype", "features"), FEATURE_CASES)
+def test_all_pairs_give_the_whole_gradient(device, dtype, features):
+    inputs = inputs_of(device, dtype, features)
+    check(inputs, route(inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dense", [0.0, 0.3])
+def test_some_pairs_and_some_whole_tokens(device, dtype, dense):
+    """Pairs with a scale of their own; some tokens take all blocks, some none."""
+    inputs = inputs_of(device, dtype, FEATURES, d=67)
+    routing = route(inputs, 0.4, dense, scaled=True)
+    assert (factors(routing, N, V) == 0).all(1).any(), "every token has a pair"
+    assert bool(len(routing.dense)) == bool(dense)
+    check(inputs, routing)
+
+
+def test_no_entropy_gradient_and_one_temperature(device):
+    inputs = inputs_of(device, n=37)
+    inputs = dataclasses.replace(inputs, transform=dataclasses.replace(inputs.transform, temperature=0.8))
+    routing = route(inputs, 0.5, 0.2)
+    gradient = dataclasses.replace(coefficients(inputs)[1], entropy=None)
+    check(inputs, routing, gradient)
+    zero = dataclasses.replace(gradient, entropy=torch.zeros(37, device=device))
+    same(run(inputs, routing, gradient=gradient), run(inputs, routing, gradient=zero))
+
+
+@pytest.mark.parametrize("v", [2, 128, 129])
+@pytest.mark.parametrize("d", [1, 33])
+def test_small_vocabularies(device, d, v):
+    inputs = inputs_of(device, features=("bias",), n=37, d=d, v=v)
+    check(inputs, route(inputs), tiles=SMALL)
+
+
+@pytest.mark.parametrize(("dtype", "dense"), [("float32", 0.0), ("bfloat16", 0.0), ("float16", 0.2)])
+def test_small_workspaces(device, dtype, dense):
+    """Runs of some blocks, then pieces of a block, then single items; dH has the same bits in all of them."""
+    inputs = inputs_of(device, dtype, ("bias", "temperature"), n=37, d=130, v=300)
+    routing = route(inputs, 0.9, dense)
+    expected = check(inputs, routing, tiles=SMALL)
+    for pairs in (64, 16):
+        found = check(inputs, routing, tiles=SMALL, workspace_bytes=1 + pairs * BLOCK * 8 * (2 if dense else 1))
+        assert dense or torch.equal(found.hidden, expected.hidden)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_pairs_join_every_slab_of_the_whole_tokens(device, dtype):
+    """1,100 words in two slabs of the dense backward, and the pairs of each slab in several runs."""
+    inputs = inputs_of(device, dtype, ("bias", "temperature"), n=20, d=16, v=1100)
+    routing = route(inputs, 0.5, 0.3)
+    assert dense.split(len(routing.dense), 16, 1100, inputs.hidden.element_size(), 1)[1] == 1024
+    check(inputs, routing, tiles=SMALL, workspace_bytes=1)
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0], [5], [0, 40, 0, 3, 100, 16, 0], [32, 32, 1]])
+def test_runs_cover_every_pair_once(counts):
+    work = Work.plan(counts, 16, torch.device("cpu"))
+    assert work.items[:, 2].sum() == sum(counts)
+    for capacity, start in itertools.product((16, 32, 48, 160), range(len(counts))):
+        runs = list(work.runs(slice(start, len(counts)), capacity))
+        bounds = [(r.blocks.start, r.blocks.stop) for r in runs if r.first]
+        assert [a for a, _ in bounds] == [start, *(b for _, b in bounds)][:-1]
+        assert bounds[-1][1] == len(counts)
+        for r, following in itertools.zip_longest(runs, runs[1:]):
+            items = work.items[r.items].tolist()
+            assert sum(item[2] for item in items) == r.pairs.stop - r.pairs.start <= capacity
+            assert [item[1] for item in items[:1]] in ([], [r.pairs.start])
+            assert all(r.blocks.start <= item[0] < r.blocks.stop and 1 <= item[2] <= 16 for item in items)
+            assert following is None or (following.first == r.last and following.pairs.start == r.pairs.stop)
+        assert runs[-1].last
+        assert runs[-1].pairs.stop == sum(counts)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_no_pairs(device, dtype):
+    inputs = inputs_of(device, dtype, FEATURES)
+    gradients = run(inputs, route(inputs, 0.0))
+    same(gradients, HeadGradients(*(torch.zeros_like(x) for x in (inputs.hidden, inputs.weight, inputs.bias))))
+    none = inputs_of(device, dtype, FEATURES, n=0)
+    gradients = run(none, route(none))
+    same(gradients, HeadGradients(*(torch.zeros_like(x) for x in (none.hidden, none.weight, none.bias))))
+
+
+def test_only_whole_tokens_are_the_dense_backward(device):
+    inputs = inputs_of(device, "bfloat16", FEATURES)
+    lse, gradient = coefficients(inputs)
+    expected = dense.backward(
+        inputs.hidden, inputs.weight, inputs.targets, inputs.bias, inputs.transform, lse, gradient,
+        **dict.fromkeys(NEEDS, True),
+    )  # fmt: skip
+    same(run(inputs, route(inputs, 0.0, 1.0)), expected)
+
+
+@pytest.mark.parametrize("dense", [0.0, 0.3])
+@pytest.mark.parametrize("atomics", [False, True])
+def test_only_what_is_needed_is_computed(device, dense, atomics):
+    """What is computed has the same bits, and every product is counted once; a bias alone costs one product."""
+    inputs = inputs_of(device, "bfloat16", FEATURES, n=20, v=150)
+    routing = route(inputs, 0.5, dense)
+    full = run(inputs, routing)
+    elements = int((factors(routing, 20, 150) > 0)[torch.isin(torch.arange(20, device=device), routing.rows)].sum())
+    for needs in itertools.product((False, True), repeat=3):
+        with flops.counting() as counted:
+            gradients = run(inputs, routing, needs, atomics=atomics)
+        if not dense:
+            assert counted[0] == 2 * D * elements * (any(needs) + needs[0] + needs[1])
+        expected = HeadGradients(*(x if need else None for x, need in zip(full, needs, strict=True)))
+        same(*((x._replace(hidden=None) if atomics else x) for x in (gradients, expected)))
+        assert (gradients.hidden is not None) == needs[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dense", [0.0, 0.3])
+def test_atomics(device, dtype, dense):
+    inputs = inputs_of(device, dtype, FEATURES, d=67)
+    for workspace in (512 << 20, 1):
+        check(inputs, route(inputs, 0.5, dense), atomics=True, workspace_bytes=workspace)
+
+
+def test_twice_bitwise_and_nothing_written_to_inputs(device):
+    inputs = inputs_of(device, "float16", FEATURES)
+    routing, (lse, gradient) = route(inputs, 0.5, 0.2, scaled=True), coefficients(inputs)
+    saved = [*vars(inputs).values(), *vars(gradient).values(), *routing, inputs.transform.temperature, lse]
+    saved = [(x, x.clone()) for x in saved if isinstance(x, Tensor)]
+    same(run(inputs, routing), run(inputs, routing))
+    assert all(torch.equal(x, copy) for x, copy in saved)
+
+
+def test_float16_keeps_small_logit_gradients(device):
+    """Coefficients of 1e-5, far below float16's range once multiplied by p; dense and routed tokens scale apart."""
+    inputs = inputs_of(device, "float16", d=64)
+    upstream = inputs.upstream * 1e-5
+    routing = route(inputs, 0.6, 0.3)
+    upstream[:, routing.dense] *= 1e-2
+    hidden, weight = inputs.hidden * 256, inputs.weight / 256
+    check(dataclasses.replace(inputs, hidden=hidden, weight=weight, upstream=upstream), routing)
+
+
+@pytest.mark.parametrize("token", [0, 3])
+def test_nan_stays_with_its_token_and_blocks(device, token):
+    """Also when the token is the one that masked places would read, and only in blocks that it is routed to."""
+    inputs = inputs_of(device, features=("bias",), n=17)
+    routing = route(inputs, 0.5)
+    (lse, gradient), hidden = coefficients(inputs), inputs.hidden.clone()
+    hidden[token] = float("nan")
+    gradients = routed.backward(
+        hidden, inputs.weight, inputs.targets, inputs.bias, inputs.transform, lse, gradient, routing,
+        **dict.fromkeys(NEEDS, True),
+    )  # fmt: skip
+    assert gradients.hidden.isnan().any(1).nonzero().tolist() == [[token]]
+    reached = factors(routing, 17, V)[token] > 0  # [V]
+    assert 0 < reached.sum() < V
+    assert torch.equal(gradients.weight.isnan().any(1), reached)
+    assert torch.equal(gradients.bias.isnan(), reached)
+
+
+def test_target_outside_the_vocabulary(device):
+    inputs = inputs_of(device, n=17)
+    targets = inputs.targets.clone()
+    targets[[3, 5, 11]] = torch.tensor([-100, V, V + 5], device=device)
+    gradient, routing = coefficients(inputs)[1], route(inputs, 0.8)
+    gradients = []
+    for y, onehot in ((targets, gradient.onehot), (inputs.targets, gradient.onehot * (targets == inputs.targets))):
+        changed = dataclasses.replace(gradient, onehot=onehot)
+        gradients.append(run(dataclasses.replace(inputs, targets=y), routing, gradient=changed))
+    same(*gradients)
+
+
+def test_layouts(device):
+    """Strided hidden states, a transposed weight, strided vectors, an expanded coefficient."""
+    inputs = inputs_of(device, "bfloat16", FEATURES)
+    wide = torch.full((N, 2 * D), float("nan"), dtype=torch.bfloat16, device=device)
+    wide[:, :D] = inputs.hidden
+    spread = {name: getattr(inputs, name).repeat_interleave(2)[::2] for name in ("bias", "targets")}
+    other = dataclasses.replace(inputs, hidden=wide[:, :D], weight=inputs.weight.T.contiguous().T, **spread)
+    gradient = dataclasses.replace(coefficients(inputs)[1], onehot=torch.full((1,), 0.3, device=device).expand(N))
+    routing = route(inputs, 0.5, 0.2, scaled=True)
+    same(run(other, routing, gradient=gradient), run(inputs, routing, gradient=gradient))
+
+
+def test_offsets_beyond_32_bits(device):
+    """Rows 8,000,000 elements apart, so that the last ones lie beyond element 2^31 of their storage."""
+    step, size = 8_000_000, 300
+    if device == "cpu":  # numpy maps zeros without touching memory; torch would fill 5 GB
+        storage = torch.from_numpy(np.zeros(step * size, dtype=np.int16)).view(torch.bfloat16)
+    else:
+        storage = torch.zeros(step * size, dtype=torch.bfloat16, device=device)
+    inputs = inputs_of(device, "bfloat16", n=size, d=16, v=size)
+    far = [storage.as_strided((size, 16), (step, 1), start) for start in (0, 64)]
+    for view, x in zip(far, (inputs.hidden, inputs.weight), strict=True):
+        view.copy_(x)
+    routing = route(inputs, 0.1)
+    same(run(dataclasses.replace(inputs, hidden=far[0], weight=far[1]), routing), run(inputs, routing))

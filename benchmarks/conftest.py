@@ -19,7 +19,7 @@ from benchmarks.measure import Rounds, describe, peak_bytes_cuda, peaks_cpu, rat
 from benchmarks.providers import EAGER, Provider, all_providers, split_available
 from benchmarks.shapes import SETS, Shape
 
-ROUNDS = {"tiny": 2, "small": 5, "full": 2, "gpu": 20}
+ROUNDS = {"tiny": 2, "sweep": 3, "small": 5, "full": 2, "gpu": 20}
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
@@ -100,7 +100,7 @@ class Bench:
         return self._peaks[shape]
 
     def _on_cuda(self, shape: Shape) -> dict[str, dict[str, int | str]]:
-        batch, found = self.batches(shape, "flat")[0], {}
+        batch, found = self.batches(shape, "flat")[0], {}  # on flat data, where a tail is dense
         for provider in split_available([p for p in all_providers() if p.job != "ce"], batch)[0]:
             try:
                 found.setdefault(provider.job, {})[provider.name] = peak_bytes_cuda(provider, batch)

@@ -2,8 +2,9 @@
 
 Regions and rule are those of `lad_kernels.testing`: truth is `reference` in float64 on the rounded inputs, the contract
 is `reference` in float32 with outputs rounded once, and each region (value, dH, dW of target rows, dW of the others)
-may have twice the contract's error, or FP32_TOLERANCE for float32 outputs. A provider of ours that misses it fails the
-run. Peers promise other things: their measured errors stand beside their times.
+may have twice the contract's error, or FP32_TOLERANCE for float32 outputs. Gradients of a provider that drops a tail
+may reach what it promises. A provider of ours that misses it fails the run. Peers promise other things: their measured
+errors stand beside their times.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ def measure(provider: Provider, batch: Batch) -> Verdict:
     for name, x in run(provider, batch).items():
         allowed = CONTRACT_MARGIN * relative_error(contract[name].to(x.dtype), truth[name])
         allowed = allowed if x.element_size() == 2 else max(allowed, FP32_TOLERANCE)
+        if name != "value":
+            allowed = max(allowed, provider.promise)
         report[name] = (relative_error(x, truth[name]), allowed)
     return Verdict(report)
 

@@ -58,4 +58,9 @@ GPU = (
     Shape("GPT-2", 8, 512, 768, 50_257, "an odd vocabulary: TMA and 16-byte loads are ruled out for logits"),
 )
 
-SETS = {"tiny": TINY, "small": CPU_SMALL, "full": CPU_FULL, "gpu": GPU}
+SWEEP = tuple(
+    Shape(f"sweep {n}", 8, n // 8, 128, 32_000, "time and memory against N, for every provider")
+    for n in (64, 128, 256, 512, 1024, 2048)
+)
+
+SETS = {"sweep": SWEEP, "tiny": TINY, "small": CPU_SMALL, "full": CPU_FULL, "gpu": GPU}

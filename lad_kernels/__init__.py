@@ -11,6 +11,7 @@ from lad_kernels.objective.advantages import group_advantages
 from lad_kernels.objective.config import GRPOConfig, LADConfig
 from lad_kernels.objective.policy import grpo_loss, lad_loss
 from lad_kernels.outputs import LinearLogprobs, LossOutput
+from lad_kernels.profile import SparsityProfile, profile_sparsity
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,10 +20,12 @@ __all__ = [
     "LADLoss",
     "LinearLogprobs",
     "LossOutput",
+    "SparsityProfile",
     "group_advantages",
     "grpo_loss",
     "lad_loss",
     "linear_grpo_loss",
     "linear_lad_loss",
     "linear_logprobs",
+    "profile_sparsity",
 ]

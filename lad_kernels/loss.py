@@ -171,7 +171,12 @@ def _linear_policy_loss(
             softcap=softcap, config=config, return_entropy=return_entropy, return_logprobs=return_logprobs, **objective,
         )  # fmt: skip
     triton = checks.use_triton(impl, hidden.device, hidden.dtype)
-    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias))
+    grad = torch.is_grad_enabled()
+    needs = (
+        grad and hidden.requires_grad,
+        grad and weight.requires_grad,
+        bool(grad and bias is not None and bias.requires_grad),
+    )
     with torch.no_grad(), flops.counting() as tally:
         head = Head(packing.take(hidden), weight, targets, bias, transform, triton)
         step = _Step(head, inputs, packing, config, impl, needs, return_logprobs, return_entropy)
@@ -193,8 +198,8 @@ class _Step:
     """One call: which tokens pass through the head, on which path, and what its backward needs."""
 
     def __init__(
-        self, head: Head, inputs: PolicyInputs, packing: Packing, config: Config, impl: str, needs: tuple[bool, ...],
-        want_logprobs: bool, return_entropy: bool,
+        self, head: Head, inputs: PolicyInputs, packing: Packing, config: Config, impl: str,
+        needs: tuple[bool, bool, bool], want_logprobs: bool, return_entropy: bool,
     ):  # fmt: skip
         self.head, self.inputs, self.packing, self.config, self.impl = head, inputs, packing, config, impl
         self.needs, self.want_logprobs = needs, want_logprobs

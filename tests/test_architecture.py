@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "head.kernels": {"head.kernels", "head.logits", "head.flops"},
     "objective": {"objective", "checks", "outputs", "packing"},
     "loss": {"head", "objective", "checks", "outputs", "packing"},
-    "": {"head", "objective", "loss", "outputs"},
+    "profile": {"head", "checks"},
+    "": {"profile", "head", "objective", "loss", "outputs"},
 }
 # Functions return the specification by name; it is imported where it is used.
 MAY_IMPORT_INSIDE_FUNCTIONS = {"reference"}

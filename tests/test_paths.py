@@ -216,7 +216,7 @@ def test_no_tail_mass_is_dense_bit_for_bit():
 
 
 def test_unbiased_tail_has_the_exact_mean():
-    """The mean of 400 unbiased gradients lies within its standard error of the exact one, a dropped tail far outside."""
+    """The mean of 400 unbiased gradients is the exact one within its standard error; a dropped tail lies far off."""
     inputs, config = batch(), LADConfig(tail_mass=0.2)
     _, exact = run(linear_lad_loss, inputs, config=LADConfig(backward="dense"))
     torch.manual_seed(0)

@@ -77,25 +77,31 @@ class Head:
         want_entropy: bool, needs: tuple[bool, bool, bool],
     ) -> tuple[HeadForward, HeadGradients] | None:  # fmt: skip
         """Forward and gradient together; None where the prior log-probs [M] are too far off (Triton)."""
-        wanted = dict(zip(("need_hidden", "need_weight", "need_bias"), needs))
-        inputs = (self.hidden, self.weight, self.targets, self.bias, self.transform)
-        if not self.triton:
-            return torch_ops.one_pass(*inputs, coefficients, chunks=chunks, want_entropy=want_entropy, **wanted)
-        from lad_kernels.head.kernels import one_pass
-
-        return one_pass.one_pass(*inputs, prior, coefficients, chunks=chunks, want_entropy=want_entropy, **wanted)
+        path: Any = torch_ops.one_pass
+        if self.triton:
+            from lad_kernels.head.kernels.one_pass import one_pass as path
+        return path(
+            *self._inputs(), prior, coefficients, chunks=chunks, want_entropy=want_entropy, **_wanted(needs)
+        )  # fmt: skip
 
     def backward(
         self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: tuple[bool, bool, bool]
     ) -> HeadGradients:
         """Gradients of hidden [M, D], weight and bias; exact without a routing."""
-        wanted = dict(zip(("need_hidden", "need_weight", "need_bias"), needs))
-        inputs = (self.hidden, self.weight, self.targets, self.bias, self.transform, lse, gradient)
-        if not self.triton:
-            return torch_ops.backward(*inputs, routing, **wanted)
-        from lad_kernels.head.kernels import dense, routed
+        path: Any = torch_ops
+        if self.triton:
+            from lad_kernels.head.kernels import dense, routed
 
-        return dense.backward(*inputs, **wanted) if routing is None else routed.backward(*inputs, routing, **wanted)
+            path = dense if routing is None else routed
+        chosen = () if routing is None else (routing,)
+        return path.backward(*self._inputs(), lse, gradient, *chosen, **_wanted(needs))
+
+    def _inputs(self) -> tuple:
+        return self.hidden, self.weight, self.targets, self.bias, self.transform
+
+
+def _wanted(needs: tuple[bool, bool, bool]) -> dict[str, bool]:
+    return dict(zip(("need_hidden", "need_weight", "need_bias"), needs))
 
 
 def live_tokens(gradient: LogitGradient) -> Tensor | None:

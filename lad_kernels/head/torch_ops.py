@@ -17,6 +17,7 @@ is exact; each gradient is rounded once, when it is written. Left out: 16-bit ma
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,7 +187,7 @@ def backward(
             if not dense:
                 dw_slab.zero_()
         db_slab = lse.new_zeros(columns.stop - columns.start) if need_bias else None  # [Vs]
-        work = [(columns, rows, None) for rows in dense]
+        work: list[tuple[slice, Any, Tensor | None]] = [(columns, rows, None) for rows in dense]
         work += (pair for b in range(columns.start // BLOCK, -(-columns.stop // BLOCK)) for pair in pairs.get(b, ()))
         w = b = seen = None
         for i, (part, rows, scale) in enumerate(work):
@@ -256,6 +257,7 @@ def one_pass(
     targets: Tensor,  # [N]
     bias: Tensor | None,  # [V]
     transform: LogitTransform,  # without a softcap
+    prior: Tensor | None,  # [N] of no use here: the maximum is found
     coefficients: Callable[[slice, Tensor], Tensor],
     *,
     chunks: Sequence[slice],
@@ -297,11 +299,10 @@ def one_pass(
         if want_entropy:
             entropy[rows] = mass.log() - moment / mass
         c = coefficients(rows, logprobs)  # [C]
-        live = c.nonzero()[:, 0].tolist()  # tokens with a gradient, moved to the front
-        for i, n in enumerate(live):
+        live = c.nonzero()[:, 0]  # [A] tokens with a gradient, moved to the front
+        for i, n in enumerate(live.tolist()):
             if i != n:
                 z[i] = z[n]
-        live = torch.tensor(live, device=z.device, dtype=torch.long)  # [A]
         dz, every, c = z[: len(live)], every[: len(live)], c[live]  # [A, V], [A], [A]
         dz.mul_((-c / mass[live])[:, None])
         dz[every, targets[rows][live]] += c

@@ -45,7 +45,7 @@ from lad_kernels.head import flops
 from lad_kernels.head.kernels import configs, dense
 from lad_kernels.head.kernels.blocks import inverse_temperatures, logits, product, tile_order
 from lad_kernels.head.kernels.configs import Tiles
-from lad_kernels.head.kernels.forward import target_logits, inverse_temperature
+from lad_kernels.head.kernels.forward import inverse_temperature, target_logits
 from lad_kernels.head.logits import BLOCK, HeadForward, HeadGradients, LogitTransform
 
 _MIN_ROWS, _ROW_STEP = 2048, 256  # of a chunk

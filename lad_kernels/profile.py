@@ -1,0 +1,211 @@
+"""How sparse the logit gradient of a policy is: measured on the user's own hidden states, before anything is switched.
+
+What the routed backward saves depends on how concentrated next-token distributions are. `profile_sparsity` runs the
+forward and the routing rule of head/routing.py, without a backward, and reports by entropy what would be kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lad_kernels import checks
+from lad_kernels.head import dispatch
+from lad_kernels.head.autograd import Head
+from lad_kernels.head.logits import BLOCK, LogitGradient
+from lad_kernels.head.logprobs import prepare
+from lad_kernels.head.routing import Certificate, route
+
+
+@dataclass(frozen=True)
+class EntropyBucket:
+    """Tokens of similar entropy."""
+
+    entropy_low: float  # nats
+    entropy_high: float
+    tokens: int
+    kept_share: float  # kept (token, block) pairs over all pairs of these tokens
+    zero_share: float  # tokens with coefficient 0, of which nothing is kept
+
+
+@dataclass(frozen=True)
+class SparsityProfile:
+    """Result of `profile_sparsity`; `print` it, or `save_png` it."""
+
+    tokens: int
+    vocab_size: int
+    tail_mass: float
+    mean_entropy: float  # nats
+    kept_share: float  # of all (token, block) pairs
+    zero_share: float  # of all tokens
+    dropped_mass_mean: float  # L1 norm of what is dropped over |c|, mean over tokens with c != 0
+    dropped_mass_max: float
+    dense_tokens: int  # tokens with so many pairs that the dense path takes them
+    flops_share: float  # routed flops over the dense minimum 6 N D V
+    predicted_speedup: float  # fastest dense path over routed, by the cost model of head/dispatch.py
+    buckets: tuple[EntropyBucket, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.tokens} tokens, vocabulary {self.vocab_size}, mean entropy {self.mean_entropy:.3f} nats, "
+            f"tail_mass {self.tail_mass:g}",
+            f"kept {self.kept_share:.2%} of (token, block) pairs, {self.zero_share:.1%} of tokens without a gradient, "
+            f"{self.dense_tokens} tokens dense",
+            f"dropped gradient mass: mean {self.dropped_mass_mean:.2e}, largest {self.dropped_mass_max:.2e}",
+            f"flops {self.flops_share:.2f} of the dense minimum; predicted {self.predicted_speedup:.2f} times faster",
+            "",
+            "| entropy, nats | tokens | kept pairs | zero coefficient |",
+            "|---|---|---|---|",
+        ]
+        for b in self.buckets:
+            span = f"{b.entropy_low:.3f} to {b.entropy_high:.3f}"
+            lines.append(f"| {span} | {b.tokens} | {b.kept_share:.2%} | {b.zero_share:.1%} |")
+        return "\n".join(lines)
+
+    def save_png(self, path: str | Path) -> Path:
+        """Kept share by entropy; needs matplotlib."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot()
+        labels = [f"{b.entropy_low:.2g}-{b.entropy_high:.2g}" for b in self.buckets]
+        axes.bar(labels, [100 * b.kept_share for b in self.buckets])
+        axes.axhline(100 * self.kept_share, linestyle="--", color="black", label=f"all tokens: {self.kept_share:.2%}")
+        axes.set_xlabel("entropy of the token's distribution, nats (equally many tokens in each)")
+        axes.set_ylabel(f"kept pairs of {BLOCK} columns, %")
+        axes.set_title(f"tail_mass {self.tail_mass:g}, V = {self.vocab_size}")
+        axes.tick_params(axis="x", rotation=45)
+        axes.legend()
+        figure.savefig(path, dpi=150)
+        return Path(path)
+
+
+@torch.no_grad()
+def profile_sparsity(
+    model_or_hidden: nn.Module | Tensor,  # or hidden states [N, D] or [B, T, D]
+    weight: Tensor | None = None,  # [V, D]
+    target_ids: Tensor | None = None,  # [N] or [B, T]
+    *,
+    input_ids: Tensor | None = None,  # [B, T + 1]
+    attention_mask: Tensor | None = None,  # [B, T + 1]
+    coefficients: Tensor | None = None,  # the shape of target_ids
+    loss_mask: Tensor | None = None,  # the shape of target_ids
+    bias: Tensor | None = None,  # [V]
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    tail_mass: float = dispatch.DEFAULT_TAIL_MASS,
+    buckets: int = 10,
+    impl: str = "auto",
+) -> SparsityProfile:
+    """What `tail_mass` would keep of the logit gradient of this policy on these tokens.
+
+    Args:
+        model_or_hidden: last hidden states, with `weight` and `target_ids` as for `linear_logprobs`; or a causal LM
+            of transformers with `input_ids`, whose `base_model`, output embedding, softcap and logit scale are used
+            and whose targets are the input shifted by one.
+        coefficients: c = d loss / d logp per token, for instance advantages; None: 1 for every token.
+        loss_mask, bias, temperature, logit_scale, softcap, impl: as for `linear_logprobs`.
+        tail_mass: theta of the routing rule.
+        buckets: number of entropy buckets, equally filled.
+
+    Returns:
+        SparsityProfile: overall and by entropy the kept share, the share of tokens without a gradient, what is
+        dropped, flops and the cost model's speed-up. Memory: 4 N V / 128 bytes of block masses.
+
+    Raises:
+        ValueError, TypeError: an argument is missing or of the wrong shape, dtype or device; the message says which.
+    """
+    if isinstance(model_or_hidden, nn.Module):
+        hidden, weight, target_ids, bias = _of_model(model_or_hidden, input_ids, attention_mask)
+        logit_scale, softcap = _transform_of(model_or_hidden, logit_scale, softcap)
+        if loss_mask is None and attention_mask is not None:
+            loss_mask = attention_mask[:, 1:]
+    elif weight is None or target_ids is None:
+        raise ValueError("weight, target_ids: needed with hidden states, got None")
+    else:
+        hidden = model_or_hidden
+    if impl == "reference":
+        raise ValueError("impl: expected 'auto', 'triton' or 'torch', got 'reference', which has no routing")
+    checks.per_token("coefficients", coefficients, target_ids, "target_ids")
+    checks.mask(loss_mask, target_ids, "target_ids")
+    hidden, weight, targets, packing, transform = prepare(
+        hidden, weight, target_ids, bias, temperature, logit_scale, softcap, loss_mask, impl
+    )
+    triton = checks.use_triton(impl, hidden.device, hidden.dtype)
+    head = Head(packing.take(hidden), weight, targets, bias, transform, triton)
+    out = head.forward(want_entropy=True, want_block_lse=True)
+    c = torch.ones_like(out.lse) if coefficients is None else packing.take(coefficients).to(out.lse.dtype)  # [M]
+    work = dispatch.Work(
+        len(targets), weight.shape[1], len(weight), hidden.dtype.itemsize, dispatch.kind(hidden.device, triton)
+    )
+    routing, certificate = route(
+        head.hidden, weight, targets, transform, out.lse, out.logprobs, out.block_lse, LogitGradient(c, -c), tail_mass,
+        dense_share=dispatch.SPEEDS[work.device].gathered,
+    )  # fmt: skip
+    kept = torch.bincount(routing.rows, minlength=len(targets))  # [M]
+    kept[routing.dense] = work.blocks
+    return _summarise(work, out.entropy, c, kept, certificate, len(routing.dense), tail_mass, buckets)
+
+
+def _of_model(model: Any, input_ids: Tensor | None, attention_mask: Tensor | None) -> tuple:
+    """Hidden states [B, T, D], weight [V, D], targets [B, T] and bias of a causal LM of transformers."""
+    if input_ids is None:
+        raise ValueError("input_ids: needed with a model, got None")
+    known = getattr(model, "get_output_embeddings", lambda: None)()
+    if known is None or not hasattr(model, "base_model"):
+        raise TypeError(
+            f"model_or_hidden: expected a causal LM of transformers, got {type(model).__name__}; pass hidden states, "
+            f"weight and target_ids instead"
+        )
+    if type(known) is not nn.Linear:
+        raise TypeError(
+            f"model_or_hidden: expected a plain nn.Linear as output embedding, got {type(known).__name__}; pass hidden "
+            f"states and the effective weight instead"
+        )
+    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, :-1]
+    return hidden, known.weight, input_ids[:, 1:], known.bias
+
+
+def _transform_of(model: Any, logit_scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """Scale and softcap as given, or as the model's config names them (Cohere, Granite, Gemma)."""
+    config = getattr(model, "config", None)
+    if logit_scale == 1.0:
+        scaling = getattr(config, "logits_scaling", None)
+        logit_scale = getattr(config, "logit_scale", None) or (1 / scaling if scaling else 1.0)
+    return logit_scale, getattr(config, "final_logit_softcapping", None) if softcap is None else softcap
+
+
+def _summarise(
+    work: dispatch.Work, entropy: Tensor, c: Tensor, kept: Tensor, certificate: Certificate, dense: int, theta: float,
+    count: int,
+) -> SparsityProfile:  # fmt: skip
+    tokens, live = work.tokens, int((c != 0).sum())
+    pairs = int(kept.sum())
+    found = []
+    for part in entropy.argsort().tensor_split(count):
+        if len(part):
+            share = kept[part].double().mean().item() / work.blocks
+            spread = entropy[part]
+            zero = (c[part] == 0).double().mean().item()
+            found.append(EntropyBucket(spread.min().item(), spread.max().item(), len(part), share, zero))
+    fastest = work.score() + work.dense(live)
+    routed = work.score() + work.routed(pairs - dense * work.blocks, dense)
+    return SparsityProfile(
+        tokens=tokens,
+        vocab_size=work.vocab_size,
+        tail_mass=theta,
+        mean_entropy=entropy.mean().item(),
+        kept_share=pairs / (tokens * work.blocks),
+        zero_share=1 - live / tokens,
+        dropped_mass_mean=certificate.dropped_mass_mean.item(),
+        dropped_mass_max=certificate.dropped_mass_max.item(),
+        dense_tokens=dense,
+        flops_share=1 / 3 + pairs / (tokens * work.blocks),
+        predicted_speedup=min(fastest, work.one_pass()) / routed,
+        buckets=tuple(found),
+    )

@@ -1,0 +1,72 @@
+"""profile_sparsity against a direct count, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lad_kernels import LADConfig, linear_lad_loss, profile_sparsity
+from lad_kernels.head import dispatch
+from lad_kernels.testing import make_inputs
+
+N, D, V, THETA = 60, 32, 128 * 9 + 40, 3e-3
+
+
+def direct_count(x, c) -> torch.Tensor:
+    """Kept pairs of each token, by the rule, from stored probabilities in float64."""
+    p = (x.hidden.double() @ x.weight.double().T).softmax(-1)  # [N, V]
+    mass = torch.nn.functional.pad(p, (0, -V % 128)).view(N, -1, 128).sum(2)  # [N, blocks]
+    norm, token = mass.clone(), torch.arange(N)
+    norm[token, x.targets // 128] += 1 - 2 * p[token, x.targets]
+    size = c.abs()
+    return (size[:, None] * norm > THETA * size[size > 0].mean()).sum(1)
+
+
+def test_kept_share_is_that_of_the_rule(monkeypatch, tmp_path):
+    monkeypatch.setitem(dispatch.SPEEDS, "cpu", dispatch.SPEEDS["cpu"].__class__(8e10, 8e9, 1e-9, 2.0, 1e-4, 1 << 20))
+    x = make_inputs(N, D, V, entropy=0.6, masked=0.0)
+    c = torch.randn(N, generator=torch.Generator().manual_seed(0))
+    c[:15] = 0
+    found = profile_sparsity(x.hidden, x.weight, x.targets, coefficients=c, tail_mass=THETA, buckets=4)
+    assert found.kept_share == pytest.approx(direct_count(x, c).sum().item() / (N * 10))
+    assert found.zero_share == 0.25
+    assert sum(b.tokens for b in found.buckets) == N
+    assert [b.entropy_low for b in found.buckets] == sorted(b.entropy_low for b in found.buckets)
+    assert found.buckets[0].kept_share < found.buckets[-1].kept_share
+    assert f"{found.kept_share:.2%}" in str(found)
+    assert found.save_png(tmp_path / "sparsity.png").stat().st_size > 5000
+    advantages = c  # one token per sequence: what the loss itself keeps agrees with the profile of its coefficients
+    with dispatch.force("routed"):
+        hidden = x.hidden[:, None].clone().requires_grad_()
+        config = LADConfig("pearson", eta=1e3, tail_mass=THETA)  # -c = 2 (1 - e^-u), linear in A at large eta
+        out = linear_lad_loss(hidden, x.weight, x.targets[:, None], advantages=advantages, config=config)
+    assert out.metrics["kept_share"].item() == pytest.approx(found.kept_share, rel=0.02)
+
+
+def test_a_model_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Gemma2Config(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=7.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Gemma2ForCausalLM(config).eval()
+    ids = torch.randint(300, (2, 9))
+    found = profile_sparsity(model, input_ids=ids, attention_mask=torch.ones_like(ids))
+    with torch.no_grad():
+        log_p = model(ids).logits[:, :-1].log_softmax(-1)
+    assert found.tokens == 16
+    assert found.mean_entropy == pytest.approx(-(log_p.exp() * log_p).sum(-1).mean().item(), rel=1e-5)
+
+
+def test_what_it_refuses():
+    x = make_inputs(4, 8, 200, masked=0.0)
+    with pytest.raises(ValueError, match="weight, target_ids"):
+        profile_sparsity(x.hidden)
+    with pytest.raises(TypeError, match="causal LM of transformers"):
+        profile_sparsity(nn.Linear(2, 2), input_ids=x.targets)
+    with pytest.raises(ValueError, match="input_ids"):
+        profile_sparsity(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="coefficients"):
+        profile_sparsity(x.hidden, x.weight, x.targets, coefficients=torch.ones(3))

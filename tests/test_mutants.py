@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_paths
+import test_routed_kernels
 import torch
 
 from lad_kernels import LADConfig, linear_logprobs, reference
@@ -137,6 +139,76 @@ def test_the_triton_head_without_a_bug_passes(name, monkeypatch, tmp_path, devic
         monkeypatch, mutate(f"head/kernels/{name}", "import annotations", "import annotations  #", tmp_path)
     )
     check("triton", torch.float32, device)
+
+
+ROUTING = {
+    "a lost pair": ("torch_ops", "range(start, start + count, MAX_CHUNK)",
+                    "range(start, start + count - 1, MAX_CHUNK)"),
+    "a doubled pair": ("torch_ops", "append((columns, routing.rows[part], scale))",
+                       "extend([(columns, routing.rows[part], scale)] * (1 + (block == 1)))"),
+    "a wrong row": ("torch_ops", "(columns, routing.rows[part], scale)",
+                    "(columns, routing.rows[part].flip(0), scale)"),
+    "a wrong block": ("torch_ops", "slice(block * BLOCK, (block + 1) * BLOCK)",
+                      "slice(block // 2 * BLOCK, (block // 2 + 1) * BLOCK)"),
+    "pairs of the wrong block": ("routing", "rows = keep.nonzero()[:, 1]", "rows = keep.T.nonzero()[:, 0]"),
+    "target's piece judged by its mass": ("routing", "+ self.own[here]", "* 1.0"),
+    "confidence forgotten": ("routing", "- onehot * torch.expm1(logprobs)", "- onehot * 0"),
+    "entropy's piece forgotten": ("routing", "norm = norm + entropy.abs() * mass * spread", "norm = norm * 1.0"),
+    "rows of W taken as short": ("routing", "torch.mv(norm.T, longest[part])", "norm.sum(0) * longest.min() * 0.1"),
+    "bound on dW of the last blocks": ("routing", "by_block[part] = torch.mv(norm, reach)",
+                                       "by_block[:] = torch.mv(norm, reach).mean() * 0.01"),
+    "random pairs not bounded": ("routing", "(threshold - norm).clamp_(min=0.0)", "0.0 * norm"),
+}  # fmt: skip
+
+
+def certify_all(**mutant) -> None:
+    """The certificate on every adversary, exact and dropping."""
+    for name, theta, unbiased, entropy in itertools.product(
+        test_paths.ADVERSARIES, (0.0, 3e-3, 0.2), (False, True), (False, True)
+    ):
+        test_paths.certify(name, theta, unbiased=unbiased, entropy_gradient=entropy, **mutant)
+
+
+@pytest.mark.parametrize("bug", ROUTING)
+def test_bug_in_the_routing_is_caught(bug, tmp_path):
+    part, old, new = ROUTING[bug]
+    mutant = mutate(f"head/{part}.py", old, new, tmp_path)
+    with pytest.raises((AssertionError, RuntimeError, IndexError)):
+        certify_all(**({"ops": mutant} if part == "torch_ops" else {"route": mutant.route}))
+
+
+def test_a_forgotten_scale_is_caught(monkeypatch, tmp_path):
+    mutant = mutate("head/torch_ops.py", "dz.mul_(scale[:, None])", "dz", tmp_path)
+    monkeypatch.setattr(autograd, "torch_ops", mutant)
+    with pytest.raises(AssertionError):
+        test_paths.test_unbiased_tail_has_the_exact_mean()
+
+
+ROUTED_KERNELS = {
+    "a lost pair": ("routed_kernels.py", "in_n, in_v = places < count, ", "in_n, in_v = places < count - 1, "),
+    "the wrong tokens": ("routed_kernels.py", "rows = tl.load(tokens + pairs)  # [BLOCK_N]\n\n    w +=",
+                         "rows = tl.load(tokens + first + 0 * pairs)\n\n    w +="),
+    "pair scale forgotten": ("routed_kernels.py", "g *= tl.load(pair_scale + pairs)[:, None]", "g *= 1.0"),
+    "dW of the wrong tokens": ("routed_kernels.py", "start = tl.maximum(tl.load(offsets + block), pair0)",
+                               "start = tl.maximum(tl.load(offsets + block), pair0) + 1"),
+    "a token's first pair left out": ("routed_kernels.py", "for place in range(start, stop):",
+                                       "for place in range(start + 1, stop):"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", [None, *ROUTED_KERNELS])
+def test_bug_in_the_routed_kernels_is_caught(bug, monkeypatch, tmp_path, device):
+    inputs = test_routed_kernels.inputs_of(device)
+    routing = test_routed_kernels.route(inputs, keep=0.4, dense=0.2, scaled=True)
+    if bug is None:
+        test_routed_kernels.check(inputs, routing)
+        return
+    source, old, new = ROUTED_KERNELS[bug]
+    mutant = mutate(f"head/kernels/{source}", old, new, tmp_path)
+    for name in [n for n in vars(mutant) if n.endswith("_kernel")]:
+        monkeypatch.setattr(test_routed_kernels.routed, name, getattr(mutant, name))
+    with pytest.raises(AssertionError):
+        test_routed_kernels.check(inputs, routing)
 
 
 POLICY = {

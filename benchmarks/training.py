@@ -29,8 +29,8 @@ PROMPTS, GROUP = 32, 8  # sampled contexts a step, tokens per context
 LEARNING_RATE = 5e-5
 VARIANTS = {
     "dense": LADConfig(tail_mass=0.0, backward="dense"),
-    "routed, 3e-4": LADConfig(tail_mass=3e-4, backward="routed"),
-    "routed, 3e-3": LADConfig(tail_mass=3e-3, backward="routed"),
+    "routed, 3e-4": LADConfig(tail_mass=3e-4, backward="routed", tail="drop"),
+    "routed, 3e-3": LADConfig(tail_mass=3e-3, backward="routed", tail="drop"),
     "routed, 3e-3, unbiased tail": LADConfig(tail_mass=3e-3, backward="routed", tail="unbiased"),
 }
 COLDEST = "routed, 3e-3"  # whose quarter of the blocks that are kept most seldom is watched in every variant

@@ -99,6 +99,7 @@ def profile_sparsity(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     tail_mass: float = dispatch.DEFAULT_TAIL_MASS,
+    tail: str = "unbiased",
     buckets: int = 10,
     impl: str = "auto",
 ) -> SparsityProfile:
@@ -110,7 +111,7 @@ def profile_sparsity(
             and whose targets are the input shifted by one.
         coefficients: c = d loss / d logp per token, for instance advantages; None: 1 for every token.
         loss_mask, bias, temperature, logit_scale, softcap, impl: as for `linear_logprobs`.
-        tail_mass: theta of the routing rule.
+        tail_mass, tail: as in `LADConfig`.
         buckets: number of entropy buckets, equally filled.
 
     Returns:
@@ -145,7 +146,7 @@ def profile_sparsity(
     )
     routing, certificate = route(
         head.hidden, weight, targets, transform, out.lse, out.logprobs, out.block_lse, LogitGradient(c, -c), tail_mass,
-        dense_share=dispatch.SPEEDS[work.device].gathered,
+        dense_share=dispatch.SPEEDS[work.device].gathered, unbiased=tail == "unbiased",
     )  # fmt: skip
     kept = torch.bincount(routing.rows, minlength=len(targets))  # [M]
     kept[routing.dense] = work.blocks

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lad_kernels import GRPOConfig, LADConfig, linear_grpo_loss, linear_lad_loss, linear_logprobs, reference
 from lad_kernels.head import dispatch, torch_ops
 from lad_kernels.head.logits import BLOCK, LogitGradient, LogitTransform
-from lad_kernels.head.routing import route
+from lad_kernels.head.routing import _draws, route
 from lad_kernels.testing import FP32_TOLERANCE, make_inputs, relative_error
 
 B, T, D, V = 6, 12, 24, 5 * BLOCK + 37
@@ -223,21 +223,37 @@ def test_no_tail_mass_is_dense_bit_for_bit():
 
 
 def test_unbiased_tail_has_the_exact_mean():
-    """The mean of 400 unbiased gradients is the exact one within its standard error; a dropped tail lies far off."""
+    """The mean of 400 unbiased gradients is the exact one within its standard error; a dropped tail lies far off.
+
+    Draws depend on the bits of the inputs: hidden states are moved by 1e-12, which the gradient does not see.
+    """
     inputs, config = batch(), LADConfig(tail_mass=0.2)
     _, exact = run(linear_lad_loss, inputs, config=LADConfig(backward="dense"))
-    torch.manual_seed(0)
+    draws, hidden = [], inputs["hidden_states"]
     with dispatch.force("routed"):
-        _, dropped = run(linear_lad_loss, inputs, config=config)
-        draws = [
-            run(linear_lad_loss, inputs, config=dataclasses.replace(config, tail="unbiased"))[1] for _ in range(400)
-        ]
+        _, dropped = run(linear_lad_loss, inputs, config=dataclasses.replace(config, tail="drop"))
+        for i in range(400):
+            draws.append(run(linear_lad_loss, inputs | {"hidden_states": hidden * (1 + i * 1e-12)}, config=config)[1])
     for leaf in exact:
         seen = torch.stack([d[leaf] for d in draws])  # [400, ...]
         off = (seen.mean(0) - exact[leaf]).norm()
         noise = (seen.var(0).sum() / len(draws)).sqrt()
         assert off < 1.5 * noise
         assert (dropped[leaf] - exact[leaf]).norm() > 3 * noise
+
+
+def test_draws_are_uniform_independent_and_reproducible():
+    lse = torch.linspace(3.0, 3.001, 512)
+    u = _draws(lse, slice(5, 205)).double()  # [200, 512]
+    assert torch.equal(u, _draws(lse, slice(5, 205)).double())
+    assert torch.equal(u[:3].float(), _draws(lse, slice(5, 8)))
+    share = torch.histc(u, 64, 0, 1) / u.numel() * 64
+    assert (share - 1).abs().max() < 0.15  # 1,600 draws a bin: 2.5 % standard deviation
+    rows, columns = torch.corrcoef(u), torch.corrcoef(u.T)
+    assert (rows - torch.eye(200)).abs().max() < 0.25
+    assert (columns - torch.eye(512)).abs().max() < 0.4
+    same = _draws(torch.full((512,), 3.0), slice(0, 200)).double()  # repeated sequences draw apart
+    assert (torch.corrcoef(same.T) - torch.eye(512)).abs().max() < 0.4
 
 
 def test_nothing_that_is_not_a_number_is_dropped():

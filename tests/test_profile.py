@@ -28,18 +28,22 @@ def test_kept_share_is_that_of_the_rule(monkeypatch, tmp_path):
     x = make_inputs(N, D, V, entropy=0.6, masked=0.0)
     c = torch.randn(N, generator=torch.Generator().manual_seed(0))
     c[:15] = 0
-    found = profile_sparsity(x.hidden, x.weight, x.targets, coefficients=c, tail_mass=THETA, buckets=4)
+    found = profile_sparsity(x.hidden, x.weight, x.targets, coefficients=c, tail_mass=THETA, tail="drop", buckets=4)
     assert found.kept_share == pytest.approx(direct_count(x, c).sum().item() / (N * 10))
     assert found.zero_share == 0.25
     assert sum(b.tokens for b in found.buckets) == N
     assert [b.entropy_low for b in found.buckets] == sorted(b.entropy_low for b in found.buckets)
     assert found.buckets[0].kept_share < found.buckets[-1].kept_share
     assert f"{found.kept_share:.2%}" in str(found)
+    unbiased = profile_sparsity(x.hidden, x.weight, x.targets, coefficients=c, tail_mass=THETA)
+    assert found.kept_share < unbiased.kept_share < 2 * found.kept_share
     assert found.save_png(tmp_path / "sparsity.png").stat().st_size > 5000
     advantages = c  # one token per sequence: what the loss itself keeps agrees with the profile of its coefficients
     with dispatch.force("routed"):
         hidden = x.hidden[:, None].clone().requires_grad_()
-        config = LADConfig("pearson", eta=1e3, tail_mass=THETA)  # -c = 2 (1 - e^-u), linear in A at large eta
+        config = LADConfig(
+            "pearson", eta=1e3, tail_mass=THETA, tail="drop"
+        )  # -c = 2 (1 - e^-u), linear in A at large eta
         out = linear_lad_loss(hidden, x.weight, x.targets[:, None], advantages=advantages, config=config)
     assert out.metrics["kept_share"].item() == pytest.approx(found.kept_share, rel=0.02)
 

@@ -17,7 +17,9 @@ and |dz/draw| <= s = |scale| / T,
 An entropy term of the gradient adds |g_H| sum_{j in b} p_j |log p_j| <= |g_H| m (log BLOCK - log m) to the norm.
 
 `unbiased` keeps a pair below the threshold with probability q = norm / threshold and multiplies its piece by 1 / q:
-the expected gradient is exact, and such a pair is off by threshold - norm.
+the expected gradient is exact, and such a pair is off by threshold - norm. At equal pairs it errs 2 to 3.5 times less in
+dH than dropping with a lower theta (benchmarks/RESULTS.md). Its draws are a hash of the token's lse, its number and the
+block: the same input gives the same bits, and the next step, with other weights, other draws.
 
 The bound covers what is dropped, with masses as the forward computed them; the rounding of what is multiplied is that
 of the dense path. Tokens with more pairs than `dense_share` of the blocks are handed to the dense path whole.
@@ -35,7 +37,7 @@ from torch import Tensor
 
 from lad_kernels.head.logits import BLOCK, LogitGradient, LogitTransform, Routing
 
-_SLICE = 1 << 22  # pairs looked at together: 16 MiB of float32
+_SLICE = 1 << 20  # pairs looked at together: 4 MiB of float32, 8 MiB of int64
 _SLACK = 32  # rounding steps by which 1 - p_y may be wrong: added to the norm of the target's piece
 
 
@@ -88,6 +90,17 @@ class _Pieces:
             yield part, norm
 
 
+def _draws(lse: Tensor, blocks: slice) -> Tensor:
+    """Numbers in [0, 1) for pairs [b, A]: the finaliser of SplitMix64 over (bits of lse, token, block)."""
+    bits = lse.view(torch.int32 if lse.dtype == torch.float32 else torch.int64).long()  # [A]
+    token = torch.arange(len(lse), device=lse.device)  # [A]
+    block = torch.arange(blocks.start, blocks.stop, device=lse.device)  # [b]
+    x = (bits * 0x9E3779B1 + token * 0x165667B19E3779F9) ^ (block[:, None] * 0x27D4EB2F165667C5)  # [b, A], modulo 2^64
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ ((x >> shift) & ((1 << 64 - shift) - 1))) * factor
+    return ((x >> 40) & 0xFFFFFF).to(lse.dtype) / 2**24
+
+
 def block_norms(weight: Tensor) -> Tensor:
     """Length of the longest row of each block of weight [V, D]: [blocks] float32 (float64 for float64)."""
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -116,7 +129,7 @@ def route(
     keep = torch.empty(block_lse.shape, dtype=torch.bool, device=lse.device)  # [blocks, A]
     expected = torch.zeros_like(lse)  # [A] pairs
     for part, norm in pieces:
-        keep[part] = ~(norm <= (threshold * torch.rand_like(norm) if unbiased else threshold))  # NaN is kept
+        keep[part] = ~(norm <= (threshold * _draws(lse, part) if unbiased else threshold))  # NaN is kept
         expected += ((norm / threshold).clamp_(max=1.0) if unbiased else keep[part]).sum(0)
     many = ~(expected <= dense_share * len(keep))  # [A]; not by the draw, which would bias what remains
     dense = many.nonzero()[:, 0]  # [Nd]

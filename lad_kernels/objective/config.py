@@ -12,7 +12,7 @@ AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-
 ADVANTAGE_SCALES = ("group", "batch", "none", "loo")
 POLICY_LOSSES = ("ppo", "cispo", "reinforce")
 BACKWARDS = ("auto", "dense", "routed")
-TAILS = ("drop", "unbiased")
+TAILS = ("unbiased", "drop")
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -74,8 +74,8 @@ class LADConfig:
         tail_mass: theta: a pair may be dropped when its piece of the logit gradient has an L1 norm of at most theta
             times the mean |c|. 0 is exact; None means 0 for float32 and float64 and 3e-4 for 16-bit inputs, where
             what is lost stays below the rounding of the dense path. `metrics` bound the error.
-        tail: what becomes of pairs below the threshold: `drop`, or `unbiased` to keep some at random, scaled so that
-            the expected gradient is exact.
+        tail: what becomes of pairs below the threshold: `unbiased` keeps some, by a hash and scaled so that the
+            expected gradient is exact, `drop` none.
     """
 
     divergence: str = "js"
@@ -90,7 +90,7 @@ class LADConfig:
     entropy_coef: float = 0.0
     backward: str = "auto"
     tail_mass: float | None = None
-    tail: str = "drop"
+    tail: str = "unbiased"
     target_clamp: float | None = None
 
     def __post_init__(self) -> None:
@@ -135,7 +135,7 @@ class GRPOConfig:
     entropy_coef: float = 0.0
     backward: str = "auto"
     tail_mass: float | None = None
-    tail: str = "drop"
+    tail: str = "unbiased"
 
     def __post_init__(self) -> None:
         check_number("epsilon_low", self.epsilon_low, 0.0)

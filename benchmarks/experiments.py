@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import device_checks, machine, report
+from benchmarks import device_checks, machine, report, sparse_experiments
 from benchmarks.data import Batch, make_batches
 from benchmarks.measure import describe, quartiles
 from benchmarks.shapes import GPU, TINY, Shape
@@ -308,8 +308,10 @@ def counters(run: Run) -> None:
 
 
 EXPERIMENTS: dict[str, Callable[[Run], None]] = {
-    f.__name__: f for f in (ceilings, forward_tiles, slabs, single_pass, one_step, sanitizer, counters)
-} | device_checks.EXPERIMENTS
+    **{f.__name__: f for f in (ceilings, forward_tiles, slabs, single_pass, one_step, sanitizer, counters)},
+    **device_checks.EXPERIMENTS,
+    **sparse_experiments.EXPERIMENTS,
+}
 
 
 def main() -> None:

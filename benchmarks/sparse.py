@@ -84,6 +84,13 @@ ENTRIES = (
 )
 
 
+def entries(data: str, case: str) -> list[Entry]:
+    """What is worth measuring: forced paths off-policy, log-probs left out where that saves a forward."""
+    found = [e for e in ENTRIES if (e.path is None) or case == "off-policy"]
+    found = [e for e in found if e.return_logprobs or case == "zero groups"]
+    return [e for e in found if not (data == "flat" and e.path == "routed")]
+
+
 def provider(entry: Entry, case: str) -> Provider:
     """The entry as the machinery of measure.py takes it."""
     return Provider(entry.name, "lad", lambda b: entry.loss(b, case), ours=entry.config is not None)
@@ -142,4 +149,4 @@ if __name__ == "__main__":
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # so that freed tensors leave the resident memory at once
     torch.set_num_threads(cores())
     made = make(SHAPES[set_name], data, case, torch.float32, "cpu")
-    print(json.dumps({e.name: peak_bytes_cpu(provider(e, case), made) for e in ENTRIES}))
+    print(json.dumps({e.name: peak_bytes_cpu(provider(e, case), made) for e in entries(data, case)}))

@@ -2,6 +2,7 @@
 
 The gate is the measurement itself: an exact entry must be within the tolerance rule's float32 constant (or twice the
 error of eager torch), a routed one within its reported bound, before its row is written.
+What the package chooses may cost 1.1 times the best path that can be forced.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from lad_kernels.head import dispatch
 from lad_kernels.testing import CONTRACT_MARGIN, FP32_TOLERANCE
 
 MIB = 2**20
+SLACK = 1.1
 REGIONS = ("dH", "dW target rows", "dW other rows")
 
 
@@ -21,7 +23,7 @@ REGIONS = ("dH", "dW target rows", "dW other rows")
 def test_sparse(bench, data, case, rounds):
     shape = sparse.SHAPES[bench.set_name]
     batch = sparse.make(shape, data, case, bench.dtype, bench.device)
-    entries = [e for e in sparse.ENTRIES if not (data == "flat" and e.path == "routed")]
+    entries = sparse.entries(data, case)
     true, found = sparse.truth(batch, case), {}
     dispatch.forget()
     for entry in entries:
@@ -41,8 +43,19 @@ def test_sparse(bench, data, case, rounds):
     run = Rounds([sparse.provider(e, case) for e in entries], [batch], bench.clock)
     for _ in range(rounds):
         run()
+    if case == "off-policy" and bench.set_name != "tiny":
+        check_choices({p.name: ratio(s, run.samples[run.providers[0]]) for p, s in run.samples.items()})
     peaks = sparse.peaks_cpu(bench.set_name, data, case) if bench.device == "cpu" else {}
     add_rows(bench, shape, data, case, batch, entries, found, run, peaks)
+
+
+def check_choices(against_eager: dict[str, float]) -> None:
+    """What the package chose costs at most 1.1 times the best path that could have been forced."""
+    paths = {name.split(", ")[1]: x for name, x in against_eager.items() if ", " in name and "chosen" not in name}
+    exact = min(paths["one pass"], paths["two pass"])
+    assert against_eager["exact, as chosen"] <= SLACK * exact
+    chosen = against_eager[f"tail_mass {sparse.TAIL_MASS:g}, as chosen"]
+    assert chosen <= SLACK * min(exact, paths.get("routed", exact))
 
 
 def add_rows(bench, shape, data, case, batch, entries, found, run, peaks) -> None:

@@ -17,9 +17,9 @@ and |dz/draw| <= s = |scale| / T,
 An entropy term of the gradient adds |g_H| sum_{j in b} p_j |log p_j| <= |g_H| m (log BLOCK - log m) to the norm.
 
 `unbiased` keeps a pair below the threshold with probability q = norm / threshold and multiplies its piece by 1 / q:
-the expected gradient is exact, and such a pair is off by threshold - norm. At equal pairs it errs 2 to 3.5 times less in
-dH than dropping with a lower theta (benchmarks/RESULTS.md). Its draws are a hash of the token's lse, its number and the
-block: the same input gives the same bits, and the next step, with other weights, other draws.
+the expected gradient is exact, and such a pair is off by threshold - norm. At equal pairs it errs 2 to 3.5 times less
+in dH than dropping with a lower theta (benchmarks/RESULTS.md). Its draws are a hash of the token's lse, its number and
+the block: the same input gives the same bits, and the next step, with other weights, other draws.
 
 The bound covers what is dropped, with masses as the forward computed them; the rounding of what is multiplied is that
 of the dense path. Tokens with more pairs than `dense_share` of the blocks are handed to the dense path whole.

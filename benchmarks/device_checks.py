@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from benchmarks import gate
 from benchmarks.data import Batch, make_batch
 from benchmarks.measure import Rounds, claim, describe, peak_bytes_cuda, ratio, summary
-from benchmarks.providers import EAGER, Provider, all_providers, split_available
+from benchmarks.providers import EAGER, PROMISE, TAIL_MASS, Provider, all_providers, our_loss, split_available
 from benchmarks.shapes import TINY, Shape
 from lad_kernels import (
     GRPOConfig,
@@ -27,6 +28,7 @@ from lad_kernels import (
     linear_logprobs,
     reference,
 )
+from lad_kernels.head import dispatch
 from lad_kernels.testing import CONTRACT_MARGIN, FP32_TOLERANCE, check_head, make_inputs, relative_error
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ def gates(run: Run) -> Iterator[str]:
     for dtype in dtypes:
         for data in ("flat",) if run.dry_run else ("flat", "peaked"):
             batch = gate.gate_batch(data, dtype, run.device)
-            providers, missing = split_available(all_providers(), batch)
+            providers, missing = split_available([*all_providers(), *forced_providers()], batch)
             if dtype is torch.bfloat16:  # another dtype's reason would hide that a peer takes this one
                 run.missing(missing)
             for provider in sorted(providers, key=lambda p: not p.ours):
@@ -72,6 +74,20 @@ def gates(run: Run) -> Iterator[str]:
                 run.add("gate", **label, **shown, outside=", ".join(verdict.failed))
                 if provider.ours and verdict.failed:
                     yield f"{provider.name} {provider.job} {dtype} {data}"
+
+
+def forced_providers() -> list[Provider]:
+    """Our loss on each path, which the model of dispatch.py would not choose for inputs as small as the gate's."""
+    loss = our_loss(linear_lad_loss, "triton", config=LADConfig(tail_mass=TAIL_MASS))
+
+    def provider(path: str) -> Provider:
+        def forward(batch: Batch) -> torch.Tensor:  # []
+            with dispatch.force(path):
+                return loss(batch)
+
+        return Provider(f"{path}, forced", "lad", forward, ours=True, promise=PROMISE * (path == "routed"))
+
+    return [provider(path) for path in dispatch.PATHS]
 
 
 def head_options(run: Run) -> Iterator[str]:
@@ -137,21 +153,25 @@ def objectives(run: Run) -> Iterator[str]:
 
 
 def repeats(run: Run) -> Iterator[str]:
-    """Two runs agree bitwise; a token's log-prob does not depend on its neighbours."""
+    """Two runs on one path agree bitwise; a token's log-prob does not depend on its neighbours."""
     shape = TINY[0] if run.dry_run else Shape("repeat", 8, 333, 1024, 50_304, "several waves of tiles, odd N")
-    b = make_batch(shape, "flat", torch.bfloat16, run.device)
+    b = make_batch(shape, "peaked", torch.bfloat16, run.device)
 
-    def whole(loss: Callable) -> list[torch.Tensor]:
+    def whole(loss: Callable, path: str) -> list[torch.Tensor]:
         padded = b.hidden.view(*b.padded, -1), b.weight, b.targets.view(b.padded), b.old_logprobs
-        out = loss(*padded, advantages=b.advantages, impl="triton")
-        return [out.loss.detach(), out.logprobs, *torch.autograd.grad(out.loss, (b.hidden, b.weight))]
+        with dispatch.force(path):
+            out = loss(*padded, advantages=b.advantages, impl="triton")
+        found = torch.autograd.grad(out.loss, (b.hidden, b.weight))
+        return [out.loss.detach(), out.logprobs, *found, out.metrics["head_flops"]]
 
-    for loss in (linear_lad_loss, linear_grpo_loss):
-        same = all(torch.equal(x, y) for x, y in zip(whole(loss), whole(loss)))
-        run.add("checks", check=f"{loss.__name__} twice", case="bitwise", worst_share_of_allowance=None,
-                note="equal" if same else "DIFFERENT")  # fmt: skip
+    for loss, path in itertools.product((linear_lad_loss, linear_grpo_loss), dispatch.PATHS):
+        first, check = whole(loss, path), f"{loss.__name__} twice, {path}"
+        same = all(torch.equal(x, y) for x, y in zip(first, whole(loss, path)))
+        passes = 2 * first[-1].item() / shape.flops
+        run.add("checks", check=check, case="bitwise", worst_share_of_allowance=None,
+                note=f"{'equal' if same else 'DIFFERENT'}, {passes:.3g} N D V")  # fmt: skip
         if not same:
-            yield f"{loss.__name__} twice"
+            yield check
     with torch.no_grad():
         full = linear_logprobs(b.hidden, b.weight, b.targets, impl="triton")
         part = linear_logprobs(b.hidden[:37], b.weight, b.targets[:37], impl="triton")
@@ -164,12 +184,19 @@ def repeats(run: Run) -> Iterator[str]:
 
 def test_suite(run: Run) -> None:
     """The repository's tests, which use the GPU when there is one."""
-    files = ["test_head.py", "test_head_kernels.py", "test_loss.py", "test_divergences.py", "test_mutants.py"]
-    arguments = ["-n", "8", *(f"tests/{f}" for f in files)]
+    files = [
+        "test_one_pass_kernels.py", "test_routed_kernels.py", "test_head_kernels.py", "test_head.py", "test_loss.py",
+        "test_divergences.py", "test_mutants.py",
+    ]  # fmt: skip
+    arguments = ["-n", "12", *(f"tests/{f}" for f in files)]
     if run.dry_run:
         arguments = ["-n", "0", "tests/test_head.py", "-k", "test_parity_with_float64 and float32 and one"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=run.time_left())
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=run.time_left())
+    except subprocess.TimeoutExpired as cut:
+        run.add("test suite", line=f"cut: {(cut.stdout or b'').decode()[-180:]}")
+        raise
     print(done.stdout[-20_000:], done.stderr[-2000:])
     lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     last = done.stdout.strip().splitlines()[-1:] or ["no output"]

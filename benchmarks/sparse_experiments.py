@@ -21,7 +21,7 @@ from benchmarks.data import Batch
 from benchmarks.measure import describe, peak_bytes_cuda
 from benchmarks.providers import Provider
 from benchmarks.shapes import TINY, Shape
-from lad_kernels import LossOutput, lad_loss, linear_lad_loss
+from lad_kernels import LADConfig, LossOutput, lad_loss, linear_lad_loss
 from lad_kernels.head import dispatch
 from lad_kernels.head.logits import BLOCK, HeadForward, HeadGradients, LogitGradient, LogitTransform, Routing
 from lad_kernels.testing import relative_error
@@ -55,8 +55,9 @@ def library_ms(run: Run, shape: Shape) -> float:
 
 
 def loss(
-    batch: Batch, path: str | None, *, case: str = "off-policy", rows: int | None = None, return_logprobs: bool = True
-) -> LossOutput:
+    batch: Batch, path: str | None, *, case: str = "off-policy", rows: int | None = None, return_logprobs: bool = True,
+    config: LADConfig = sparse.SPARSE,
+) -> LossOutput:  # fmt: skip
     """`linear_lad_loss` on `path` (None: as the package chooses), with chunks of `rows` tokens in one pass."""
     forced = contextlib.nullcontext() if path is None else dispatch.force(path)
     chunked = contextlib.nullcontext()
@@ -66,7 +67,7 @@ def loss(
     with forced, chunked:
         return linear_lad_loss(
             batch.hidden.view(*batch.padded, -1), batch.weight, batch.targets.view(batch.padded), old,
-            advantages=batch.advantages, config=sparse.SPARSE, return_logprobs=return_logprobs, impl="triton",
+            advantages=batch.advantages, config=config, return_logprobs=return_logprobs, impl="triton",
         )  # fmt: skip
 
 
@@ -220,7 +221,7 @@ def routed_tiles(dry_run: bool) -> list[RoutedTiles]:
         base, wide, replace(wide, weight=Schedule(256, 8, 3)), replace(base, pairs=Schedule(64, 4, 4)),
         replace(base, weight=Schedule(128, 4, 3)), replace(base, weight=Schedule(256, 8, 3)),
         replace(base, hidden=Schedule(128, 8, 1)), replace(base, hidden=Schedule(64, 4, 2)),
-        replace(base, pairs=Schedule(128, 4, 3)), replace(base, weight=Schedule(128, 8, 4)),
+        replace(base, pairs=Schedule(128, 4, 3)), replace(base, weight=Schedule(128, 8, 2)),
         replace(wide, pairs=Schedule(64, 4, 3)),
     ]  # fmt: skip
 
@@ -228,12 +229,25 @@ def routed_tiles(dry_run: bool) -> list[RoutedTiles]:
 def routed_cases(run: Run) -> list[tuple[Shape, str, str]]:
     """(shape, data, case), most telling first."""
     first, *others = large(run)
-    zero = first if run.dry_run else sparse.SHAPES["gpu"]
-    found = [(first, "peaked", "off-policy"), (zero, "peaked", "zero groups")]
     if run.dry_run:
-        return found
-    found += [(first, "flat", "off-policy"), *((shape, "peaked", "off-policy") for shape in others)]
-    return [*found, (zero, "flat", "zero groups"), *((shape, "flat", "off-policy") for shape in others)]
+        return [(first, "peaked", "zero groups")]
+    zero, off = "zero groups", "off-policy"
+    return [
+        (first, "peaked", off), (sparse.SHAPES["gpu"], "peaked", zero), (first, "flat", off),
+        *((shape, "peaked", off) for shape in others),
+        (sparse.SHAPES["gpu"], "flat", zero), *((shape, "flat", off) for shape in others),
+    ]  # fmt: skip
+
+
+def routed_entries(case: str, *, exact: bool) -> dict[str, dict]:
+    """{name: options of `loss`}; the two tails are compared where the error is known."""
+    found: dict[str, dict] = {"as chosen": {"path": None}}
+    found |= {path: {"path": path} for path in ("routed", "two_pass", "one_pass")}
+    if exact:
+        found["routed, tail dropped"] = {"path": "routed", "config": replace(sparse.SPARSE, tail="drop")}
+    if case == "zero groups":
+        found["as chosen, no log-probs"] = {"path": None, "return_logprobs": False}
+    return found
 
 
 def routed(run: Run) -> None:
@@ -249,17 +263,14 @@ def routed(run: Run) -> None:
             for b in batches:
                 b.advantages[: shape.sequences * sparse.ZERO // 32] = 0
         true = sparse.truth(batches[0], case) if shape.tokens <= TRUTH_TOKENS else None
-        for path in (None, "routed", "two_pass", "one_pass"):
-            row, found = measure(run, shape, batches, library, partial(loss, path=path, case=case))
+        for name, options in routed_entries(case, exact=true is not None).items():
+            row, found = measure(run, shape, batches, library, partial(loss, case=case, **options))
             if true is not None:
                 row |= {f"error {k}": e for k, e in sparse.errors(*found, *true, batches[0].targets).items()}
-            run.add("routed", shape=str(shape), data=data, case=case, path=path or "as chosen", **row)
+            run.add("routed", shape=str(shape), data=data, case=case, path=name, **row)
+            del found
             if run.time_left() < 8:
                 return
-        if case == "zero groups":
-            call = partial(loss, path=None, case=case, return_logprobs=False)
-            row, _ = measure(run, shape, batches, library, call)
-            run.add("routed", shape=str(shape), data=data, case=case, path="as chosen, no log-probs", **row)
         del batches, true
 
 
@@ -283,7 +294,7 @@ def step_parts(run: Run) -> None:
         share = dispatch.SPEEDS[dispatch.kind(b.hidden.device, True)].gathered
         return route(
             b.hidden, b.weight, b.targets, PLAIN, out.lse, out.logprobs, out.block_lse, gradient, sparse.TAIL_MASS,
-            dense_share=share,
+            dense_share=share, unbiased=sparse.SPARSE.tail == "unbiased",
         )[0]  # fmt: skip
 
     def backward(i: int, options: dict) -> HeadGradients:

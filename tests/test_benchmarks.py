@@ -170,7 +170,7 @@ def test_a_crash_loses_one_experiment(tmp_path):
 
 def test_dry_run_of_the_gpu_script(tmp_path):
     """A part of the plan, end to end: processes, merging, the table; tools that are absent are named."""
-    names = ["forward_tiles", "sanitizer"]
+    names = ["forward_tiles", "routed_kernels", "routed", "sanitizer"]
     environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
         ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--dry-run", "--only", *names], env=environment,
@@ -179,7 +179,7 @@ def test_dry_run_of_the_gpu_script(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "every experiment that ran is done" in done.stdout
     record = json.loads((tmp_path / "results.json").read_text())
-    assert {"forward tiles", "experiments"} <= set(record["tables"])
+    assert {"forward tiles", "routed kernels", "routed", "experiments"} <= set(record["tables"])
     assert record["missing"]["compute-sanitizer"] == "compute-sanitizer is not on the path"
     assert record["machine"]["notes"] == ["Dry run on CPU in Triton's interpreter: the numbers mean nothing."]
     assert len(list(tmp_path.iterdir())) <= 8

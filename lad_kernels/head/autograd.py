@@ -12,8 +12,8 @@ whose coefficients are all zero are dropped before the backward's first product 
 | dH, dW, dbias | accumulated in float32, rounded once to the dtype of their input |
 | tf32 | only if PyTorch is told to use it |
 
-Deterministic: no atomics, fixed order of every sum. Gradients are computed for what needs them alone: a frozen head
-costs no dW, a frozen body no dH.
+Deterministic: fixed order of every sum and no atomics, unless `dispatch.allow_atomics` asks for them. Gradients are
+computed for what needs them alone: a frozen head costs no dW, a frozen body no dH.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lad_kernels import checks
-from lad_kernels.head import torch_ops
+from lad_kernels.head import dispatch, torch_ops
 from lad_kernels.head.logits import HeadForward, HeadGradients, LogitGradient, LogitTransform, Routing
 from lad_kernels.packing import Packing
 
@@ -89,12 +89,14 @@ class Head:
     ) -> HeadGradients:
         """Gradients of hidden [M, D], weight and bias; exact without a routing."""
         path: Any = torch_ops
+        options = _wanted(needs)
         if self.triton:
             from lad_kernels.head.kernels import dense, routed
 
             path = dense if routing is None else routed
+            options |= {} if routing is None else {"atomics": dispatch.atomics()}
         chosen = () if routing is None else (routing,)
-        return path.backward(*self._inputs(), lse, gradient, *chosen, **_wanted(needs))
+        return path.backward(*self._inputs(), lse, gradient, *chosen, **options)
 
     def _inputs(self) -> tuple:
         return self.hidden, self.weight, self.targets, self.bias, self.transform

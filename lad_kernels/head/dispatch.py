@@ -18,6 +18,7 @@ No path is tried to find out: there is no autotuning.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Speeds:
 # published rates of an H200 (700 Tflop/s at head shapes, 4.3 TB/s) and an assumed rate of the gathered products; no GPU
 # has confirmed it.
 SPEEDS = {
-    "cpu": Speeds(8e10, 8e9, 1.2e-9, 0.4, 1.5e-4, 128 << 20),
+    "cpu": Speeds(8e10, 8e9, 1.2e-9, 0.4, 3.5e-4, 128 << 20),
     "cuda": Speeds(7e14, 4.3e12, 0.0, 0.35, 1e-7, 512 << 20),
 }
 
@@ -108,6 +109,7 @@ class _Met:
 
 
 _met: dict[tuple, _Met] = {}
+_atomics = os.environ.get("LAD_KERNELS_ATOMICS", "0") == "1"
 _forced: ContextVar[str | None] = ContextVar("forced", default=None)
 
 
@@ -121,6 +123,19 @@ def force(path: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def allow_atomics(on: bool) -> None:
+    """Let the Triton kernels of the routed backward add dH by atomics; LAD_KERNELS_ATOMICS=1 does the same.
+
+    It saves memory traffic, but two runs then differ in their last bits.
+    """
+    global _atomics
+    _atomics = bool(on)
+
+
+def atomics() -> bool:
+    return _atomics
 
 
 def forget() -> None:

@@ -23,10 +23,12 @@ from benchmarks import device_checks, machine, report, sparse_experiments
 from benchmarks.data import Batch, make_batches
 from benchmarks.measure import describe, quartiles
 from benchmarks.shapes import GPU, TINY, Shape
-from lad_kernels import linear_lad_loss, linear_logprobs
+from lad_kernels import LADConfig, linear_lad_loss, linear_logprobs
+from lad_kernels.head import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
+KERNELS = "_exponentials_kernel|_partials_kernel|_logit_gradient_kernel|pairs_kernel|weight_kernel|hidden_kernel"
 
 
 class Run:
@@ -253,13 +255,23 @@ def one_step(run: Run) -> None:
     watched = os.environ.get("LAD_KERNELS_STEP", "small")
     dtypes = (torch.bfloat16,) if watched == "large" else (torch.bfloat16, torch.float32)
     for dtype in dtypes:
-        b = run.batches(run.shapes[0] if watched == "large" else TINY[0], dtype=dtype)[0]
+        b = run.batches(run.shapes[0] if watched == "large" else TINY[0], "peaked", dtype=dtype)[0]
+        if watched == "large":
+            step_paths(b)
         linear_logprobs(b.hidden, b.weight, b.targets, impl="triton").logprobs.backward(b.upstream)
         if watched == "small":
-            padded = b.hidden.view(*b.padded, -1), b.weight, b.targets.view(b.padded), b.old_logprobs
-            linear_lad_loss(*padded, advantages=b.advantages, impl="triton").loss.backward()
+            step_paths(b)
     if run.device == "cuda":
         torch.cuda.synchronize()
+
+
+def step_paths(b: Batch) -> None:
+    """The whole loss once on every path."""
+    for path in dispatch.PATHS:
+        with dispatch.force(path):
+            padded = b.hidden.view(*b.padded, -1), b.weight, b.targets.view(b.padded), b.old_logprobs
+            config = LADConfig(tail_mass=3e-4)
+            linear_lad_loss(*padded, advantages=b.advantages, impl="triton", config=config).loss.backward()
 
 
 def tool(run: Run, name: str, arguments: list[str], step: str) -> subprocess.CompletedProcess | None:
@@ -289,12 +301,12 @@ def sanitizer(run: Run) -> None:
 
 
 def counters(run: Run) -> None:
-    """E9: what limits the forward's and the backward's kernel; the text goes to ncu.txt."""
+    """E9: what limits each large kernel, the first launches of all paths; the text goes to ncu.txt."""
     sections = (
         "SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "WarpStateStats", "LaunchStats",
         "Occupancy",
     )  # fmt: skip
-    arguments = ["--clock-control", "none", "-k", "regex:_partials_kernel|_logit_gradient_kernel", "-c", "2"]
+    arguments = ["--clock-control", "none", "-k", f"regex:{KERNELS}", "-c", "8"]
     done = tool(run, "ncu", [*arguments, *(x for s in sections for x in ("--section", s))], "large")
     if done is None:
         return

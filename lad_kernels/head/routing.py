@@ -65,11 +65,14 @@ class _Pieces:
 
     def __init__(self, block_lse: Tensor, lse: Tensor, logprobs: Tensor, targets: Tensor, gradient: LogitGradient):
         self.block_lse, self.lse, self.gradient = block_lse, lse, gradient  # [blocks, A], [A]
-        self.block, self.p = targets // BLOCK, logprobs.exp()  # [A], [A]
+        self.block = targets // BLOCK  # [A]
         onehot, prob, entropy = gradient.onehot, gradient.prob, gradient.entropy  # [A] each
         rest = prob + onehot if entropy is None else prob + onehot - entropy * logprobs.clamp(min=-1e30)
-        own = rest * self.p - onehot * torch.expm1(logprobs)  # [A] dZ at the target, without cancellation
-        self.own = own.abs() + onehot.abs() * _SLACK * torch.finfo(lse.dtype).eps
+        own = rest * logprobs.exp() - onehot * torch.expm1(logprobs)  # [A] dZ at the target, without cancellation
+        own = own.abs() + onehot.abs() * _SLACK * torch.finfo(lse.dtype).eps
+        token = torch.arange(len(lse), device=lse.device)  # [A]
+        others = ((block_lse[self.block, token] - lse).exp().clamp(max=1.0) - logprobs.exp()).clamp(min=0.0)  # [A]
+        self.target_norm = _norm(others, prob, entropy) + own  # [A] of the block that holds the target
         self.size = torch.maximum(onehot.abs(), prob.abs())  # [A]; |c| unless there is an entropy term
         if entropy is not None:
             self.size += entropy.abs()
@@ -78,16 +81,21 @@ class _Pieces:
         """(blocks, norm [b, A])."""
         prob, entropy = self.gradient.prob, self.gradient.entropy  # [A]
         blocks, tokens = self.block_lse.shape
-        step = max(1, _SLICE // max(tokens, 1))
+        step, token = max(1, _SLICE // max(tokens, 1)), torch.arange(tokens, device=self.lse.device)
         for first in range(0, blocks, step):
             part = slice(first, min(first + step, blocks))
-            mass = (self.block_lse[part] - self.lse).exp_().clamp_(max=1.0)  # [b, A]
-            norm = _norm(mass, prob, entropy)  # [b, A]
-            here = ((self.block >= part.start) & (self.block < part.stop)).nonzero()[:, 0]  # [t] tokens
-            at = (self.block[here] - part.start, here)
-            others = (mass[at] - self.p[here]).clamp(min=0.0)  # [t]
-            norm[at] = _norm(others, prob[here], None if entropy is None else entropy[here]) + self.own[here]
+            norm = _norm((self.block_lse[part] - self.lse).exp_().clamp_(max=1.0), prob, entropy)  # [b, A]
+            inside = (self.block >= part.start) & (self.block < part.stop)  # [A]
+            at = (torch.where(inside, self.block - part.start, 0), token)
+            norm[at] = torch.where(inside, self.target_norm, norm[at])
             yield part, norm
+
+    def at(self, blocks: Tensor, tokens: Tensor) -> Tensor:
+        """Norms of some pairs [P]."""
+        prob, entropy = self.gradient.prob, self.gradient.entropy  # [A]
+        mass = (self.block_lse[blocks, tokens] - self.lse[tokens]).exp_().clamp_(max=1.0)  # [P]
+        norm = _norm(mass, prob[tokens], None if entropy is None else entropy[tokens])  # [P]
+        return torch.where(blocks == self.block[tokens], self.target_norm[tokens], norm)
 
 
 def _draws(lse: Tensor, blocks: slice) -> Tensor:
@@ -123,7 +131,7 @@ def route(
     dense_share: float = 1.0,
     unbiased: bool = False,
 ) -> tuple[Routing, Certificate]:
-    """Choose the pairs of A tokens. Reading how many there are costs host syncs on an accelerator."""
+    """Choose the pairs of A tokens. Three host syncs on an accelerator: how many tokens and pairs, and per block."""
     pieces = _Pieces(block_lse, lse, logprobs, targets, gradient)
     threshold = theta * pieces.size.sum() / (pieces.size != 0).sum().clamp(min=1)  # []
     keep = torch.empty(block_lse.shape, dtype=torch.bool, device=lse.device)  # [blocks, A]
@@ -139,12 +147,11 @@ def route(
     slope = abs(transform.scale) / transform.temperature  # [A] or a number
     reach = torch.linalg.vector_norm(hidden, dim=1, dtype=wide) * slope  # [A]
     longest, lost = block_norms(weight), torch.zeros_like(lse)  # [blocks], [A]
-    error, by_block, scales = torch.zeros_like(lse), lse.new_empty(len(keep)), []  # [A], [blocks]
+    error, by_block = torch.zeros_like(lse), lse.new_empty(len(keep))  # [A], [blocks]
     for part, norm in pieces:
         kept = keep[part] | many  # [b, A]
         lost += norm.masked_fill(kept, 0.0).sum(0)
         if unbiased:
-            scales.append((threshold / norm).clamp_(min=1.0)[keep[part]])
             norm = torch.where(keep[part], (threshold - norm).clamp_(min=0.0), norm.masked_fill_(many, 0.0))
         else:
             norm.masked_fill_(kept, 0.0)
@@ -152,8 +159,9 @@ def route(
         by_block[part] = torch.mv(norm, reach)
     lost /= pieces.size
     counts = keep.sum(1)  # [blocks]
-    rows = keep.nonzero()[:, 1]  # [P]
-    routing = Routing(rows, torch.cat(scales) if unbiased else None, counts.tolist(), dense)
+    blocks, rows = keep.nonzero().unbind(1)  # [P], [P]
+    scale = (threshold / pieces.at(blocks, rows)).clamp_(min=1.0) if unbiased else None  # [P]
+    routing = Routing(rows, scale, counts.tolist(), dense)
     certificate = Certificate(
         counts.sum() + len(dense) * len(keep), lost.mean(), lost.amax(), (error * slope).norm(), by_block.norm()
     )

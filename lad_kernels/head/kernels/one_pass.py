@@ -260,8 +260,13 @@ def _exponentials(
             TILES=_FINAL_TILES,
             TOKENS=_FINAL_TOKENS,
         )
-    at_target = row_sums[rows] * torch.expm1(outputs.logprobs[rows]) * slope  # [C]
-    f.scatter_(1, targets.clamp(0, V - 1)[:, None], at_target.to(f.dtype)[:, None])
+    # S (p_y - 1): where F is float32, from the tile's own E_y, whose error S shares; else z_y is the better number.
+    column = targets.clamp(0, V - 1)[:, None]  # [C, 1]
+    if f.dtype == torch.float32:
+        at_target = f.gather(1, column)[:, 0] - row_sums[rows] * slope  # [C]
+    else:
+        at_target = row_sums[rows] * torch.expm1(outputs.logprobs[rows]) * slope  # [C]
+    f.scatter_(1, column, at_target.to(f.dtype)[:, None])
 
 
 def _transformed(raw: Tensor, transform: LogitTransform, inv_temperature: Tensor | float) -> tuple[Tensor, Tensor]:

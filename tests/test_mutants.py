@@ -73,7 +73,7 @@ TORCH_HEAD = {
     "one-hot missing": ("torch.where(inside, gradient.onehot[rows], 0.0)", "torch.zeros_like(gradient.onehot[rows])"),
     "softmax term missing": ("dz = log_p.mul_(-gradient.entropy[rows, None]).add_(gradient.prob[rows, None]).mul_(p)",
                              "dz = log_p.mul_(-gradient.entropy[rows, None]).mul_(p)"),
-    "dW of the last chunk only": ("beta=int(i > 0 or not dense)", "beta=0"),
+    "dW of the last chunk only": ("beta=int(i > 0 if dense else not first)", "beta=0"),
     "dH of the last slab only": ("dh[rows].addmm_(dz, w)", "dh[rows].zero_().addmm_(dz, w)"),
     "dbias not written": ("db[columns] = db_slab", "pass"),
 }  # fmt: skip

@@ -184,14 +184,16 @@ def backward(
         dw_slab = None  # [Vs, D]: dW itself, or a wider copy of its slab
         if need_weight:
             dw_slab = dw[columns] if dw.dtype == dtype else dw.new_empty(dw[columns].shape, dtype=dtype)
-            if not dense:
-                dw_slab.zero_()
         db_slab = lse.new_zeros(columns.stop - columns.start) if need_bias else None  # [Vs]
         work: list[tuple[slice, Any, Tensor | None]] = [(columns, rows, None) for rows in dense]
-        work += (pair for b in range(columns.start // BLOCK, -(-columns.stop // BLOCK)) for pair in pairs.get(b, ()))
+        for block in range(columns.start // BLOCK, -(-columns.stop // BLOCK)):
+            work += pairs.get(block, ())
+            if need_weight and not dense and block not in pairs:
+                dw_slab[block * BLOCK - columns.start : (block + 1) * BLOCK - columns.start].zero_()
         w = b = seen = None
         for i, (part, rows, scale) in enumerate(work):
-            if part != seen:
+            first = part != seen  # of these columns
+            if first:
                 (w, b), seen = logits.slab(part), part
             z, tanh = logits.tile(rows, w, b)  # [C, v]
             dz = logits.chain(_logit_gradient(z, rows, part, targets, lse, gradient), rows, tanh)
@@ -202,8 +204,8 @@ def backward(
                 dh[rows].addmm_(dz, w)
             elif need_hidden:
                 dh.index_add_(0, rows, dz @ w)
-            if need_weight:  # beta 0: written, not added
-                dw_slab[at].addmm_(dz.T, logits.hidden[rows], beta=int(i > 0 or not dense))
+            if need_weight:  # beta 0: written, not added; with dense tokens the first item writes the whole slab
+                dw_slab[at].addmm_(dz.T, logits.hidden[rows], beta=int(i > 0 if dense else not first))
             if need_bias:
                 db_slab[at] += dz.sum(0)
             _count(len(dz), len(w), hidden.shape[1], need_hidden + need_weight)

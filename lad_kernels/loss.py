@@ -302,7 +302,8 @@ class _Step:
             )  # fmt: skip
             dense, pairs = len(routing.dense), sum(routing.counts) + len(routing.dense) * work.blocks
             backward = self.config.backward
-            if dense < tokens and dispatch.takes_routed(work, self.theta, tokens, pairs, dense, backward=backward):
+            pays = dispatch.takes_routed(work, self.theta, tokens, pairs, dense, backward=backward)
+            if pays and dense < tokens:
                 self.routing = routing
             else:
                 certificate = None

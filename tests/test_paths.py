@@ -329,6 +329,16 @@ def test_flops_are_those_of_the_formula_and_of_torch(path, on_policy):
         assert bound * 0.9 < counted <= bound * (1 + 1e-6)  # pairs of the last, partial block are narrower
 
 
+def test_a_flat_policy_takes_one_pass_from_the_second_call(monkeypatch):
+    """Whether tokens are routed is learnt even where all of them are dense."""
+    monkeypatch.setattr(dispatch.Work, "one_pass", lambda work: 0.9 * (work.score() + work.dense(work.tokens)))
+    monkeypatch.setattr(dispatch.Work, "routed", lambda work, pairs, dense=0: 9.0 * (pairs > 0.5 * M * work.blocks))
+    config = LADConfig(tail_mass=1e-4)
+    inputs = batch(None) | {"advantages": torch.ones(B, dtype=torch.float64)}
+    spent = [run(linear_lad_loss, inputs, config=config)[0].metrics["head_flops"] for _ in range(3)]
+    assert [x / ((M - 3) * D * V) for x in spent] == [8, 6, 6]
+
+
 def test_score_alone():
     inputs = batch()
     with torch.no_grad():

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks import predicted
 from benchmarks.providers import EAGER, JOBS
 
 HERE = Path(__file__).resolve().parent
@@ -164,6 +165,7 @@ def document(results: Path) -> str:
     lines = [PREFACE]
     for folder in sorted(p for p in results.iterdir() if p.is_dir()):
         lines += [f"## {folder.name}", "", render([Results.load(p) for p in sorted(folder.glob("*.json"))])]
+    lines += predicted.lines()
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -1,0 +1,53 @@
+"""What head/dispatch.py's cost model expects of an H200, for the shapes that no GPU has measured yet."""
+
+from __future__ import annotations
+
+from benchmarks.shapes import Shape
+from lad_kernels.head import dispatch
+from lad_kernels.head.logits import BLOCK
+
+SHAPES = (
+    *(Shape("", 1, n, 4096, v, "") for v in (131_072, 151_936) for n in (4096, 16_384, 131_072)),
+    Shape("", 1, 16_384, 896, 151_936, ""),
+    Shape("", 1, 4096, 2048, 131_072, ""),
+    Shape("", 1, 4096, 8192, 131_072, ""),
+)
+KEPT = (0.01, 0.052)  # share of the pairs; the second is what the peaked data of 0.4 nats keep
+WORKSPACE = 512  # MiB, of the two-pass and routed kernels
+NOTE = """## H200, predicted, **not measured**
+
+The cost model of `lad_kernels/head/dispatch.py` with its constants ({flops:.0f} Tflop/s at head shapes, {bytes:.1f} TB/s, gathered
+products at {gathered} of the dense rate), bfloat16; times are shares of the three bare products of a dense step. The model
+has no term for a kernel that misses those rates, so the score pass (2 N D V) is a third by construction.
+"""
+
+
+def row(shape: Shape) -> list[str]:
+    """One shape's cells: times over the three products, memory in MiB beyond inputs and gradients."""
+    n, d, v = shape.tokens, shape.hidden_size, shape.vocab_size
+    work = dispatch.Work(n, d, v, 2, "cuda")
+    products = 3 * shape.flops / dispatch.SPEEDS["cuda"].flops
+    routed = [work.score() + work.routed(kept * n * work.blocks) for kept in KEPT]
+    times = [work.one_pass(), work.score() + work.dense(n), *routed]
+    one_pass = work.chunk_rows() * (2 * v + 4 * d)
+    masses = 4 * n * work.blocks
+    return [
+        f"{n:,}",
+        f"{d:,}",
+        f"{v:,}",
+        f"{1e3 * products:.1f}",
+        *(f"{t / products:.2f}" for t in times),
+        f"{one_pass / 2**20:.0f} + dW {4 * v * d / 2**20:.0f}",
+        f"{WORKSPACE + 4 * n * d / 2**20:.0f}",
+        f"{WORKSPACE + (4 * n * d + masses) / 2**20:.0f}",
+    ]
+
+
+def lines() -> list[str]:
+    """The section of RESULTS.md."""
+    speeds = dispatch.SPEEDS["cuda"]
+    note = NOTE.format(flops=speeds.flops / 1e12, bytes=speeds.bytes / 1e12, gathered=speeds.gathered)
+    header = ["N", "D", "V", "three products, ms", "one pass", "two passes", *(f"routed, {k:.1%} kept" for k in KEPT)]
+    header += ["MiB: one pass", "MiB: two passes", f"MiB: routed (masses of {BLOCK} words)"]
+    table = [header, ["---"] * len(header), *map(row, SHAPES)]
+    return [note, *(f"| {' | '.join(cells)} |" for cells in table), ""]

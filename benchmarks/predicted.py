@@ -16,9 +16,9 @@ KEPT = (0.01, 0.052)  # share of the pairs; the second is what the peaked data o
 WORKSPACE = 512  # MiB, of the two-pass and routed kernels
 NOTE = """## H200, predicted, **not measured**
 
-The cost model of `lad_kernels/head/dispatch.py` with its constants ({flops:.0f} Tflop/s at head shapes, {bytes:.1f} TB/s,
-gathered products at {gathered} of the dense rate), bfloat16; times are shares of the three bare products of a dense step.
-The model has no term for a kernel that misses those rates, so the score pass (2 N D V) is a third by construction.
+The cost model of `lad_kernels/head/dispatch.py` with its constants ({flops:.0f} Tflop/s, {bytes:.1f} TB/s, gathered
+products at {gathered} of the dense rate), bfloat16; times are shares of the three bare products of a dense step. The
+model has no term for a kernel that misses those rates, so the score pass (2 N D V) is a third by construction.
 """
 
 

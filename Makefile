@@ -1,4 +1,4 @@
-# Two commands matter: `make demo` (the main job) and `make test`.
+# Two commands matter: `make demo` (the main job) and `make test`. The others are for who changes the package.
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS := $(if $(wildcard /proc/driver/nvidia/version),constraints-cuda.txt,constraints-cpu.txt)
@@ -7,7 +7,7 @@ EXTRAS_train := train
 EXTRAS_test := test,train
 EXTRAS_bench := bench
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs test-verl test-trl-oldest test-zero3 clean
 
 demo: $(VENV)/.train
 	$(BIN)/python -m integration.demo $(ARGS)
@@ -23,6 +23,23 @@ lint: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
+docs: $(VENV)/.test
+	$(BIN)/python -m integration.figures
+	$(BIN)/python -m pdoc -d google --no-show-source -o docs/api lad_kernels '!lad_kernels[.].*' integration.transformers integration.trl integration.distributed integration.verl integration.losses integration.torchtitan
+
+# Frameworks whose versions exclude those of the other tests, each in an environment of its own.
+test-verl:
+	$(PYTHON) -m venv $(VENV)-verl
+	$(VENV)-verl/bin/pip install --quiet --disable-pip-version-check -c constraints-verl.txt torch triton numpy \
+	    transformers tensordict ray hydra-core codetiming datasets peft pillow pytest pytest-timeout
+	$(VENV)-verl/bin/pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1 megatron-core==0.16.1 -e .
+	OMP_NUM_THREADS=1 $(VENV)-verl/bin/python -m pytest tests_verl $(ARGS)
+
+test-zero3: $(VENV)/.test  # DeepSpeed builds from source and compiles an operator at its first use: minutes, and a C++ compiler
+	$(BIN)/pip install --quiet --disable-pip-version-check wheel ninja 'setuptools>=77'
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation -c $(CONSTRAINTS) deepspeed==0.19.8
+	$(BIN)/python -m pytest tests/test_distributed.py -k zero3 $(ARGS)
+
 # One stamp per set of extras: installing again costs nothing until setup.py or the pins change.
 $(VENV)/.%: setup.py constraints-cpu.txt constraints-cuda.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,4 +47,4 @@ $(VENV)/.%: setup.py constraints-cpu.txt constraints-cuda.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VENV)-verl $(VENV)-trl build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -7,11 +7,15 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "lad_kernels" / "__init__.py").read_text()).group(1)
-train = ["transformers>=5.0", "reasoning-gym>=0.1.24", "rich>=13", "matplotlib>=3.8"]
+cli = ["rich>=13", "packaging>=24", "pyyaml>=6"]
+train = ["transformers>=5.0", "reasoning-gym>=0.1.24", "matplotlib>=3.8", *cli]
 oracles = ["liger-kernel>=0.8", "cut-cross-entropy>=25.1"]
+docs = ["pdoc>=15"]
 lint = ["ruff>=0.15", "mypy>=1.18"]
-test = ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "hypothesis>=6.100", *lint, *oracles]
-trl = ["trl>=1.14,!=1.15.0", "accelerate>=1.10", "datasets>=4.7", "transformers>=5.0"]
+trl = ["trl>=1.14,!=1.15.0", "accelerate>=1.10", "datasets>=4.7", "peft>=0.18", *train]
+test = [
+    "pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "hypothesis>=6.100", *docs, *lint, *oracles, *trl,
+]  # fmt: skip
 bench = ["pytest>=8", "pytest-timeout>=2.3", "pytest-benchmark>=5", "matplotlib>=3.8", *oracles, *trl]
 
 setup(
@@ -21,10 +25,16 @@ setup(
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=find_packages(include=["lad_kernels", "lad_kernels.*"]),
+    packages=find_packages(include=["lad_kernels", "lad_kernels.*", "integration"]),
     python_requires=">=3.11",
     install_requires=["torch>=2.11", "numpy>=1.26", "triton>=3.6,<3.10; platform_system == 'Linux'"],
+    entry_points={
+        "console_scripts": ["lad-kernels = integration.cli:main"],
+        "verl.plugins": ["lad = integration.verl"],
+    },
     extras_require={
+        "cli": cli,
+        "docs": docs,
         "train": train,
         "trl": trl,
         "bench": bench,

@@ -57,7 +57,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 def run_once(config: TrainConfig, start: Path, task: Task) -> Evaluation:
     """One run in a worker process: train from the warm start, evaluate."""
     torch.set_num_threads(1)
-    policy = build_policy(str(start), config.device, pretrained=False, temperature=config.temperature)
+    policy = build_policy(str(start), config.device, pretrained=False)
     train(policy, task, config)
     return evaluate(policy, task, config)
 

@@ -1,17 +1,17 @@
 """A causal language model as the losses see it: backbone, head, packed sequences, and a sampler.
 
-The head's matrix product never happens here except for the few rows that are sampled from: the backbone's hidden states
-go to `lad_kernels` together with the head's weight and whatever the model does to its logits afterwards (bias, scale,
-softcap). `check_head` compares the two on a few tokens before anything is trained.
+The head's matrix product never happens here except for the few rows that are sampled from: a function of the caller
+takes its place inside the model's own forward (`integration.transformers`).
 
 Samples are packed, prompt and completion of each one after the other: N tokens in all, B samples, `cu_seqlens` as in
-flash-attention. With flash-attention the backbone runs on the packed tokens; otherwise it runs right-padded, which a
-causal model cannot notice, and its rows are packed afterwards.
+flash-attention. With flash-attention the model runs on the packed tokens; otherwise it runs right-padded, which a
+causal model cannot notice, and the rows are packed before the head.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from transformers import (
 from transformers.utils import logging
 
 from integration.tasks import build_tokenizer
+from integration.transformers import attach_fused_head
 from lad_kernels import LinearLogprobs, linear_logprobs
 
 logging.disable_progress_bar()  # the terminal belongs to the trainer's own progress
@@ -36,36 +37,17 @@ logging.disable_progress_bar()  # the terminal belongs to the trainer's own prog
 
 @dataclass
 class Policy:
-    """A model, its tokenizer, and what its head does to the logits after the matrix product."""
+    """A model with `attach_fused_head`, and its tokenizer."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
-    packed_attention: bool  # flash-attention: the backbone takes packed tokens
+    packed_attention: bool  # flash-attention: the model takes packed tokens
     pretrained: bool
 
     def autocast(self) -> Any:
         """bf16 on CUDA, nothing on the CPU."""
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
-
-    def head(self) -> dict[str, Any]:
-        """`lm_head_weight`, `bias`, `logit_scale` and `softcap` for the functions of `lad_kernels`."""
-        head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
-        dtype = torch.bfloat16 if self.device.type == "cuda" else head.weight.dtype
-        bias = getattr(head, "bias", None)
-        return {
-            "lm_head_weight": head.weight.to(dtype),  # [V, D]
-            "bias": None if bias is None else bias.to(dtype),  # [V]
-            "logit_scale": getattr(config, "logit_scale", None) or 1.0 / getattr(config, "logits_scaling", 1.0),
-            "softcap": getattr(config, "final_logit_softcapping", None),
-        }
-
-
-def logits(hidden: Tensor, head: dict[str, Any]) -> Tensor:
-    """Logits of a few rows, for sampling: [B, D] -> [B, V] in fp32; `head` as `Policy.head` returns it."""
-    weight = head["lm_head_weight"]
-    z = nn.functional.linear(hidden.to(weight.dtype), weight, head["bias"]).float() * head["logit_scale"]
-    return z if head["softcap"] is None else head["softcap"] * torch.tanh(z / head["softcap"])
 
 
 def build_policy(
@@ -73,12 +55,11 @@ def build_policy(
     device: str,
     *,
     pretrained: bool,
-    temperature: float,
     seed: int = 0,
     hidden_size: int = 128,
     layers: int = 2,
 ) -> Policy:
-    """Load `path`, or build the small decoder; refuse a head that the public arguments cannot express."""
+    """Load `path`, or build the small decoder; a head that cannot be fused raises here, before anything is trained."""
     device = torch.device(device)
     flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
     if path is None:
@@ -98,7 +79,9 @@ def build_policy(
     if pretrained:
         model.gradient_checkpointing_enable()
     policy = Policy(model.to(device), tokenizer, device, flash and path is not None, pretrained)
-    check_head(policy, temperature)
+    attach_fused_head(policy.model)
+    with torch.no_grad():  # the first call compares with the model's own head
+        logprobs_of(policy, pack([[0]], [list(range(1, 16))], device), 1.0)
     return policy
 
 
@@ -119,32 +102,6 @@ def small_decoder(tokenizer: PreTrainedTokenizerBase, hidden_size: int, layers: 
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-@torch.no_grad()
-def check_head(policy: Policy, temperature: float) -> None:
-    """Compare `linear_logprobs` with the model's own logits on a few tokens; raise where they disagree."""
-    ids = torch.arange(16, device=policy.device)[None] % len(policy.tokenizer)  # [1, 16]
-    policy.model.eval()
-    with policy.autocast():
-        own = policy.model(ids).logits[0].float() / temperature  # [16, V]
-        hidden = policy.model.base_model(ids).last_hidden_state[0]  # [16, D]
-        head = policy.head()
-        ours = linear_logprobs(
-            hidden.to(head["lm_head_weight"].dtype), target_ids=ids[0], temperature=temperature, **head
-        ).logprobs  # [16]
-    expected = own.log_softmax(-1).gather(-1, ids[0, :, None])[:, 0]  # [16]
-    error = (ours - expected).abs().max().item()
-    tolerance = 1e-3
-    if policy.device.type == "cuda":  # the model's own logits are rounded to bf16: 2^-9 each, and lse adds as much
-        tolerance = max(tolerance, 2.0**-7 * own.abs().max().item())
-    if not error <= tolerance:
-        name = type(policy.model).__name__
-        raise ValueError(
-            f"model {name}: log-probabilities from its hidden states and head differ by {error:.3g} from its logits, "
-            f"expected at most {tolerance:g}; bias, logit_scale and softcap do not express what it does to them, "
-            "so it cannot be trained here"
-        )
 
 
 class Packed(NamedTuple):
@@ -176,32 +133,32 @@ def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.d
     )
 
 
-def hidden_states(policy: Policy, batch: Packed) -> Tensor:
-    """The backbone's last hidden states in packed order: [N, D]."""
-    backbone = policy.model.base_model
-    if policy.packed_attention:
-        hidden = backbone(batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False)
-        return hidden.last_hidden_state[0]
-    lengths = batch.cu_seqlens.diff()  # [B]
-    valid = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]  # [B, T]
-    padded = torch.full(valid.shape, policy.tokenizer.pad_token_id, device=lengths.device)  # [B, T]
-    padded[valid] = batch.input_ids
-    return backbone(padded, use_cache=False).last_hidden_state[valid]  # causal: padding on the right is never seen
+def through_head(policy: Policy, batch: Packed, function: Callable[..., Any]) -> Any:
+    """What `function(hidden [N, D], lm_head_weight [V, D], **head)` returns, called in the head's place."""
+    inputs: dict[str, Tensor] = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None]}  # [1, N]
+    valid = torch.ones_like(inputs["input_ids"], dtype=torch.bool)  # [1, N]
+    if not policy.packed_attention:
+        lengths = batch.cu_seqlens.diff()  # [B]
+        valid = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]  # [B, T]
+        padded = torch.full(valid.shape, policy.tokenizer.pad_token_id, device=lengths.device)  # [B, T]
+        padded[valid] = batch.input_ids
+        inputs = {"input_ids": padded}  # causal: padding on the right is never seen
+
+    def packed(hidden: Tensor, weight: Tensor, **head: Any) -> Any:  # [B, T, D], [V, D]
+        return function(hidden[valid], weight, **head)
+
+    with policy.autocast():
+        return policy.model(**inputs, fused_head=packed).result
 
 
 def logprobs_of(policy: Policy, batch: Packed, temperature: float, return_entropy: bool = False) -> LinearLogprobs:
     """`linear_logprobs` of a packed batch; [N] fields, 0 where masked."""
-    with policy.autocast():
-        head = policy.head()
-        hidden = hidden_states(policy, batch).to(head["lm_head_weight"].dtype)  # [N, D]
-        return linear_logprobs(
-            hidden,
-            target_ids=batch.target_ids,
-            loss_mask=batch.loss_mask,
-            temperature=temperature,
-            return_entropy=return_entropy,
-            **head,
-        )
+    options = {"loss_mask": batch.loss_mask, "temperature": temperature, "return_entropy": return_entropy}
+
+    def score(hidden: Tensor, weight: Tensor, **head: Any) -> LinearLogprobs:  # [N, D], [V, D]
+        return linear_logprobs(hidden, weight, batch.target_ids, **options, **head)
+
+    return through_head(policy, batch, score)
 
 
 @torch.no_grad()
@@ -220,18 +177,17 @@ def sample(
     mask = padded["attention_mask"]  # [P, T]
     position = (mask.cumsum(-1) - 1).clamp_min(0)  # [P, T]
     cache = DynamicCache(config=model.config)
-    arguments = dict(past_key_values=cache, use_cache=True)
+    arguments = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
     with policy.autocast():
-        out = model.base_model(padded["input_ids"], attention_mask=mask, position_ids=position, **arguments)
+        out = model(padded["input_ids"], attention_mask=mask, position_ids=position, **arguments)
         cache.batch_repeat_interleave(group_size)
-        head = policy.head()
-        hidden = out.last_hidden_state[:, -1].repeat_interleave(group_size, 0)  # [B, D]
+        logits = out.logits[:, -1].repeat_interleave(group_size, 0)  # [B, V]
         mask = mask.repeat_interleave(group_size, 0)  # [B, T]
         position = position[:, -1:].repeat_interleave(group_size, 0)  # [B, 1]
-        done = torch.zeros(len(hidden), dtype=torch.bool, device=policy.device)
+        done = torch.zeros(len(logits), dtype=torch.bool, device=policy.device)
         tokens = []
         for _ in range(max_new_tokens):
-            probabilities = torch.softmax(logits(hidden, head) / temperature, -1)  # [B, V]
+            probabilities = torch.softmax(logits.float() / temperature, -1)  # [B, V]
             token = torch.multinomial(probabilities, 1, generator=generator)  # [B, 1]
             tokens.append(token.masked_fill(done[:, None], tokenizer.pad_token_id))
             done = done | (token[:, 0] == tokenizer.eos_token_id)
@@ -239,7 +195,6 @@ def sample(
                 break
             mask = nn.functional.pad(mask, (0, 1), value=1)
             position = position + 1
-            out = model.base_model(tokens[-1], attention_mask=mask, position_ids=position, **arguments)
-            hidden = out.last_hidden_state[:, -1]
+            logits = model(tokens[-1], attention_mask=mask, position_ids=position, **arguments).logits[:, -1]
     rows = torch.cat(tokens, 1).tolist()
     return [row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in rows]

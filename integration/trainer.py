@@ -5,7 +5,7 @@ supervised steps on generated solutions teach it the format, reinforcement learn
 `--model PATH_OR_ID --device cuda` the same loop fine-tunes a pretrained causal language model: fp32 weights, bf16
 autocast, flash-attention and Liger's layer kernels where they are installed.
 
-The logits of the training batch are never stored: the backbone's hidden states go to `linear_lad_loss` or
+The logits of the training batch are never stored: the last hidden states go to `linear_lad_loss` or
 `linear_grpo_loss` with the head's weight, packed, [N, D] with `cu_seqlens`; `loss_mask` marks the rows that predict a
 completion token.
 
@@ -25,6 +25,7 @@ import random
 import shutil
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -33,7 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from integration.policy import Packed, Policy, build_policy, hidden_states, logprobs_of, pack, sample
+from integration.policy import Packed, Policy, build_policy, logprobs_of, pack, sample, through_head
 from integration.tasks import RIGHT, Entry, Task, normalize, tagged_answer
 from lad_kernels import (
     GRPOConfig,
@@ -186,21 +187,18 @@ def optimizer_step(
         loss_function = linear_lad_loss
     records = []
     for batch, old, advantages in minibatch:
-        with policy.autocast():
-            head = policy.head()
-            out = loss_function(
-                hidden_states(policy, batch).to(head["lm_head_weight"].dtype),  # [N, D]
-                target_ids=batch.target_ids,  # [N]
-                old_logprobs=old,  # [N], or None: the ratio is exactly 1
-                advantages=advantages,  # [B], one per sample
-                loss_mask=batch.loss_mask,  # [N]
-                cu_seqlens=batch.cu_seqlens,  # [B + 1]
-                temperature=config.temperature,
-                normalizer=tokens,
-                return_entropy=True,
-                config=objective,
-                **head,
-            )
+        options = {
+            "old_logprobs": old,  # [N], or None: the ratio is exactly 1
+            "advantages": advantages,  # [B], one per sample
+            "loss_mask": batch.loss_mask,  # [N]
+            "cu_seqlens": batch.cu_seqlens,  # [B + 1]
+            "temperature": config.temperature,
+            "normalizer": tokens,
+            "return_entropy": True,
+            "config": objective,
+        }
+        loss = partial(loss_function, target_ids=batch.target_ids, **options)
+        out = through_head(policy, batch, loss)
         out.loss.backward()
         entropy = out.entropy.sum() / batch.loss_mask.sum()
         records.append({"loss": out.loss, "entropy": entropy, **out.metrics})
@@ -265,7 +263,6 @@ def load_policy(config: TrainConfig) -> Policy:
         config.resume or config.model,
         config.device,
         pretrained=config.model is not None,
-        temperature=config.temperature,
         seed=config.seed,
         hidden_size=config.hidden_size,
         layers=config.layers,

@@ -39,7 +39,9 @@ def plain_tensor(name: str, x: object) -> None:
     if hasattr(x, "placements") and hasattr(x, "full_tensor"):
         raise TypeError(
             f"{name}: expected a plain tensor, got a DTensor with placements {x.placements}; call the loss inside the "
-            f"wrapped module's forward, or pass {name}.full_tensor(grad_placements=[Partial('avg')]) (FSDP2's mean)"
+            f"wrapped module's forward, or pass {name}.full_tensor(grad_placements=[Partial('avg')]) (FSDP2's mean; a "
+            f"bare full_tensor() gives a wrong gradient); rows on a tensor-parallel mesh: {name}.to_local() with "
+            f"vocab_group=mesh.get_group()"
         )
     is_wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
     if is_wrapped is not None and is_wrapped(x):
@@ -88,8 +90,30 @@ def _floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
-def head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *, autocast: bool) -> None:
-    """hidden [N, D] or [B, T, D]; weight [V, D]; targets [N] or [B, T]; bias [V]."""
+def vocab_group(group: object, impl: str, backward: str = "auto") -> None:
+    """None, or a process group that this rank belongs to and a path that knows of it."""
+    if group is None:
+        return
+    from torch import distributed
+
+    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(
+            f"vocab_group: expected a torch.distributed.ProcessGroup that this rank belongs to, got "
+            f"{type(group).__name__}; of a DeviceMesh pass mesh.get_group(name)"
+        )
+    if impl == "reference":
+        raise ValueError("vocab_group: expected None with impl='reference', which needs all rows; gather them first")
+    if backward == "routed":
+        raise ValueError(
+            "vocab_group: expected None with config.backward='routed', which is not built for a sharded head; use "
+            "'auto' or 'dense'"
+        )
+
+
+def head(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *, autocast: bool, sharded: bool = False
+) -> None:
+    """hidden [N, D] or [B, T, D]; weight [V, D]; targets [N] or [B, T]; bias [V]; `sharded`: any part of the rows."""
     for name, x in (("hidden_states", hidden), ("lm_head_weight", weight), ("target_ids", targets), ("bias", bias)):
         if x is not None:
             plain_tensor(name, x)
@@ -105,7 +129,7 @@ def head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *
             f"lm_head_weight: expected [V, {hidden.shape[-1]}] to match hidden_states {_shape(hidden)}, got "
             f"{_shape(weight)}; pass lm_head.weight as it is, not transposed"
         )
-    if weight.shape[0] < 2:
+    if weight.shape[0] < 2 and not sharded:
         raise ValueError(f"lm_head_weight: expected a vocabulary of at least 2 rows, got {weight.shape[0]}")
     _floating("hidden_states", hidden)
     _floating("lm_head_weight", weight)

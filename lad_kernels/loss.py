@@ -11,7 +11,8 @@ objective again. What only this module knows is exploited here: which tokens hav
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,15 @@ from lad_kernels import checks
 from lad_kernels.head import dispatch, flops
 from lad_kernels.head.autograd import Head, live_tokens, spread, take, take_gradient
 from lad_kernels.head.logits import HeadForward, HeadGradients, LogitGradient, Routing
-from lad_kernels.head.logprobs import prepare
+from lad_kernels.head.logprobs import head_kind, prepare
 from lad_kernels.head.routing import Certificate, route
 from lad_kernels.objective.config import GRPOConfig, LADConfig
 from lad_kernels.objective.policy import Config, PolicyInputs, PolicyTerms, compute_terms, validate
 from lad_kernels.outputs import LossOutput
 from lad_kernels.packing import Packing
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @torch.compiler.disable
@@ -51,13 +55,14 @@ def linear_lad_loss(
     rollout_is_weights: Tensor | None = None,  # [B], or the shape of target_ids
     return_entropy: bool = False,
     return_logprobs: bool = True,
+    vocab_group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> LossOutput:
     """LAD (arXiv 2602.20132) from last hidden states and the lm_head weight, without storing N x V logits.
 
     Args:
-        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, impl: as for
-            `linear_logprobs`.
+        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl: as for
+            `linear_logprobs`. With a group the backward is dense and `head_flops` counts this rank's.
         old_logprobs: the behaviour policy's log-probs; None means on-policy: the ratio is exactly 1.
         advantages: one per sequence [B] or one per token. Give this or `rewards`.
         rewards: [B], turned into advantages by `config.advantage_scale`; needs `group_size` or `group_ids`.
@@ -103,6 +108,7 @@ def linear_grpo_loss(
     rollout_is_weights: Tensor | None = None,
     return_entropy: bool = False,
     return_logprobs: bool = True,
+    vocab_group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> LossOutput:
     """PPO-clip and its family (see `GRPOConfig`) in the same kernels; arguments as for `linear_lad_loss`."""
@@ -152,15 +158,17 @@ def _linear_policy_loss(
     config: Config,
     return_entropy: bool,
     return_logprobs: bool,
+    vocab_group: ProcessGroup | None,
     impl: str,
     **objective: Any,
 ) -> LossOutput:
     inputs = PolicyInputs(**objective)
     checks.plain_tensor("target_ids", target_ids)
+    checks.vocab_group(vocab_group, impl, config.backward)
     validate(inputs, target_ids, "target_ids", config)
     hidden, weight, targets, packing, transform = prepare(
         hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, inputs.loss_mask, impl,
-        inputs.cu_seqlens,
+        inputs.cu_seqlens, sharded=vocab_group is not None,
     )  # fmt: skip
     if impl == "reference":
         from lad_kernels import reference
@@ -177,12 +185,13 @@ def _linear_policy_loss(
         grad and weight.requires_grad,
         bool(grad and bias is not None and bias.requires_grad),
     )
+    new_head = head_kind(vocab_group, hidden, weight, bias, targets)
     with torch.no_grad(), flops.counting() as tally:
-        head = Head(packing.take(hidden), weight, targets, bias, transform, triton)
+        head = new_head(packing.take(hidden), weight, targets, bias, transform, triton)
         step = _Step(head, inputs, packing, config, impl, needs, return_logprobs, return_entropy)
         step.run()
     terms, spent = step.terms, targets.new_full((), tally[0], dtype=_widest(hidden.device))  # []
-    loss = _LinearPolicyLoss.apply(hidden, weight, bias, targets, step, spent)
+    loss = _LinearPolicyLoss.apply(hidden, weight, bias, targets, step, spent, new_head)
     entropy = None if step.entropy is None else packing.place(step.entropy)
     used = terms.advantages if inputs.advantages is None else inputs.advantages.detach()
     logprobs = packing.place(step.logprobs) if return_logprobs else None
@@ -356,11 +365,12 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, step: _Step, spent: Tensor
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, step: _Step, spent: Tensor,
+        new_head: Callable[..., Head],
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.packing, ctx.transform, ctx.triton = step.packing, step.head.transform, step.head.triton
-        ctx.step, ctx.spent = step, spent
+        ctx.step, ctx.spent, ctx.new_head = step, spent, new_head
         ctx.set_materialize_grads(False)
         del step.head  # holds a packed copy of the hidden states
         return step.terms.loss.clone()
@@ -369,10 +379,10 @@ class _LinearPolicyLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple:  # []
         checks.refuse_double_backward()
         if grad is None:
-            return (None,) * 6
+            return (None,) * 7
         hidden, weight, bias, targets = ctx.saved_tensors
         with flops.counting() as tally:
-            head = Head(ctx.packing.take(hidden), weight, targets, bias, ctx.transform, ctx.triton)
+            head = ctx.new_head(ctx.packing.take(hidden), weight, targets, bias, ctx.transform, ctx.triton)
             found = ctx.step.backward(head, grad)
         ctx.spent += tally[0]
-        return *spread(found, ctx.packing, ctx.step.live), None, None, None
+        return *spread(found, ctx.packing, ctx.step.live), None, None, None, None

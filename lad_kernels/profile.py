@@ -144,13 +144,19 @@ def profile_sparsity(
     work = dispatch.Work(
         len(targets), weight.shape[1], len(weight), hidden.dtype.itemsize, dispatch.kind(hidden.device, triton)
     )
-    routing, certificate = route(
-        head.hidden, weight, targets, transform, out.lse, out.logprobs, out.block_lse, LogitGradient(c, -c), tail_mass,
-        dense_share=dispatch.SPEEDS[work.device].gathered, unbiased=tail == "unbiased",
-    )  # fmt: skip
-    kept = torch.bincount(routing.rows, minlength=len(targets))  # [M]
-    kept[routing.dense] = work.blocks
-    return _summarise(work, out.entropy, c, kept, certificate, len(routing.dense), tail_mass, buckets)
+    live, kept = c.nonzero()[:, 0], torch.zeros_like(targets)  # [A] the others have nothing to drop, [M]
+    dense, certificate = live, Certificate(*[out.lse.new_zeros(())] * 5)
+    if len(live):
+        part = head.take(live)
+        routing, certificate = route(
+            part.hidden, weight, part.targets, part.transform, out.lse[live], out.logprobs[live],
+            out.block_lse[:, live], LogitGradient(c[live], -c[live]), tail_mass,
+            dense_share=dispatch.SPEEDS[work.device].gathered, unbiased=tail == "unbiased",
+        )  # fmt: skip
+        dense = live[routing.dense]  # tokens that keep every block
+        kept[live] = torch.bincount(routing.rows, minlength=len(live))
+        kept[dense] = work.blocks
+    return _summarise(work, out.entropy, c, kept, certificate, len(dense), tail_mass, buckets)
 
 
 def _of_model(model: Any, input_ids: Tensor | None, attention_mask: Tensor | None) -> tuple:

@@ -13,12 +13,16 @@ Eq. 2 prints KL(pi_old || pi); the exponential form is the optimum for KL(pi || 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lad_kernels.objective.config import GRPOConfig, LADConfig
 from lad_kernels.outputs import LinearLogprobs, LossOutput
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # f(x) of each divergence, given log x; x = exp(log x) is formed here and nowhere else.
 GENERATORS = {
@@ -45,9 +49,12 @@ def linear_logprobs(
     softcap: float | None = None,
     loss_mask: Tensor | None = None,  # the shape of target_ids
     return_entropy: bool = False,
+    vocab_group: ProcessGroup | None = None,
     impl: str = "reference",
 ) -> LinearLogprobs:
     """log pi(y | h), entropy and log-sum-exp of z = softcap(scale (h W^T + b)) / temperature."""
+    if vocab_group is not None:
+        raise ValueError("vocab_group: expected None, got a group; the reference needs all rows of lm_head_weight")
     kept = _kept(target_ids, loss_mask)  # [M]
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     h = hidden_states.reshape(-1, hidden_states.shape[-1])[kept].to(dtype)  # [M, D]
@@ -216,13 +223,14 @@ def linear_lad_loss(
     rollout_is_weights: Tensor | None = None,
     return_entropy: bool = False,
     return_logprobs: bool = True,
+    vocab_group: ProcessGroup | None = None,
     impl: str = "reference",
 ) -> LossOutput:
     """`linear_logprobs`, `group_advantages` if rewards are given, then `lad_loss`."""
     want_entropy = return_entropy or config.entropy_coef != 0
     head = linear_logprobs(
         hidden_states, lm_head_weight, target_ids, bias=bias, temperature=temperature, logit_scale=logit_scale,
-        softcap=softcap, loss_mask=loss_mask, return_entropy=want_entropy,
+        softcap=softcap, loss_mask=loss_mask, return_entropy=want_entropy, vocab_group=vocab_group,
     )  # fmt: skip
     if advantages is None:
         advantages = group_advantages(rewards, group_size=group_size, group_ids=group_ids, scale=config.advantage_scale)
@@ -257,6 +265,7 @@ def linear_grpo_loss(
     rollout_is_weights: Tensor | None = None,
     return_entropy: bool = False,
     return_logprobs: bool = True,
+    vocab_group: ProcessGroup | None = None,
     impl: str = "reference",
 ) -> LossOutput:
     """`linear_logprobs`, `group_advantages` if rewards are given, then `grpo_loss`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemm
 
 from integration import bandit, compare, demo, memory
 from integration.compare import read_records
-from integration.policy import build_policy, check_head, hidden_states, logprobs_of, pack
+from integration.policy import build_policy, logprobs_of, pack, through_head
 from integration.report import Sheet
 from integration.tasks import RIGHT, Task, build_tokenizer, tagged_answer
 from integration.trainer import (
@@ -134,9 +135,8 @@ def test_packed_loss_gives_the_gradient_of_the_padded_one(policy):
                 mask[b, len(prompt) - 1 : len(row)] = True
             out = linear_lad_loss(torch.stack(rows), weight, target, advantages=advantages, loss_mask=mask)
         else:
-            hidden = hidden_states(policy, batch)
-            options = {"loss_mask": batch.loss_mask, "cu_seqlens": batch.cu_seqlens}
-            out = linear_lad_loss(hidden, weight, batch.target_ids, advantages=advantages, **options)
+            options = {"loss_mask": batch.loss_mask, "cu_seqlens": batch.cu_seqlens, "advantages": advantages}
+            out = through_head(policy, batch, partial(linear_lad_loss, target_ids=batch.target_ids, **options))
         out.loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
     assert gradients[1].norm() > 0
@@ -215,24 +215,16 @@ HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
     ],
     ids=["cohere-scale", "gemma2-softcap", "granite-scaling"],
 )
-def test_transformed_logits_are_understood_or_refused(config, tmp_path):
+def test_transformed_logits_are_understood(config, tmp_path):
     torch.manual_seed(0)
     config.initializer_range = 0.5  # logits large enough for the transform to matter
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
-    policy = build_policy(str(tmp_path), "cpu", pretrained=False, temperature=0.7)
+    policy = build_policy(str(tmp_path), "cpu", pretrained=False)
     batch = pack([[5, 6]], [[7, 1]], policy.device)
-    assert logprobs_of(policy, batch, 0.7).logprobs.isfinite().all()
-    forward = policy.model.forward
-
-    def squared(*args, **kwargs):
-        out = forward(*args, **kwargs)
-        out.logits = out.logits * 3
-        return out
-
-    policy.model.forward = squared
-    with pytest.raises(ValueError, match="from its logits"):
-        check_head(policy, 1.0)
+    logits = policy.model(batch.input_ids[None]).logits[0] / 0.7  # [N, V]
+    own = logits.log_softmax(-1).gather(1, batch.target_ids[:, None])[:, 0] * batch.loss_mask  # [N]
+    torch.testing.assert_close(logprobs_of(policy, batch, 0.7).logprobs, own)
 
 
 def test_checkpoint_replaces_the_previous_one(policy, task, tmp_path):

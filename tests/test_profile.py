@@ -48,6 +48,18 @@ def test_kept_share_is_that_of_the_rule(monkeypatch, tmp_path):
     assert out.metrics["kept_share"].item() == pytest.approx(found.kept_share, rel=0.02)
 
 
+def test_tokens_without_a_gradient_have_nothing_to_drop():
+    x = make_inputs(12, 16, 300, masked=0.0, entropy=1.0)
+    c = torch.tensor([0.0, 2.0, -1.0]).repeat(4)  # [N]
+    found = profile_sparsity(x.hidden, x.weight, x.targets, coefficients=c)
+    alone = profile_sparsity(x.hidden[c != 0], x.weight, x.targets[c != 0], coefficients=c[c != 0])
+    assert found.zero_share == pytest.approx(1 / 3)
+    assert (found.dropped_mass_mean, found.dropped_mass_max) == (alone.dropped_mass_mean, alone.dropped_mass_max)
+    assert found.kept_share == pytest.approx(alone.kept_share * 2 / 3)
+    none = profile_sparsity(x.hidden, x.weight, x.targets, coefficients=torch.zeros(12))
+    assert (none.zero_share, none.kept_share, none.dropped_mass_max) == (1, 0, 0)
+
+
 def test_a_model_of_transformers():
     transformers = pytest.importorskip("transformers")
     config = transformers.Gemma2Config(

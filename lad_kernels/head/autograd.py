@@ -42,7 +42,7 @@ class Head:
     transform: LogitTransform
     triton: bool
 
-    def take(self, tokens: Tensor | None) -> Head:
+    def take(self, tokens: Tensor | slice | None) -> Head:
         """The head on some of the tokens [A]; None stands for all."""
         if tokens is None:
             return self
@@ -85,11 +85,12 @@ class Head:
         )  # fmt: skip
 
     def backward(
-        self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: tuple[bool, bool, bool]
-    ) -> HeadGradients:
-        """Gradients of hidden [M, D], weight and bias; exact without a routing."""
+        self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: tuple[bool, bool, bool],
+        *, wide: bool = False,
+    ) -> HeadGradients:  # fmt: skip
+        """Gradients of hidden [M, D], weight and bias; exact without a routing, and with `wide` not rounded then."""
         path: Any = torch_ops
-        options = _wanted(needs)
+        options = _wanted(needs) | ({"wide": wide} if routing is None else {})
         if self.triton:
             from lad_kernels.head.kernels import dense, routed
 
@@ -115,12 +116,12 @@ def live_tokens(gradient: LogitGradient) -> Tensor | None:
     return None if len(tokens) == len(live) else tokens
 
 
-def take(x: Tensor, tokens: Tensor | None) -> Tensor:
+def take(x: Tensor, tokens: Tensor | slice | None) -> Tensor:
     """[M] -> [A]."""
     return x if tokens is None else x[tokens]
 
 
-def take_gradient(gradient: LogitGradient, tokens: Tensor | None) -> LogitGradient:
+def take_gradient(gradient: LogitGradient, tokens: Tensor | slice | None) -> LogitGradient:
     """Coefficients of some tokens."""
     entropy = None if gradient.entropy is None else take(gradient.entropy, tokens)
     return LogitGradient(take(gradient.onehot, tokens), take(gradient.prob, tokens), entropy)
@@ -142,12 +143,12 @@ class LinearLogprobsFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, packing: Packing,
-        transform: LogitTransform, want_entropy: bool, triton: bool,
+        transform: LogitTransform, want_entropy: bool, triton: bool, new_head: Callable[..., Head],
     ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-        head = Head(packing.take(hidden), weight, targets, bias, transform, triton)
+        head = new_head(packing.take(hidden), weight, targets, bias, transform, triton)
         out = head.forward(want_entropy=want_entropy)
         ctx.save_for_backward(hidden, weight, bias, targets, out.lse, out.entropy)
-        ctx.packing, ctx.transform, ctx.triton = packing, transform, triton
+        ctx.packing, ctx.transform, ctx.triton, ctx.new_head = packing, transform, triton, new_head
         ctx.set_materialize_grads(False)
         return out.logprobs, out.entropy, out.lse
 
@@ -156,13 +157,13 @@ class LinearLogprobsFunction(torch.autograd.Function):
         checks.refuse_double_backward()
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
         if (g_logp is None and g_entropy is None and g_lse is None) or not any(ctx.needs_input_grad[:3]):
-            return (None,) * 8
+            return (None,) * 9
         onehot = torch.zeros_like(lse) if g_logp is None else g_logp  # [M]
         prob = -onehot if g_lse is None else g_lse - onehot  # [M]
         if g_entropy is not None:
             prob = prob - g_entropy * entropy
         gradient = LogitGradient(onehot, prob, g_entropy)
         live = live_tokens(gradient)  # [A]
-        head = Head(ctx.packing.take(hidden), weight, targets, bias, ctx.transform, ctx.triton).take(live)
+        head = ctx.new_head(ctx.packing.take(hidden), weight, targets, bias, ctx.transform, ctx.triton).take(live)
         found = head.backward(take(lse, live), take_gradient(gradient, live), None, ctx.needs_input_grad[:3])
-        return *spread(found, ctx.packing, live), None, None, None, None, None
+        return *spread(found, ctx.packing, live), None, None, None, None, None, None

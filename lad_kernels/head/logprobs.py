@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from lad_kernels import checks
-from lad_kernels.head.autograd import LinearLogprobsFunction
+from lad_kernels.head.autograd import Head, LinearLogprobsFunction
 from lad_kernels.head.logits import LogitTransform
 from lad_kernels.outputs import LinearLogprobs
 from lad_kernels.packing import Packing, pack
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @torch.compiler.disable
@@ -24,6 +31,7 @@ def linear_logprobs(
     softcap: float | None = None,
     loss_mask: Tensor | None = None,  # the shape of target_ids
     return_entropy: bool = False,
+    vocab_group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> LinearLogprobs:
     """Token log-probabilities of z = softcap(logit_scale (h W^T + b)) / temperature, without storing logits.
@@ -42,6 +50,12 @@ def linear_logprobs(
         loss_mask: nonzero where a token counts; other positions return 0, get exactly zero gradient and may hold
             anything. Costs one host sync on an accelerator.
         return_entropy: also return the entropy of each token's distribution.
+        vocab_group: the process group over which the rows of the head are spread. lm_head_weight [V_r, D] and bias
+            [V_r] are then this rank's consecutive rows, in rank order and of any number (0 too; cut padding rows off
+            with weight[:rows]). Everything else is the same on every rank, target_ids are numbered over the whole
+            vocabulary, and every rank makes every call and every backward. Results are the same on every rank; dH is
+            in full on every rank and must not be summed again, dW is that of the local rows. A DTensor's rows are
+            weight.to_local(). Two all-gathers forward, all-reduces of dH backward, one host sync.
         impl: `auto` (Triton on CUDA and ROCm, PyTorch elsewhere), `triton`, `torch` or `reference`.
 
     Returns:
@@ -53,9 +67,11 @@ def linear_logprobs(
     """
     checks.plain_tensor("target_ids", target_ids)
     checks.mask(loss_mask, target_ids, "target_ids")
+    checks.vocab_group(vocab_group, impl)
     hidden, weight, targets, packing, transform = prepare(
-        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, loss_mask, impl
-    )
+        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, loss_mask, impl,
+        sharded=vocab_group is not None,
+    )  # fmt: skip
     if impl == "reference":
         from lad_kernels import reference
 
@@ -72,6 +88,7 @@ def linear_logprobs(
         transform,
         return_entropy,
         checks.use_triton(impl, hidden.device, hidden.dtype),
+        head_kind(vocab_group, hidden, weight, bias, targets),
     )
     place = packing.place
     return LinearLogprobs(place(logprobs), None if entropy is None else place(entropy), place(lse))
@@ -80,15 +97,16 @@ def linear_logprobs(
 def prepare(
     hidden: Tensor, weight: Tensor, target_ids: Tensor, bias: Tensor | None, temperature: float | Tensor,
     logit_scale: float, softcap: float | None, loss_mask: Tensor | None, impl: str, cu_seqlens: Tensor | None = None,
+    *, sharded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Packing, LogitTransform]:  # fmt: skip
-    """Validate what the head needs and pack it.
+    """Validate what the head needs and pack it; with `sharded` the range of the targets is not known yet.
 
     Returns hidden and weight in the dtype to compute in, targets [M], packing and transform.
     """
     checks.impl(impl)
     checks.plain_tensor("hidden_states", hidden)
     autocast = torch.is_autocast_enabled(hidden.device.type)
-    checks.head(hidden, weight, target_ids, bias, autocast=autocast)
+    checks.head(hidden, weight, target_ids, bias, autocast=autocast, sharded=sharded)
     checks.transform(temperature, logit_scale, softcap, target_ids)
     if autocast:
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -97,8 +115,22 @@ def prepare(
         checks.use_triton(impl, hidden.device, hidden.dtype)
     packing = pack(target_ids, loss_mask, cu_seqlens)
     targets = packing.take(target_ids).long()  # [M]
-    checks.target_range(targets, len(weight))
+    if not sharded:
+        checks.target_range(targets, len(weight))
     if isinstance(temperature, Tensor):
         full = temperature.detach().to(torch.promote_types(hidden.dtype, torch.float32)).expand(target_ids.shape)
         temperature = packing.take(full)  # [M]
     return hidden, weight, targets, packing, LogitTransform(float(logit_scale), softcap, temperature)
+
+
+def head_kind(
+    vocab_group: ProcessGroup | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> Callable[..., Head]:
+    """What builds a head from the fields of `Head`: all rows here, or spread over a group (collective)."""
+    if vocab_group is None:
+        return Head
+    from lad_kernels.head import parallel
+
+    shard = parallel.join(vocab_group, hidden, weight, bias, targets)
+    checks.target_range(targets, shard.vocabulary)
+    return functools.partial(parallel.ShardedHead, shard=shard)

@@ -168,16 +168,21 @@ def backward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    wide: bool = False,
 ) -> HeadGradients:
-    """Gradients for any LogitGradient, exact without a routing; see the module docstring for the order of the work."""
-    needs = ((hidden, need_hidden), (weight, need_weight), (bias, need_bias))
-    if len(hidden) == 0:
-        return HeadGradients(*(torch.zeros_like(x) if need else None for x, need in needs))
+    """Gradients for any LogitGradient, exact without a routing; see the module docstring for the order of the work.
+
+    With `wide` they stay in the dtype of the arithmetic, for a caller who adds to them.
+    """
     logits = _Logits(hidden, weight, bias, transform)
     dtype = logits.dtype
+    narrow = (lambda x: dtype) if wide else (lambda x: x.dtype)
+    if len(hidden) == 0:
+        needs = ((hidden, need_hidden), (weight, need_weight), (bias, need_bias))
+        return HeadGradients(*(torch.zeros_like(x, dtype=narrow(x)) if need else None for x, need in needs))
     dh = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if need_hidden else None
-    dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
-    db = torch.empty_like(bias) if need_bias else None
+    dw = weight.new_empty(weight.shape, dtype=narrow(weight)) if need_weight else None
+    db = bias.new_empty(bias.shape, dtype=narrow(bias)) if need_bias else None
     dense = logits.chunks if routing is None else [c for c in routing.dense.split(MAX_CHUNK) if len(c)]
     pairs = _pairs_by_block(routing)
     for columns in logits.slabs:
@@ -213,7 +218,7 @@ def backward(
             dw[columns] = dw_slab
         if need_bias:
             db[columns] = db_slab
-    return HeadGradients(None if dh is None else dh.to(hidden.dtype), dw, db)
+    return HeadGradients(None if dh is None else dh.to(narrow(hidden)), dw, db)
 
 
 def _count(tokens: int, columns: int, hidden_size: int, products: int) -> None:

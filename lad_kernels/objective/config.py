@@ -73,7 +73,7 @@ class LADConfig:
             the cheaper by the model of head/dispatch.py.
         tail_mass: theta: a pair may be dropped when its piece of the logit gradient has an L1 norm of at most theta
             times the mean |c|. 0 is exact; None means 0 for float32 and float64 and 3e-4 for 16-bit inputs, where
-            what is lost stays below the rounding of the dense path. `metrics` bound the error.
+            the error measured with the unbiased tail is that of rounding dH to 16 bits. `metrics` bound the error.
         tail: what becomes of pairs below the threshold: `unbiased` keeps some, by a hash and scaled so that the
             expected gradient is exact, `drop` none.
     """

@@ -175,30 +175,32 @@ def backward(
     workspace_bytes: int = 512 << 20,
     tiles: Tiles | None = None,
     then: Callable[[slice, Tensor | None, Tensor | None], None] | None = None,
+    wide: bool = False,
 ) -> HeadGradients:
     """Gradients with respect to hidden, weight and bias. `tiles` overrides the table of configs.py.
 
     `then` is called for each slab of whole blocks with its finished dW [width, D] and db [width], both unscaled
-    float32 or None, and may add to them before they are cast.
+    float32 or None, and may add to them before they are cast. With `wide` nothing is cast: all gradients are float32.
     """
     (N, D), V, device = hidden.shape, weight.shape[0], hidden.device
     need_bias = need_bias and bias is not None
     if N == 0:
         wanted = ((hidden, need_hidden), (weight, need_weight), (bias, need_bias))
-        return HeadGradients(*(torch.zeros_like(x) if need else None for x, need in wanted))
+        dtype = torch.float32 if wide else hidden.dtype
+        return HeadGradients(*(torch.zeros_like(x, dtype=dtype) if need else None for x, need in wanted))
     hidden, weight = configs.by_rows(hidden), configs.by_rows(weight)
     targets, lse, bias = (None if x is None else x.contiguous() for x in (targets, lse, bias))
     tiles = tiles or configs.tiles_for(hidden, weight, bias, transform)
     gradient, down = scaled(gradient, transform, hidden.dtype)
     rows, columns = split(N, D, V, hidden.element_size(), workspace_bytes)
 
-    wide = {"dtype": torch.float32, "device": device}
+    new = {"dtype": torch.float32, "device": device}
     dr = torch.empty(rows, columns, dtype=hidden.dtype, device=device) if need_hidden or need_weight else None
-    dh = torch.empty(N, D, **wide) if need_hidden else None  # [N, D]
-    dw = torch.empty(V, D, dtype=weight.dtype, device=device) if need_weight else None  # [V, D]
-    narrow_dw = need_weight and weight.dtype != torch.float32
-    dw_slab = torch.empty(columns, D, **wide) if narrow_dw else None  # [columns, D]
-    db = torch.zeros(V, **wide) if need_bias else None  # [V]
+    dh = torch.empty(N, D, **new) if need_hidden else None  # [N, D]
+    narrow_dw = need_weight and weight.dtype != torch.float32 and not wide
+    dw = torch.empty(V, D, **(new | {"dtype": weight.dtype} if narrow_dw else new)) if need_weight else None  # [V, D]
+    dw_slab = torch.empty(columns, D, **new) if narrow_dw else None  # [columns, D]
+    db = torch.zeros(V, **new) if need_bias else None  # [V]
     for v0 in range(0, V, columns):
         slab = slice(v0, min(v0 + columns, V))
         width = slab.stop - v0
@@ -223,6 +225,8 @@ def backward(
             dw[slab] = dw_sum
     if down is not None and need_hidden:
         dh.mul_(down)
+    if wide:
+        return HeadGradients(dh, dw, db)
     return HeadGradients(None if dh is None else dh.to(hidden.dtype), dw, None if db is None else db.to(bias.dtype))
 
 

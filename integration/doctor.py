@@ -1,0 +1,249 @@
+"""What is installed, what works on this machine, and which path through the head given shapes take, in words.
+
+Supported versions and extras are those of the installed package's own metadata, so nothing here repeats `setup.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lad_kernels import checks, linear_lad_loss
+from lad_kernels.head import dispatch
+
+PACKAGES = (
+    "torch", "numpy", "triton", "transformers", "accelerate", "trl", "peft", "deepspeed", "verl", "liger-kernel",
+    "datasets", "reasoning-gym", "rich", "matplotlib",
+)  # fmt: skip
+SWITCHES = {
+    "LAD_KERNELS_ATOMICS": "the routed backward adds dH by atomics: less traffic, not reproducible bit for bit",
+    "LAD_KERNELS_VALIDATE": "tensor values are checked on accelerators too, at a host sync each",
+    "TRITON_INTERPRET": "Triton kernels run in its interpreter: correct, thousands of times slower",
+}
+SHAPES = {"Qwen2.5-0.5B": (896, 151_936), "Llama-3-8B": (4096, 128_256)}  # D, V
+SELF_CHECK = 1e-5  # relative float32 error allowed; 8e-7 was measured on a CPU
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user wants to know; None and empty mean the defaults for this machine."""
+
+    device: str | None = None
+    dtype: str | None = None
+    impl: str = "auto"
+    tokens: int = 16_384  # N
+    hidden_size: int | None = None  # D
+    vocab_size: int | None = None  # V
+    require: tuple[str, ...] = ()  # packages that have to work
+
+
+class Installed(NamedTuple):
+    """A package as found here."""
+
+    name: str
+    version: str | None  # None: not installed
+    supported: str  # version range; empty: any, or unknown
+    extra: str  # pip extra that brings it; empty: none does
+    required: bool  # by lad_kernels itself
+
+    @property
+    def fits(self) -> bool:
+        return self.version is not None and Requirement(f"x{self.supported}").specifier.contains(
+            self.version, prereleases=True
+        )
+
+    @property
+    def verdict(self) -> str:
+        if self.fits:
+            return "ok" if self.supported else "installed, no range stated"
+        if self.version is not None:
+            return "outside the supported range"
+        return f"missing: pip install 'lad_kernels[{self.extra}]'" if self.extra else "missing"
+
+
+def requirements() -> tuple[dict[str, Requirement], dict[str, str]]:
+    """Package -> requirement, and package -> first extra that brings it, from the metadata of lad_kernels."""
+    try:
+        lines, extras = (
+            metadata.requires("lad_kernels") or [],
+            metadata.metadata("lad_kernels").get_all("Provides-Extra"),
+        )
+    except metadata.PackageNotFoundError:
+        return {}, {}
+    found, brought = {}, {}
+    for requirement in map(Requirement, lines):
+        marker = requirement.marker
+        if marker is None or marker.evaluate({"extra": ""}):
+            brought[requirement.name] = ""
+        for extra in extras:
+            if marker is not None and marker.evaluate({"extra": extra}):
+                brought.setdefault(requirement.name, extra)
+        found.setdefault(requirement.name, requirement)
+    return found, brought
+
+
+def packages() -> list[Installed]:
+    """The packages of PACKAGES on this machine."""
+    needed, brought = requirements()
+    found = []
+    for name in PACKAGES:
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            version = None
+        specifier = str(needed[name].specifier) if name in needed else ""
+        found.append(Installed(name, version, specifier, brought.get(name, ""), brought.get(name) == ""))
+    return found
+
+
+def driver() -> str | None:
+    """NVIDIA's kernel driver, as it describes itself."""
+    path = Path("/proc/driver/nvidia/version")
+    return path.read_text().splitlines()[0].removeprefix("NVRM version:").strip() if path.exists() else None
+
+
+def machine(device: torch.device, triton: str | None) -> list[tuple[str, str]]:
+    """(what, found) of interpreter, devices, driver, Triton and switches."""
+    build = "CPU only"
+    if torch.version.cuda or torch.version.hip:
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    elif driver():
+        build = "CPU only, although a driver is here: install with constraints-cuda.txt"
+    rows = [
+        ("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
+        ("torch build", build),
+        ("NVIDIA driver", driver() or "none"),
+    ]
+    for i in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(i)
+        kind = found.gcnArchName if torch.version.hip else f"compute capability {found.major}.{found.minor}"
+        rows.append((f"cuda:{i}", f"{found.name}, {kind}, {found.total_memory / 2**30:.0f} GiB"))
+    rows.append(("device used here", f"{device}, {torch.get_num_threads()} CPU threads"))
+    rows.append(("Triton kernels", "usable" if triton is None else f"not used: {triton}"))
+    for name, meaning in SWITCHES.items():
+        value = os.environ.get(name, "0")
+        state = meaning if value == "1" else "off" if value == "0" else f"no effect: expected 1 or 0, got {value!r}"
+        rows.append((name, state))
+    return rows
+
+
+def paths(asked: Asked, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str]]:
+    """(shape, call, path in words) of the default shapes, or of the one asked for."""
+    shapes = SHAPES
+    if asked.hidden_size or asked.vocab_size:
+        shapes = {"yours": (asked.hidden_size or 4096, asked.vocab_size or 151_936)}
+    triton = asked.impl != "reference" and checks.use_triton(asked.impl, device, dtype)
+    one_pass = dtype != torch.float16 if triton else dtype.itemsize > 2
+    calls = {
+        "scoring, no gradient": {"grad": False},
+        "linear_logprobs": {"tail": 0.0},
+        "linear_lad_loss, token level": {"one_pass": one_pass},
+    }
+    return [
+        (name, call, dispatch.why(asked.tokens, *shape, dtype=dtype, device=device, impl=asked.impl, **options))
+        for name, shape in shapes.items()
+        for call, options in calls.items()
+    ]
+
+
+def self_check(device: torch.device, impl: str) -> float:
+    """Largest relative error of a small float32 LAD loss and its gradients against the float64 specification."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=generator) / 4 for n in (48, 600))  # [N, D], [V, D]
+    targets = torch.randint(600, (48,), generator=generator).to(device)  # [N]
+    old = -3 - torch.rand(48, generator=generator)  # [N]
+    advantages = torch.randn(48, generator=generator)  # [N]
+    found = []
+    for kind, dtype in ((impl, torch.float32), ("reference", torch.float64)):
+        h, w = (x.to(device, dtype).requires_grad_() for x in (hidden, weight))
+        given = {"old_logprobs": old.to(device, dtype), "advantages": advantages.to(device, dtype)}
+        loss = linear_lad_loss(h, w, targets, **given, impl=kind).loss
+        found.append((loss.detach(), *torch.autograd.grad(loss, (h, w))))
+    return max(((ours - truth).norm() / truth.norm()).item() for ours, truth in zip(*found))
+
+
+def import_error(name: str) -> str | None:
+    """Why a package cannot be imported; None if it can."""
+    try:
+        importlib.import_module(name.replace("-", "_"))
+    except Exception as error:  # whatever a broken installation raises is the answer
+        return f"{name} cannot be imported: {type(error).__name__}: {error}"
+    return None
+
+
+def verl_plugin() -> str:
+    """What a worker of verl finds of ours, as one line; verl itself hides a plugin that fails to load."""
+    from integration import verl
+
+    return verl.status()
+
+
+def package_problems(installed: list[Installed], wanted: tuple[str, ...], triton_needed: bool) -> list[str]:
+    """What is wrong with packages that have to work: ours and those in `wanted`."""
+    found = []
+    for part in installed:
+        ours = part.required and (part.name != "triton" or triton_needed or part.version is not None)
+        if (ours or part.name in wanted) and not part.fits:
+            words = (part.name, part.version, part.verdict, part.supported)
+            found.append(" ".join(word for word in words if word))
+        elif part.name in wanted and (reason := import_error(part.name)):
+            found.append(reason)
+        elif part.name == "verl" and "verl" in wanted and not (line := verl_plugin()).endswith("are registered"):
+            found.append(line)
+    known = [part.name for part in installed]
+    return found + [f"{name}: expected one of {', '.join(known)}" for name in wanted if name not in known]
+
+
+def table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    found = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        found.add_row(*map(escape, row))
+    return found
+
+
+def main(asked: Asked, console: Console | None = None) -> int:
+    """Print the report; 1 if something that has to work does not, else 0."""
+    console = console or Console()
+    device = torch.device(asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, asked.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    unavailable = checks.triton_unavailable(device, dtype)
+    installed = packages()
+    problems = package_problems(installed, asked.require, device.type == "cuda" or asked.impl == "triton")
+    console.print(table("Machine", ("what", "found"), machine(device, unavailable)))
+    rows = [(p.name, p.version or "-", p.supported or "-", p.verdict) for p in installed]
+    console.print(table("Packages", ("package", "installed", "supported", "verdict"), rows))
+    if not requirements()[0]:
+        console.print("lad_kernels is not installed here, so supported ranges are unknown: pip install -e .")
+    if asked.impl == "triton" and unavailable:
+        problems.append(f"impl='triton' was asked for, but {unavailable}")
+    else:
+        title = f"Path of {asked.tokens:,} tokens, {str(dtype).removeprefix('torch.')}, on {device}"
+        console.print(f"[italic]{title}[/]")
+        for shape, call, words in paths(asked, device, dtype):
+            console.print(f"- [bold]{shape}, {call}[/]: {escape(words)}", highlight=False)
+        problems += check(device, asked.impl, console)
+    for problem in problems:
+        console.print(f"[red]broken[/] {escape(problem)}", highlight=False)
+    console.print("healthy" if not problems else f"{len(problems)} to repair")
+    return int(bool(problems))
+
+
+def check(device: torch.device, impl: str, console: Console) -> list[str]:
+    """Run the self-check and say what came of it; problems, if any."""
+    try:
+        error = self_check(device, impl)
+    except Exception as reason:  # a device that is not there, a kernel that does not compile: that is the answer
+        return [f"a small LAD loss on {device} fails: {type(reason).__name__}: {reason}"]
+    console.print(f"A small LAD loss with its gradients on {device} is within {error:.1e} of the specification.")
+    return [] if error <= SELF_CHECK else [f"self-check: expected an error of at most {SELF_CHECK:g}, got {error:.1e}"]

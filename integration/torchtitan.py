@@ -1,0 +1,67 @@
+"""LAD as a loss of torchtitan's RL trainer, beside its GRPOLoss.
+
+loss=ChunkedLossWrapper.Config(num_chunks=8, loss_fn=LADLoss.Config(eta=0.25))  # in a config registry
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lad_kernels import LADConfig, lad_loss
+
+try:
+    from torchtitan.components.loss import BaseLoss, compute_logprobs
+except ModuleNotFoundError as error:
+    if error.name != "torchtitan":
+        raise
+
+    class BaseLoss:  # a place for Config to stand
+        class Config:
+            def __post_init__(self) -> None:
+                raise ImportError("LADLoss: torchtitan is not installed; pip install torchtitan")
+
+
+class LADLoss(BaseLoss):
+    """LAD with torchtitan's mask and divisor: tokens without a finite generator log-prob are dropped, and the sum is
+    divided by `global_valid_tokens`. Ratios are per token, because a chunk does not hold whole completions.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseLoss.Config):
+        """Fields of `LADConfig`."""
+
+        divergence: str = "js"
+        eta: float = 0.25
+        centered: bool = False
+        log_ratio_clamp: float | None = None
+        target_clamp: float | None = None
+
+    def __init__(self, config: Config, *, compile_config: Any = None) -> None:
+        names = ("divergence", "eta", "centered", "log_ratio_clamp", "target_clamp")
+        self.config = LADConfig(**{name: getattr(config, name) for name in names})
+
+    def __call__(
+        self,
+        logits: Tensor,  # [B, T, V]
+        labels: Tensor,  # [B, T]
+        global_valid_tokens: float | Tensor | None = None,
+        *,
+        generator_logprobs: Tensor,  # [B, T]
+        advantages: Tensor,  # [B, T]
+        loss_mask: Tensor,  # [B, T]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss [], metrics); summed over chunks, micro-batches and ranks these are means weighted by tokens."""
+        mask = loss_mask & generator_logprobs.isfinite()  # [B, T]
+        logprobs = compute_logprobs(logits, labels)  # [B, T]
+        out = lad_loss(logprobs, generator_logprobs, advantages, loss_mask=mask, config=self.config)
+        total = 1 if global_valid_tokens is None else max(global_valid_tokens, 1)
+        share = mask.sum() / total  # []
+        loss, metrics = out.loss * share, {}
+        for name, value in out.metrics.items():
+            metrics[f"lad/{name}/max" if "max" in name else f"lad/{name}/mean"] = (
+                value if "max" in name else value * share
+            )
+        return loss, {"loss/mean": loss.detach(), **metrics}

@@ -1,0 +1,253 @@
+"""LAD in verl: the policy loss `lad`, its configuration, and the fused head as backend `lad_kernels`.
+
+verl loads this module in every worker, through the entry-point group `verl.plugins` if the package is installed, else
+with VERL_USE_EXTERNAL_MODULES=integration.verl. Nothing of verl changes unless it is asked for:
+
+    actor_rollout_ref.actor.policy_loss.loss_mode=lad
+    actor_rollout_ref.actor.policy_loss._target_=integration.verl.LADPolicyLossConfig
+    +actor_rollout_ref.actor.policy_loss.eta=0.25
+    actor_rollout_ref.model.use_fused_kernels=True
+    actor_rollout_ref.model.fused_kernel_options.impl_backend=lad_kernels
+
+Advantages come from verl's own estimators (`algorithm.adv_estimator=grpo`): LAD needs nothing else of the group.
+`python -m integration.verl` tells whether a worker of verl would find the plugin.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lad_kernels import LADConfig, LinearLogprobs, lad_loss, linear_logprobs
+
+logger = logging.getLogger(__name__)
+try:
+    from verl.models.transformers import monkey_patch
+    from verl.models.transformers.dense_common import CausalLMOutputForPPO
+    from verl.models.transformers.monkey_patch import patch_forward_with_backends
+    from verl.trainer.ppo.core_algos import register_policy_loss
+    from verl.workers.config import PolicyLossConfig
+except Exception as error:
+    if getattr(error, "name", None) != "verl":  # verl is there; it reports a plugin that fails at debug level only
+        logger.error("lad_kernels: cannot register with this verl: %s: %s", type(error).__name__, error)
+        raise
+    monkey_patch, PolicyLossConfig = None, object
+
+BACKEND = "lad_kernels"
+
+
+@dataclass
+class LADPolicyLossConfig(PolicyLossConfig):
+    """verl's policy loss configuration plus what LAD needs; every field means what it means in `LADConfig`.
+
+    Aggregation, KL and entropy terms are verl's own (`actor.loss_agg_mode`, `use_kl_loss`, `entropy_coeff`).
+
+    Raises:
+        ImportError: verl is not installed.
+        ValueError, TypeError: a field that `LADConfig` refuses.
+    """
+
+    loss_mode: str = "lad"
+    divergence: str = "js"
+    eta: float = 0.25
+    importance_sampling_level: str = "token"
+    centered: bool = False
+    log_ratio_clamp: float | None = None
+    target_clamp: float | None = None
+
+    def __post_init__(self) -> None:
+        if monkey_patch is None:
+            raise ImportError("LADPolicyLossConfig: verl is not installed; pip install 'verl>=0.9'")
+        self.lad_config()
+
+    def lad_config(self, loss_agg_mode: str = "token-mean") -> LADConfig:
+        """The same settings for `lad_loss`."""
+        return LADConfig(
+            divergence=self.divergence,
+            eta=self.eta,
+            importance_sampling_level=self.importance_sampling_level,
+            loss_agg_mode=loss_agg_mode,
+            centered=self.centered,
+            log_ratio_clamp=self.log_ratio_clamp,
+            target_clamp=self.target_clamp,
+        )
+
+
+def lad_policy_loss(
+    old_log_prob: Tensor,  # [B, T]
+    log_prob: Tensor,  # [B, T]
+    advantages: Tensor,  # [B, T]
+    response_mask: Tensor,  # [B, T]
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,  # [B, T]
+) -> tuple[Tensor, dict[str, float]]:
+    """`lad_loss` with the signature of verl's policy losses, registered there as `lad`.
+
+    Args:
+        old_log_prob, log_prob, advantages, response_mask: [B, T], padded responses; the mask is nonzero on loss tokens.
+        loss_agg_mode: any of verl's five modes.
+        config: verl's ActorConfig; `policy_loss` holds the LAD settings (a plain PolicyLossConfig means the defaults)
+            and `global_batch_info` what makes micro-batches and data parallelism exact.
+        rollout_is_weights: [B, T] importance weights of the rollout engine, constants.
+
+    Returns:
+        The loss [], scaled as `agg_loss` scales it, and metrics as Python floats, means over this micro-batch.
+
+    Raises:
+        ValueError: an unknown mode, or dp_size > 1 without the global counts.
+        TypeError: `policy_loss` is not one of the two configurations.
+    """
+    settings = getattr(config, "policy_loss", None)
+    if settings is None or type(settings) is PolicyLossConfig:
+        settings = LADPolicyLossConfig()
+    if not isinstance(settings, LADPolicyLossConfig):
+        raise TypeError(
+            f"config.policy_loss: expected LADPolicyLossConfig, got {type(settings).__name__}; set "
+            "actor_rollout_ref.actor.policy_loss._target_=integration.verl.LADPolicyLossConfig"
+        )
+    mask = response_mask.bool()  # [B, T]
+    here, share, width = _counts(loss_agg_mode, mask, dict(getattr(config, "global_batch_info", {})))
+    out = lad_loss(
+        log_prob,
+        old_log_prob,
+        advantages,
+        loss_mask=mask,
+        config=settings.lad_config("token-mean" if loss_agg_mode == "token-sum" else loss_agg_mode),
+        normalizer=here * width,
+        rollout_is_weights=rollout_is_weights,
+    )
+    values = torch.stack([x.float() for x in out.metrics.values()]).tolist()  # one host sync
+    metrics = {f"actor/lad/{name}": value for name, value in zip(out.metrics, values)}
+    return out.loss * share, {"actor/ppo_kl": metrics["actor/lad/approx_kl_k1"], **metrics}
+
+
+def _counts(mode: str, mask: Tensor, info: dict[str, Any]) -> tuple[Tensor, Tensor, int]:  # [B, T]
+    """Tokens or sequences of this micro-batch [], its share [] of the global batch times dp_size, and the divisor of
+    `seq-mean-token-sum-norm`."""
+    by_token, dp_size = mode in ("token-mean", "token-sum"), info.get("dp_size", 1)
+    here = (mask if by_token else mask.any(-1)).sum().clamp(min=1)  # []
+    key = "batch_num_tokens" if by_token else "global_batch_size"
+    total = 1 if mode == "token-sum" else info.get(key)
+    if total is None:
+        if dp_size > 1:
+            raise ValueError(f"config.global_batch_info: expected {key} because dp_size is {dp_size}, got None")
+        total = here
+    width = (info.get("loss_scale_factor") or mask.shape[-1]) if mode == "seq-mean-token-sum-norm" else 1
+    return here, here * dp_size / total, width
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # [N, D] or [B, T, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [N] or [B, T]
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear_logprobs` with the signature of verl's kernel of this name.
+
+    It is called with the weight alone, so it cannot know of a head bias, a logit scale or a softcap. The backend
+    `lad_kernels` knows the model and applies them. With a group, weight holds this rank's consecutive rows, labels are
+    ids of the whole vocabulary, and dH is already summed over the ranks, unlike that of verl's kernel.
+
+    Returns:
+        (log-probs, entropy), both contiguous float32 [N] (float64 for float64 input), differentiable.
+
+    Raises:
+        ValueError: a reduction other than `none`.
+    """
+    if reduction != "none":
+        raise ValueError(f"reduction: expected 'none', got {reduction!r}; reduce the returned [N] log-probs")
+    out = linear_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature, return_entropy=True,
+        vocab_group=dist_process_group,
+    )  # fmt: skip
+    return out.logprobs.contiguous(), out.entropy.contiguous()
+
+
+def fuse_head(model: nn.Module) -> None:
+    """Let `model.forward`, when verl calls it with `temperature`, return log-probs and entropy without logits.
+
+    Args:
+        model: a transformers causal or vision-language model, before PEFT, FSDP or DDP wraps it. Head bias, logit
+            scale and softcap are read from it and checked by `attach_fused_head`. Calls without `temperature` stay as
+            they are.
+
+    Raises:
+        ValueError: at first use, where the model's logits are not what its head and config say.
+    """
+    from integration.transformers import attach_fused_head
+
+    attach_fused_head(model)
+    inner = model.forward
+
+    def forward(
+        *args: Any,
+        temperature: float | None = None,
+        labels: Tensor | None = None,  # [B, T]
+        shift_labels: Tensor | None = None,  # [B, T]
+        **inputs: Any,
+    ) -> Any:
+        if temperature is None:
+            given = {"labels": labels, "shift_labels": shift_labels}
+            return inner(*args, **inputs, **{name: x for name, x in given.items() if x is not None})
+        targets = shift_labels
+        if targets is None:  # the last column is nobody's target; verl drops it
+            ids = labels if labels is not None else args[0] if args else inputs["input_ids"]
+            targets = ids.roll(-1, -1)  # [B, T]
+
+        def score(hidden: Tensor, weight: Tensor, **head: Any) -> LinearLogprobs:  # [B, T, D], [V, D]
+            return linear_logprobs(hidden, weight, targets, temperature=temperature, return_entropy=True, **head)
+
+        out = inner(*args, **inputs, fused_head=score).result
+        return CausalLMOutputForPPO(log_probs=out.logprobs, entropy=out.entropy)
+
+    model.forward = forward
+
+
+def choose_head(model: nn.Module, use_fused_kernels: bool = False, fused_kernels_backend: str | None = None) -> None:
+    """verl's `patch_forward_with_backends`, which skips backends it does not know, extended by ours."""
+    if use_fused_kernels and fused_kernels_backend == BACKEND:
+        fuse_head(model)
+    else:
+        patch_forward_with_backends(model, use_fused_kernels, fused_kernels_backend)
+
+
+def register() -> None:
+    """Make the loss `lad` and the backend `lad_kernels` known to verl in this process."""
+    register_policy_loss("lad")(lad_policy_loss)
+    monkey_patch.patch_forward_with_backends = choose_head
+    logger.info("verl: policy loss 'lad' and fused kernels backend %r registered", BACKEND)
+
+
+def status() -> str:
+    """What a fresh process finds after `import verl`, as one line; verl hides failures of plugins."""
+    probe = (
+        "import verl\nfrom verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY as losses\n"
+        "from verl.models.transformers.monkey_patch import patch_forward_with_backends as patch\n"
+        "print('lad' in losses, patch.__name__ == 'choose_head', verl.__version__)"
+    )
+    found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    if found.returncode:
+        return f"verl: not usable here: {found.stderr.strip().splitlines()[-1]}"
+    loss, head, version = found.stdout.split()[-3:]
+    if loss == head == "True":
+        return f"verl {version}: policy loss 'lad' and fused kernels backend 'lad_kernels' are registered"
+    return (
+        f"verl {version}: NOT registered (loss: {loss}, backend: {head}); install the package with pip, or set "
+        "VERL_USE_EXTERNAL_MODULES=integration.verl, and see that VERL_USE_EXTERNAL_PLUGINS does not exclude it"
+    )
+
+
+if __name__ == "__main__":
+    print(status())
+elif monkey_patch is not None:
+    register()

@@ -1,0 +1,28 @@
+"""The fused head in verl's Megatron engine; importing this module puts it there.
+
+    actor_rollout_ref.model.use_fused_kernels=True
+    actor_rollout_ref.model.external_lib=integration.verl_megatron
+
+Two names in verl's fused forward are replaced. Its kernel leaves dH as each tensor-parallel rank's own part, and counts
+on the backward of sequence parallelism's gather to sum the parts; without sequence parallelism nothing does. Ours sums
+dH itself, so that the gather's backward must only split it. Both ways are then right.
+
+Only the head's weight reaches either kernel. What a model does to its logits otherwise (a head bias, a softcap, muP's
+scaling) is not in these log-probs, in verl's as in ours.
+
+Raises on import:
+    ImportError: verl or Megatron Core is not installed.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from verl.models.mcore import model_forward_fused
+
+from integration.verl import linear_cross_entropy
+
+model_forward_fused.linear_cross_entropy = linear_cross_entropy
+model_forward_fused.gather_from_sequence_parallel_region = partial(
+    model_forward_fused.gather_from_sequence_parallel_region, tensor_parallel_output_grad=False
+)

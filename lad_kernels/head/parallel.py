@@ -1,0 +1,155 @@
+"""The head with its vocabulary spread over the ranks of a process group: no rank ever holds V x D.
+
+Every rank holds consecutive rows of the weight, in rank order, and the same hidden states and targets.
+
+    forward    each rank scores its own rows; ONE all-gather of 2 or 3 numbers per token (lse_r, log p_r, H_r), then
+                   lse   = log sum_r e^lse_r
+                   log p = log p_owner - log sum_r e^(lse_r - lse_owner)      never a difference of two large lse
+                   H     = sum_r e^(lse_r - lse) (H_r + lse - lse_r)
+    backward   dR of the local rows from the global lse gives the local dW and dbias in full, and a part of dH, which
+               is all-reduced in float32 and rounded once; tokens go in chunks, so that the all-reduce of one runs
+               while the next is computed
+
+Every rank adds the gathered numbers in the same order, so log-probs, lse and entropy agree bitwise between ranks. dH is
+as deterministic as the backend's all-reduce.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lad_kernels.head.autograd import Head, take_gradient
+from lad_kernels.head.logits import HeadForward, HeadGradients, LogitGradient, Routing
+
+CHUNK = 2048  # tokens of an all-reduce of dH at least ...
+CHUNKS = 4  # ... and how many there are at most
+_AGREE = ("tokens that take part", "hidden size", "dtype", "arguments that need a gradient", "checksum of target_ids")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of the vocabulary."""
+
+    group: dist.ProcessGroup
+    rank: int
+    rows: list[int]  # of every rank, in rank order
+
+    @property
+    def vocabulary(self) -> int:
+        return sum(self.rows)
+
+    @property
+    def start(self) -> int:
+        """Number of this rank's first row in the whole vocabulary."""
+        return sum(self.rows[: self.rank])
+
+
+def join(
+    group: dist.ProcessGroup, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> Shard:  # [..., D], [V_r, D], [V_r], [M]
+    """Learn every rank's rows and check that the ranks call alike, by one all-gather of a few integers.
+
+    Raises:
+        ValueError: on every rank, if something that must be the same differs between ranks, or V < 2.
+    """
+    grad = torch.is_grad_enabled()
+    needs = [int(grad and x is not None and x.requires_grad) for x in (hidden, weight, bias)]
+    place = torch.arange(1, len(targets) + 1, device=targets.device)  # [M]
+    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    code = 8 * (bias is not None) + 4 * needs[0] + 2 * needs[1] + needs[2]
+    facts = [len(weight), len(targets), hidden.shape[-1], kinds.index(hidden.dtype), code]
+    mine = torch.cat([torch.tensor(facts, device=targets.device), (targets * place).sum()[None]])  # [6]
+    every = gather(mine, group).tolist()  # [R, 6]
+    for what, values in zip(_AGREE, list(zip(*every))[1:]):
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"vocab_group: expected the same {what} on every rank, got {list(values)} by rank; hidden states, "
+                f"targets and all other arguments but lm_head_weight and bias are replicated on the group"
+            )
+    shard = Shard(group, dist.get_rank(group), [row[0] for row in every])
+    if shard.vocabulary < 2:
+        raise ValueError(f"lm_head_weight: expected 2 rows or more on all ranks together, got {shard.vocabulary}")
+    return shard
+
+
+def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[...] on every rank -> [R, ...]."""
+    out = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    if x.numel():
+        dist.all_gather(out, x, group=group)
+    return torch.stack(out)
+
+
+@dataclass(frozen=True)
+class ShardedHead(Head):
+    """`Head` on this rank's rows; targets [M] are numbered over the whole vocabulary. Collective on the group."""
+
+    shard: Shard
+
+    def forward(self, *, want_entropy: bool, want_block_lse: bool = False) -> HeadForward:
+        """Log-probs, lse and entropy over the whole vocabulary; block masses are never reported."""
+        if len(self.weight):
+            out = self._local().forward(want_entropy=want_entropy)
+            parts = torch.stack([out.lse, out.logprobs, *([out.entropy] if want_entropy else [])])  # [2 or 3, M]
+        else:
+            wide = torch.promote_types(self.hidden.dtype, torch.float32)
+            parts = torch.zeros(2 + want_entropy, len(self.targets), dtype=wide, device=self.hidden.device)
+            parts[0] = -torch.inf
+        parts = gather(parts, self.shard.group)  # [R, 2 or 3, M]
+        lse_r, logprobs_r = parts[:, 0], parts[:, 1]  # [R, M]
+        ends = torch.tensor(list(itertools.accumulate(self.shard.rows)), device=lse_r.device)  # [R]
+        owner = torch.bucketize(self.targets, ends, right=True)[None]  # [1, M]
+        lse = lse_r.logsumexp(0)  # [M]
+        beyond = (lse_r - lse_r.gather(0, owner)).logsumexp(0)  # [M] lse - lse_owner
+        logprobs = (logprobs_r.gather(0, owner)[0] - beyond).clamp(max=0.0)
+        entropy = None
+        if want_entropy:
+            log_share = lse_r - lse  # [R, M]
+            share = log_share.exp()
+            entropy = torch.where(share > 0, share * (parts[:, 2] - log_share), 0.0).sum(0)  # [M]
+        return HeadForward(logprobs, lse, entropy, None)
+
+    def has_one_pass(self, need_bias: bool) -> bool:
+        return False  # the coefficients need the global lse
+
+    def backward(
+        self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: tuple[bool, bool, bool],
+        *, wide: bool = False,
+    ) -> HeadGradients:  # fmt: skip
+        """dH [M, D] in full, dW and dbias of this rank's rows; exact, `routing` is None."""
+        local = self._local()
+        inside = (self.targets >= self.shard.start) & (self.targets < self.shard.start + len(self.weight))  # [M]
+        gradient = LogitGradient(torch.where(inside, gradient.onehot, 0.0), gradient.prob, gradient.entropy)
+        size = max(CHUNK, -(-len(lse) // CHUNKS))
+        hidden, pending, rows = [], [], list[Tensor | None]()
+        for first in range(0, max(len(lse), 1), size):
+            tokens = slice(first, first + size)
+            found = _wide_gradients(local.take(tokens), lse[tokens], take_gradient(gradient, tokens), needs)
+            if needs[0]:
+                hidden.append(found.hidden)
+                pending.append(dist.all_reduce(found.hidden, group=self.shard.group, async_op=True))
+            rows = [a if a is None else a.add_(b) for a, b in zip(rows, found[1:])] or list(found[1:])
+        for work in pending:
+            work.wait()
+        inputs = (self.hidden, self.weight, self.bias)
+        hidden = [h if wide else h.to(self.hidden.dtype) for h in hidden]
+        grads = (torch.cat(hidden) if len(hidden) > 1 else next(iter(hidden), None), *rows)  # [M, D], [V_r, D], [V_r]
+        return HeadGradients(*(g if g is None or wide else g.to(x.dtype) for g, x in zip(grads, inputs)))
+
+    def _local(self) -> Head:
+        """This rank's rows as a head of their own; targets of other ranks become some local row."""
+        targets = (self.targets - self.shard.start).clamp(0, max(len(self.weight) - 1, 0))  # [M]
+        return Head(self.hidden, self.weight, targets, self.bias, self.transform, self.triton)
+
+
+def _wide_gradients(head: Head, lse: Tensor, gradient: LogitGradient, needs: tuple[bool, bool, bool]) -> HeadGradients:
+    """The gradients of one rank's head, not rounded; a rank may have no rows or no tokens."""
+    if len(head.weight) and len(lse):
+        return head.backward(lse, gradient, None, needs, wide=True)
+    inputs = (head.hidden, head.weight, head.bias)
+    return HeadGradients(*(torch.zeros_like(x, dtype=lse.dtype) if need else None for x, need in zip(inputs, needs)))

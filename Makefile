@@ -35,6 +35,12 @@ test-verl:
 	$(VENV)-verl/bin/pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1 megatron-core==0.16.1 -e .
 	OMP_NUM_THREADS=1 $(VENV)-verl/bin/python -m pytest tests_verl $(ARGS)
 
+test-trl-oldest:
+	$(PYTHON) -m venv $(VENV)-trl
+	grep -v '^trl==' $(CONSTRAINTS) > $(VENV)-trl/constraints.txt
+	$(VENV)-trl/bin/pip install --quiet --disable-pip-version-check -c $(VENV)-trl/constraints.txt trl==1.14.0 requests -e '.[test]'
+	OMP_NUM_THREADS=1 $(VENV)-trl/bin/python -m pytest tests/test_trl.py tests/test_trl_loss.py $(ARGS)
+
 test-zero3: $(VENV)/.test  # DeepSpeed builds from source and compiles an operator at its first use: minutes, and a C++ compiler
 	$(BIN)/pip install --quiet --disable-pip-version-check wheel ninja 'setuptools>=77'
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation -c $(CONSTRAINTS) deepspeed==0.19.8

@@ -1,0 +1,121 @@
+r"""Train a causal language model with LAD on reasoning-gym problems, by TRL.
+
+    python -m integration.train_trl                        # a small model from scratch, a minute of one CPU core
+    python -m integration.train_trl --config my.yaml --eta 0.5
+    accelerate launch --config_file fsdp2.yaml -m integration.train_trl --model_name_or_path Qwen/Qwen3-0.6B \
+        --task chain_sum --max_completion_length 512 --output_dir runs/qwen --report_to trackio
+
+Every option of `LADConfig`, and so of `trl.GRPOConfig` and `transformers.TrainingArguments`, is a flag or a key of the
+YAML file; so are those of `trl.ModelConfig` (dtype, LoRA, quantisation). Without a model a small decoder is built, with
+its tokenizer, and taught the answer's format by a few supervised steps; the defaults in SMALL are for that model.
+"""
+
+# /// script
+# dependencies = ["lad_kernels[trl]"]
+# ///
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run by its path: the neighbours trl.py and transformers.py would hide the packages of that name
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+SMALL = {
+    "output_dir": "runs/trl",
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 5,
+    "max_completion_length": 12,
+    "max_steps": 150,
+    "num_generations": 8,
+    "per_device_eval_batch_size": 200,
+    "per_device_train_batch_size": 128,
+    "report_to": "none",
+    "save_strategy": "no",
+}
+
+
+@dataclass
+class TaskArguments:
+    """Which problems to train on."""
+
+    task: str = field(default="countdown", metadata={"help": "A reasoning-gym dataset."})
+    train_size: int = field(default=3000, metadata={"help": "Problems generated for training."})
+    held_out_size: int = field(default=200, metadata={"help": "Problems generated for evaluation."})
+    warm_steps: int = field(default=150, metadata={"help": "Supervised steps of the small decoder before LAD."})
+
+
+def build_small_model(folder: Path, task: Any, warm_steps: int, seed: int) -> None:
+    """Save a small decoder that imitates generated solutions, and its tokenizer, in `folder`."""
+    from integration.policy import build_policy
+    from integration.trainer import TrainConfig, warm_start
+
+    policy = build_policy(None, "cpu", pretrained=False, seed=seed)
+    warm_start(policy, task, TrainConfig(warm_steps=warm_steps, seed=seed))
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Parse flags and YAML, train, save; returns the trainer."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+    from integration.tasks import Task, tagged_answer
+    from integration.trl import LADConfig, LADTrainer
+
+    kinds = (TaskArguments, LADConfig, ModelConfig)
+    parser = TrlParser(kinds)
+    parser.set_defaults_with_config(**SMALL)
+    chosen, args, model_args = parser.parse_args_and_config(arguments)
+    small = model_args.model_name_or_path is None
+    if not small:
+        chosen, args, model_args = TrlParser(kinds).parse_args_and_config(arguments)
+    task = Task(chosen.task, chosen.train_size, chosen.held_out_size, args.seed)
+    path = model_args.model_name_or_path or str(Path(args.output_dir) / "start")
+    with args.main_process_first():
+        if small and args.process_index == 0:
+            build_small_model(Path(path), task, chosen.warm_steps, args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", revision=model_args.model_revision)
+
+    def dataset(entries: list[dict]) -> Dataset:
+        write = task.prompt if small else lambda entry: task.chat_prompt(entry, tokenizer)
+        return Dataset.from_list([{"prompt": write(entry), "number": i} for i, entry in enumerate(entries)])
+
+    def score(completions: list[str], number: list[int], trainer_state: Any, **_: Any) -> list[float]:
+        """The dataset's own score of each completion."""
+        entries = task.train if trainer.model.training else task.held_out
+        texts = completions if small else map(tagged_answer, completions)
+        return [task.score(entries[i], text) for i, text in zip(number, texts)]
+
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    trainer = LADTrainer(
+        model=path,
+        reward_funcs=score,
+        args=args,
+        train_dataset=dataset(task.train),
+        eval_dataset=dataset(task.held_out),
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.log_metrics("eval", trainer.evaluate())
+    trainer.save_model(args.output_dir)
+    return trainer
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,395 @@
+"""TRL: LAD as a trainer, and the fused head for TRL's own trainers. TRL >= 1.14, except 1.15.0.
+
+from integration.trl import LADConfig, LADTrainer
+trainer = LADTrainer(model, reward_funcs, args=LADConfig(eta=0.25), train_dataset=dataset)
+
+`FusedHeadMixin` in front of `trl.GRPOTrainer` or `trl.RLOOTrainer` computes every log-probability with `lad_kernels`
+and leaves TRL's loss as it is. `LADTrainer` replaces the loss. Sampling, advantages, the reference model and the logs
+remain TRL's in both. The head always runs inside the wrapped model's forward.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lad_kernels
+from integration.transformers import attach_fused_head
+from lad_kernels import LinearLogprobs, LossOutput, lad_loss, linear_lad_loss, linear_logprobs
+
+try:
+    import trl
+    import trl.trainer.utils
+    from packaging.version import Version
+    from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
+
+    supported = Version(trl.__version__) >= Version("1.14") and trl.__version__ != "1.15.0"
+    unusable = None if supported else f"TRL {trl.__version__}"
+    trl_has_fused_head = hasattr(trl.trainer.utils, "add_fused_lm_head")  # since 1.15
+except (ImportError, RuntimeError) as error:  # RuntimeError: TRL lacks a package of its own
+    GRPOConfig = GRPOTrainer = RLOOTrainer = object
+    unusable = f"one that cannot be imported ({error})"
+
+MULTIMODAL = (
+    "pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids",
+    "mm_token_type_ids", "image_position_ids",
+)  # fmt: skip
+
+# Options of TRL that have no meaning for LAD: refused unless they keep TRL's default.
+REFUSED = {
+    "loss_type": "LAD is the loss; loss_agg_mode chooses the average ('token-mean' averages as TRL's dapo does)",
+    "epsilon": "LAD does not clip the ratio; log_ratio_clamp bounds it",
+    "epsilon_high": "LAD does not clip the ratio; log_ratio_clamp bounds it",
+    "delta": "LAD does not clip the ratio; log_ratio_clamp bounds it",
+    "off_policy_mask_threshold": "LAD drops no sequences; log_ratio_clamp stops the gradient of those far off",
+    "use_adaptive_entropy": "only a constant entropy_coef is supported",
+}
+
+# Fields of LADConfig that lad_kernels.LADConfig has under the same name and with the same meaning.
+OBJECTIVE = (
+    "divergence", "eta", "importance_sampling_level", "loss_agg_mode", "target_norm", "centered", "log_ratio_clamp",
+    "target_clamp", "tail_mass", "tail", "backward",
+)  # fmt: skip
+
+# Metrics of lad_kernels that are means over tokens, and those that are largest values.
+TOKEN_MEANS = (
+    "approx_kl_k1", "approx_kl_k3", "clamp_share", "dropped_mass_mean", "entropy", "frac_over_target", "kept_share",
+    "kl_ref", "ratio_mean", "zero_coef_share",
+)  # fmt: skip
+MAXIMA = ("coef_max_negative", "coef_max_positive", "dropped_mass_max", "ratio_max")
+TRL_NAMES = {"entropy": "entropy", "kl_ref": "kl"}  # the others are logged as lad/<name>
+
+
+def require_trl() -> None:
+    """Raise ImportError unless a supported TRL is installed."""
+    if unusable is not None:
+        raise ImportError(f"trl: expected >= 1.14 and not 1.15.0, got {unusable}; install one, e.g. pip install trl")
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class LADConfig(GRPOConfig):
+    """`trl.GRPOConfig` plus LAD's own options, which mean what they mean in `lad_kernels.LADConfig`.
+
+    Taken from TRL: `importance_sampling_level` (which may also be `sequence_sum`), `beta` (with
+    `use_bias_correction_kl`), `entropy_coef`, `top_entropy_quantile`, `scale_rewards`, `temperature`.
+
+    Raises:
+        ImportError: no supported TRL.
+        ValueError, TypeError: an option out of range, or one of TRL's that has no meaning for LAD.
+    """
+
+    divergence: str = _option("js", "f-divergence: js, hd, tv, kl, rkl, jf, ps or pearson.")
+    eta: float = _option(0.25, "Temperature of the target distribution pi_old * exp(advantage / eta).")
+    loss_agg_mode: str = _option(
+        "token-mean",
+        "Average: token-mean (over the tokens of all accumulated micro-batches), seq-mean-token-mean, "
+        "seq-mean-token-sum or seq-mean-token-sum-norm (divided by max_completion_length).",
+    )
+    target_norm: str | None = _option(None, "'group' normalises the target over each prompt's completions.")
+    centered: bool = _option(False, "Subtract f'(1)(x - 1) from f: no drift in groups without reward variance.")
+    log_ratio_clamp: float | None = _option(None, "Bound on |log ratio|; beyond it the gradient is zero.")
+    target_clamp: float | None = _option(None, "Bound on |advantage / eta|.")
+    tail_mass: float | None = _option(
+        None, "Threshold below which vocabulary blocks may be dropped; None: 3e-4 in 16-bit precision, else 0 (exact)."
+    )
+    tail: str = _option("unbiased", "What becomes of blocks below tail_mass: unbiased or drop.")
+    backward: str = _option("auto", "Backward of the head: auto, dense or routed.")
+    log_entropy: bool = _option(
+        True, "Log the entropy. False lets tokens without gradient skip the head when the ratio is 1."
+    )
+
+    def __post_init__(self):
+        require_trl()
+        super().__post_init__()
+        defaults = {f.name: f.default for f in fields(GRPOConfig)}
+        for name, reason in REFUSED.items():
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name}: expected {defaults[name]!r} for LAD, got {getattr(self, name)!r}; {reason}")
+        self.objective()
+
+    def objective(self) -> lad_kernels.LADConfig:
+        """What `lad_kernels` is asked to minimise."""
+        kl_coef = 0.0 if self.use_bias_correction_kl else self.beta  # the corrected term is the trainer's
+        return lad_kernels.LADConfig(kl_coef=kl_coef, **{name: getattr(self, name) for name in OBJECTIVE})
+
+
+class FusedHeadMixin:
+    """`class MyTrainer(FusedHeadMixin, trl.GRPOTrainer)`: old, reference and current log-probs without N x V logits.
+
+    Raises:
+        ImportError: no supported TRL.
+        TypeError: not in front of GRPOTrainer or RLOOTrainer.
+        ValueError, RuntimeError: an option or package that replaces the same forward.
+    """
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any):
+        require_trl()
+        if not isinstance(self, (GRPOTrainer, RLOOTrainer)):
+            raise TypeError(
+                f"{type(self).__name__}: expected trl.GRPOTrainer or trl.RLOOTrainer after FusedHeadMixin among its "
+                f"bases, got {[base.__name__ for base in type(self).__mro__[1:4]]}"
+            )
+        if "unsloth" in sys.modules:
+            raise RuntimeError(
+                "unsloth: expected not to be imported, as it rewrites TRL's trainers and the models' forwards; use "
+                "one or the other"
+            )
+        if args is not None and args.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel: expected False, got True; it replaces the same forward as lad_kernels' head"
+            )
+        if getattr(args, "cast_lm_head_to_fp32", False) and (args.bf16 or args.fp16):
+            raise ValueError(
+                "cast_lm_head_to_fp32: expected False under bf16 or fp16 autocast, got True; logits are accumulated "
+                "in float32 without it, or load the model in bfloat16 and set bf16=False"
+            )
+        super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        if getattr(self, "aux_loss_enabled", False) and self._router_coefficient() == 0:
+            raise ValueError(
+                "router_aux_loss_coef: expected a model whose own coefficient is not 0, got 0; set it in the model's "
+                "config before the model is built"
+            )
+        for module in (self.model, self.ref_model):
+            if module is not None:
+                attach_fused_head(self.accelerator.unwrap_model(module))
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> tuple:
+        """TRL's method with the model replaced by one that scores labels through the fused head."""
+        want_entropy = kwargs.get("compute_entropy", False)
+
+        def scored(labels: Tensor, fused_lm_head: bool, **inputs: Any) -> SimpleNamespace:  # labels [B, L]
+            return self._score(model, labels, want_entropy, inputs)
+
+        if trl_has_fused_head:
+            return super()._get_per_token_logps_and_entropies(scored, *args, **kwargs)
+        return self._score_rows(scored, *args, **kwargs)
+
+    def _score_rows(
+        self, scored: Callable, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int = 0,
+        compute_entropy: bool = False, compute_aux_loss: bool = False, **extra: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """For TRL 1.14: [B, T] log-probs and entropies, `batch_size` rows at a time; images go in one batch."""
+        images = {k: v for k, v in extra.items() if k in MULTIMODAL and v is not None}
+        rows = len(input_ids) if images or not batch_size else batch_size
+        parts = []
+        for ids, mask in zip(input_ids.split(rows), attention_mask.split(rows)):  # [b, L]
+            labels = ids.masked_fill(mask == 0, -100)
+            labels[:, :-logits_to_keep] = -100
+            inputs = {"input_ids": ids, "attention_mask": mask, **images}
+            if compute_aux_loss:
+                inputs["output_router_logits"] = True
+            parts.append(scored(labels, True, **inputs))
+        keep = slice(-logits_to_keep, None)
+        return (
+            torch.cat([part.log_probs[:, keep] for part in parts]),
+            torch.cat([part.entropy[:, keep] for part in parts]) if compute_entropy else None,
+            torch.stack([part.aux_loss for part in parts]).mean() if compute_aux_loss else None,
+        )
+
+    def _score(self, model: Any, labels: Tensor, want_entropy: bool, inputs: dict[str, Any]) -> SimpleNamespace:
+        """log_probs and entropy [B, L - 1] of the labels [B, L] that are not -100, and the auxiliary loss."""
+        targets = labels[:, 1:]
+
+        def head(hidden: Tensor, weight: Tensor, **transform: Any) -> LinearLogprobs:  # [B, L, D], [V, D]
+            return linear_logprobs(
+                hidden[:, :-1], weight, targets, loss_mask=targets != -100, temperature=self.temperature,
+                return_entropy=want_entropy, **transform,
+            )  # fmt: skip
+
+        out = model(**inputs, use_cache=False, fused_head=head)
+        logprobs, entropy, _ = out.result
+        aux_loss = out.aux_loss / self._router_coefficient() if inputs.get("output_router_logits") else None
+        return SimpleNamespace(log_probs=logprobs, entropy=entropy, aux_loss=aux_loss)
+
+    def _router_coefficient(self) -> float:
+        """What the model multiplies its mixture-of-experts loss by; TRL wants the loss without it."""
+        of_config = self.model.config.get_text_config().router_aux_loss_coef
+        return getattr(self.model, "router_aux_loss_coef", of_config)
+
+
+class LADTrainer(FusedHeadMixin, GRPOTrainer):
+    """`trl.GRPOTrainer` with the LAD loss (arXiv 2602.20132), fused with the head; same arguments, `args: LADConfig`.
+
+    Logs what TRL logs except the clip ratios, and `lad/...`: the metrics of `lad_kernels`, over all ranks. The loss
+    itself is dominated by a constant; watch `lad/loss_above_start`.
+
+    Raises:
+        TypeError: `args` is not a LADConfig.
+        ValueError, RuntimeError, ImportError: see `FusedHeadMixin`.
+    """
+
+    _tag_names = ("trl", "lad")
+    _name = "LAD"
+    _paper = {  # noqa: RUF012
+        "title": "LAD: Learning Advantage Distribution for Reasoning",
+        "id": "2602.20132",
+        "citation": (
+            "@article{lad2026,\n    title  = {{LAD: Learning Advantage Distribution for Reasoning}},\n"
+            "    year   = 2026,\n    eprint = {arXiv:2602.20132},\n}"
+        ),
+    }
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: LADConfig | None = None, *rest: Any, **kwargs: Any):
+        require_trl()
+        args = LADConfig() if args is None else args
+        if not isinstance(args, LADConfig):
+            raise TypeError(f"args: expected integration.trl.LADConfig, got {type(args).__name__}")
+        super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        self.objective = replace(args.objective(), target_norm=None)  # applied to the advantages of whole groups
+        self.corrects_kl = args.beta != 0 and args.use_bias_correction_kl
+        self.needs_logprobs_first = self.corrects_kl or args.top_entropy_quantile < 1 or args.entropy_coef != 0
+
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
+        """TRL's rollout; with target_norm every group's advantages are shifted so that its target sums to one."""
+        out = super()._generate_and_score_completions(inputs)
+        if self.args.target_norm is not None:
+            size = self.num_generations if self.model.training else self.num_generations_eval
+            u = self.accelerator.gather(out["advantages"]) / self.args.eta  # [all ranks' B], groups in order
+            log_mean = (u.view(-1, size).logsumexp(1) - math.log(size)).repeat_interleave(size)
+            own = log_mean.view(self.accelerator.num_processes, -1)[self.accelerator.process_index]  # [B]
+            out["advantages"] = out["advantages"] - self.args.eta * own
+        return out
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Loss [] of one micro-batch of TRL's; sums over micro-batches and means over ranks are the whole batch's.
+
+        Raises:
+            ValueError: `return_outputs`.
+            RuntimeError: with several ranks, a model other than the wrapped one.
+        """
+        if return_outputs:
+            raise ValueError("return_outputs: expected False, got True; LADTrainer returns the loss alone")
+        if torch.is_grad_enabled() and self.accelerator.num_processes > 1 and model is not self.model_wrapped:
+            raise RuntimeError(
+                "model: expected the wrapped model (trainer.model_wrapped), got another one; gradients would not be "
+                "reduced over the ranks"
+            )
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)  # [B, T]
+        weights = inputs.get("importance_sampling_ratio")  # [B, T] or [B, 1]
+        given = {
+            "advantages": inputs["advantages"],  # [B] or [B, T]
+            "loss_mask": mask,
+            "config": self.objective,
+            "normalizer": self._normalizer(inputs),
+            "ref_logprobs": inputs.get("ref_per_token_logps"),  # [B, T]
+            "rollout_is_weights": None if weights is None else weights.expand_as(mask),
+        }
+        loss_of = self._loss_after_logprobs if self.needs_logprobs_first else self._loss_in_one_call
+        out, aux_loss = loss_of(model, inputs, given)
+        loss = out.loss
+        if aux_loss is not None:
+            loss = loss + self.router_aux_loss_coef * aux_loss / self._steps()
+            self._record("aux_loss", self.accelerator.gather(aux_loss.detach()).mean().item())
+        self._record_metrics(out.metrics, mask, inputs["advantages"])
+        return loss
+
+    def _steps(self) -> int:
+        """Micro-batches that are summed before an optimizer step."""
+        return self.current_gradient_accumulation_steps if self.model.training else 1
+
+    def _normalizer(self, inputs: dict[str, Any]) -> Tensor | int:
+        """TRL's divisors: of dapo, grpo, luspo and dr_grpo, in the order of the modes below."""
+        if self.args.loss_agg_mode == "token-mean":  # the count is that of the generation batch over all ranks
+            tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes  # []
+            return tokens * self._steps() / self.args.steps_per_generation if self.model.training else tokens
+        sequences = len(inputs["completion_ids"]) * self._steps()
+        return sequences * (self.max_completion_length if self.args.loss_agg_mode.endswith("norm") else 1)
+
+    def _forward(self, model: Any, inputs: dict[str, Any], loss_or_logprobs: Callable, **options: Any) -> tuple:
+        """`loss_or_logprobs` on the rows that predict the completion, inside the wrapped forward; and the aux loss."""
+        completion_ids = inputs["completion_ids"]  # [B, T]
+
+        def head(hidden: Tensor, weight: Tensor, **transform: Any) -> Any:  # [B, L, D], [V, D]
+            rows = hidden[:, -completion_ids.shape[1] - 1 : -1]  # [B, T, D]
+            return loss_or_logprobs(rows, weight, completion_ids, temperature=self.temperature, **options, **transform)
+
+        images = {name: inputs[name] for name in MULTIMODAL if inputs.get(name) is not None}
+        if self.aux_loss_enabled:
+            images["output_router_logits"] = True
+        with self.accelerator.autocast():
+            out = model(
+                input_ids=torch.cat([inputs["prompt_ids"], completion_ids], 1),
+                attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+                use_cache=False, fused_head=head, **images,
+            )  # fmt: skip
+        return out.result, out.aux_loss / self._router_coefficient() if self.aux_loss_enabled else None
+
+    def _loss_in_one_call(self, model: Any, inputs: dict[str, Any], given: dict) -> tuple[LossOutput, Tensor | None]:
+        return self._forward(
+            model, inputs, linear_lad_loss, old_logprobs=inputs.get("old_per_token_logps"),
+            return_entropy=self.args.log_entropy, return_logprobs=False, **given,
+        )  # fmt: skip
+
+    def _loss_after_logprobs(self, model: Any, inputs: dict[str, Any], given: dict) -> tuple[LossOutput, Tensor | None]:
+        """Entropies select tokens or enter the loss, or the ratio weighs the KL term: log-probs come first."""
+        mask, old = given["loss_mask"], inputs.get("old_per_token_logps")  # [B, T]
+        scored, aux_loss = self._forward(model, inputs, linear_logprobs, loss_mask=mask, return_entropy=True)
+        logprobs, entropy, _ = scored  # [B, T]
+        chosen = mask
+        if self.args.top_entropy_quantile < 1:
+            chosen = self.get_high_entropy_mask(entropy.detach(), mask, 1 - self.args.top_entropy_quantile)  # [B, T]
+            weights = given["rollout_is_weights"]
+            given = {**given, "rollout_is_weights": chosen.to(entropy.dtype) * (1 if weights is None else weights)}
+        out = lad_loss(logprobs, old, **given)
+        loss, metrics = out.loss, {**out.metrics, "entropy": _masked_mean(entropy.detach(), mask)}
+        if self.corrects_kl:
+            kl = self._corrected_kl(logprobs, old, given["ref_logprobs"], mask)  # [B, T]
+            per_sequence = mask.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
+            share = per_sequence if self.args.loss_agg_mode == "seq-mean-token-mean" else 1
+            loss = loss + self.beta * (kl / share).sum() / given["normalizer"]
+            metrics["kl_ref"] = _masked_mean(kl.detach(), mask)
+        if self.args.entropy_coef != 0:
+            self._record("policy_loss", self.accelerator.gather(loss.detach() * self._steps()).mean().item())
+            self._record("entropy_coef", self.args.entropy_coef)
+            loss = loss - self.args.entropy_coef * _masked_mean(entropy, chosen) / self._steps()
+        return out._replace(loss=loss, metrics=metrics), aux_loss
+
+    def _corrected_kl(self, logprobs: Tensor, old: Tensor | None, ref: Tensor, mask: Tensor) -> Tensor:
+        """k3 times the ratio, [B, T], 0 where masked: its gradient is that of KL(pi, pi_ref)."""
+        keep = mask != 0
+        gap = torch.where(keep, ref - logprobs, 0.0)  # [B, T]
+        log_ratio = torch.where(keep, logprobs - (logprobs.detach() if old is None else old), 0.0)  # [B, T]
+        if self.args.importance_sampling_level != "token":
+            log_ratio = log_ratio.sum(1, keepdim=True)  # [B, 1]
+        if self.args.importance_sampling_level == "sequence":
+            log_ratio = log_ratio / keep.sum(1, keepdim=True).clamp(min=1)
+        return (gap.expm1() - gap) * log_ratio.exp()
+
+    def _record(self, name: str, value: float) -> None:
+        self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def _record_metrics(self, metrics: dict[str, Tensor], mask: Tensor, advantages: Tensor) -> None:
+        """Sums and counts over all ranks, so that a mean is never a mean of means; one host sync."""
+        signs = (advantages if advantages.ndim == 2 else advantages[:, None]).sign() * mask  # [B, T]
+        tokens, positive, negative = mask.sum(), (signs > 0).sum(), (signs < 0).sum()
+        counts = {name: tokens for name in TOKEN_MEANS}
+        counts |= {"coef_mean_positive": positive, "coef_mean_negative": negative}
+        names = [name for name in counts if name in metrics]
+        above = metrics["loss_above_start"] * self._steps() / self.accelerator.num_processes
+        sums = torch.stack([above, *(metrics[n] * counts[n] for n in names), *(counts[n] for n in names)])
+        sums = self.accelerator.reduce(sums.float(), reduction="sum").tolist()
+        self._record("lad/loss_above_start", sums[0])
+        for name, total, count in zip(names, sums[1:], sums[1 + len(names) :]):
+            self._record(TRL_NAMES.get(name, f"lad/{name}"), total / max(count, 1))
+        largest = [name for name in MAXIMA if name in metrics]
+        values = self.accelerator.gather(torch.stack([metrics[name] for name in largest])[None]).amax(0)
+        for name, value in zip(largest, values.tolist()):
+            self._record(f"lad/{name}", value)
+
+
+def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x [B, T] where mask is not 0; 0 if it is nowhere."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)

@@ -1,0 +1,233 @@
+"""integration/trl.py and train_trl.py: TRL's own losses through our head, runs, resuming, bad use."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from trl_cases import (
+    ON_CPU,
+    PROMPTS,
+    SIZES,
+    TOKENIZER,
+    FusedGRPOTrainer,
+    FusedRLOOTrainer,
+    assert_same_history,
+    build,
+    history,
+    load,
+    options,
+    save_model,
+    trl,
+)
+
+import integration.trl as adapter
+from integration import train_trl
+from integration.trl import FusedHeadMixin, LADConfig, LADTrainer
+
+pytestmark = ON_CPU
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    torch.set_num_threads(1)
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+STOCK = {
+    "dapo": dict(loss_type="dapo"),
+    "dapo, accumulation, steps per generation": dict(
+        gradient_accumulation_steps=2, steps_per_generation=4, max_steps=3
+    ),
+    "grpo, reference": dict(loss_type="grpo", beta=0.1),
+    "grpo, sequence, iterations": dict(loss_type="grpo", importance_sampling_level="sequence", num_iterations=2),
+    "bnpo, delta, iterations": dict(loss_type="bnpo", delta=1.5, num_iterations=2, learning_rate=1e-2),
+    "dr_grpo, accumulation": dict(loss_type="dr_grpo", gradient_accumulation_steps=2),
+    "cispo, iterations": dict(loss_type="cispo", epsilon_high=5.0, num_iterations=2),
+    "sapo, high entropy": dict(loss_type="sapo", top_entropy_quantile=0.5, num_iterations=2),
+    "vespo, iterations": dict(loss_type="vespo", num_iterations=2),
+    "luspo, entropy bonus": dict(loss_type="luspo", importance_sampling_level="sequence", entropy_coef=0.1),
+    "dapo, temperature, off-policy mask": dict(temperature=0.7, off_policy_mask_threshold=0.01, num_iterations=2),
+}
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_trainer_logs_the_same_with_our_head(name, folder, tmp_path):
+    config = trl.GRPOConfig(**options(tmp_path, **STOCK[name]))
+    ours = history(build(FusedGRPOTrainer, config, load(folder)))
+    theirs = history(build(trl.GRPOTrainer, config, load(folder)))
+    assert_same_history(ours, theirs, rel=1e-5)
+
+
+def test_rloo_logs_the_same_with_our_head(folder, tmp_path):
+    config = trl.RLOOConfig(**options(tmp_path, beta=0.1, num_iterations=2))
+    ours = history(build(FusedRLOOTrainer, config, load(folder)))
+    theirs = history(build(trl.RLOOTrainer, config, load(folder)))
+    assert_same_history(ours, theirs, rel=1e-5)
+
+
+def test_mixture_of_experts_loss_keeps_trl_coefficient(tmp_path):
+    from transformers import Qwen3MoeConfig
+
+    experts = dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5)
+    folder = save_model(tmp_path / "model", Qwen3MoeConfig(**SIZES, **experts))
+    given = options(tmp_path, router_aux_loss_coef=0.2, gradient_accumulation_steps=2)
+    ours = history(build(FusedGRPOTrainer, trl.GRPOConfig(**given), load(folder)))
+    theirs = history(build(trl.GRPOTrainer, trl.GRPOConfig(**given), load(folder)))
+    assert_same_history(ours, theirs, rel=1e-5)
+    lad = history(build(LADTrainer, LADConfig(**given), load(folder)))
+    with_more = history(build(LADTrainer, LADConfig(**given | {"router_aux_loss_coef": 0.7}), load(folder)))
+    assert lad[0]["aux_loss"] == pytest.approx(theirs[0]["aux_loss"], rel=1e-5)
+    assert with_more[0]["loss"] - lad[0]["loss"] == pytest.approx(0.5 * lad[0]["aux_loss"], rel=1e-4)
+    assert with_more[0]["grad_norm"] != pytest.approx(lad[0]["grad_norm"], rel=1e-4)
+    silent = load(folder)
+    silent.router_aux_loss_coef = 0
+    with pytest.raises(ValueError, match="router_aux_loss_coef: expected a model whose own coefficient is not 0"):
+        build(LADTrainer, LADConfig(**given), silent)
+
+
+def test_images_reach_the_model(folder, tmp_path):
+    trainer = build(LADTrainer, LADConfig(**options(tmp_path)), load(folder))
+    ids, seen = torch.ones(2, 3, dtype=torch.long), {}
+    inputs = {n: ids for n in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")}
+    inputs |= {"advantages": torch.ones(2), "num_items_in_batch": torch.tensor(6), "num_images": [1, 1]}
+    images = {name: torch.ones(2) for name in adapter.MULTIMODAL}
+
+    def model(**given):
+        seen.update(given)
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        trainer.compute_loss(model, inputs | images)
+    assert seen.keys() - {"input_ids", "attention_mask", "use_cache", "fused_head"} == images.keys()
+
+
+def even_digits(completions, **_) -> list[float]:
+    return [float(text[:1] in tuple("02468")) for text in completions]
+
+
+def test_a_run_raises_the_reward(folder, tmp_path):
+    config = LADConfig(
+        **options(
+            tmp_path, max_steps=60, per_device_train_batch_size=16, num_generations=8, max_completion_length=1,
+            learning_rate=3e-3, lr_scheduler_type="constant",
+        )
+    )  # fmt: skip
+    trainer = LADTrainer(load(folder), even_digits, args=config, train_dataset=PROMPTS, processing_class=TOKENIZER)
+    trainer.train()
+    rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
+    assert sum(rewards[:3]) / 3 < 0.4
+    assert sum(rewards[-10:]) / 10 > 0.9
+
+
+def resumed(kind, config, folder, tmp_path):
+    whole = history(
+        build(kind, config(**options(tmp_path, max_steps=6, save_strategy="steps", save_steps=3)), load(folder))
+    )
+    second = build(kind, config(**options(tmp_path, max_steps=6)), load(folder))
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    return whole, second.state.log_history
+
+
+def test_resuming_continues_as_trl_does(folder, tmp_path):
+    for kind, config in ((trl.GRPOTrainer, trl.GRPOConfig), (LADTrainer, LADConfig)):
+        whole, continued = resumed(kind, config, folder, tmp_path / kind.__name__)
+        for step in (3, 4, 5):
+            for name in ("loss", "grad_norm", "reward", "entropy"):
+                assert continued[step][name] == whole[step][name], (kind, step, name)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (dict(loss_type="grpo"), ["loss_type", "'dapo'", "'grpo'", "loss_agg_mode"]),
+        (dict(epsilon=0.3), ["epsilon", "0.3", "log_ratio_clamp"]),
+        (dict(epsilon_high=0.28), ["epsilon_high", "0.28", "log_ratio_clamp"]),
+        (dict(delta=2.0), ["delta", "2.0", "log_ratio_clamp"]),
+        (dict(off_policy_mask_threshold=0.1), ["off_policy_mask_threshold", "None", "0.1"]),
+        (dict(use_adaptive_entropy=True), ["use_adaptive_entropy", "True", "entropy_coef"]),
+        (dict(divergence="j5"), ["divergence", "'js'", "'j5'"]),
+        (dict(eta=0.0), ["eta", "> 0", "0.0"]),
+        (dict(importance_sampling_level="word"), ["importance_sampling_level", "'word'", "'sequence_sum'"]),
+        (dict(loss_agg_mode="mean"), ["loss_agg_mode", "'token-mean'", "'mean'"]),
+        (dict(target_norm="batch"), ["target_norm", "'group'", "'batch'"]),
+        (dict(tail_mass=-1.0), ["tail_mass", ">= 0", "-1.0"]),
+    ],
+)
+def test_config_refuses_by_name(given, words, tmp_path):
+    with pytest.raises(ValueError, match=words[0]) as caught:
+        LADConfig(**options(tmp_path, **given))
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "given", "error", "words"),
+    [
+        (LADTrainer, LADConfig, dict(use_liger_kernel=True), ValueError, "use_liger_kernel: expected False, got True"),
+        (FusedGRPOTrainer, trl.GRPOConfig, dict(use_liger_kernel=True), ValueError, "use_liger_kernel: expected False"),
+        (LADTrainer, LADConfig, dict(bf16=True, cast_lm_head_to_fp32=True), ValueError, "cast_lm_head_to_fp32"),
+        (LADTrainer, trl.GRPOConfig, {}, TypeError, "args: expected integration.trl.LADConfig, got GRPOConfig"),
+    ],
+)
+def test_trainer_refuses_by_name(kind, config, given, error, words, folder, tmp_path):
+    with pytest.raises(error, match=words):
+        build(kind, config(**options(tmp_path, **given)), load(folder))
+
+
+def test_mixin_refuses_other_trainers(folder, tmp_path):
+    class Fused(FusedHeadMixin, trl.SFTTrainer):
+        pass
+
+    with pytest.raises(TypeError, match=r"expected trl\.GRPOTrainer or trl\.RLOOTrainer"):
+        Fused(load(folder))
+
+
+def test_unsloth_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "unsloth", sys)
+    with pytest.raises(RuntimeError, match="unsloth: expected not to be imported"):
+        build(LADTrainer, LADConfig(**options(tmp_path)), load(folder))
+
+
+def test_compute_loss_refuses_outputs_and_unwrapped_models(folder, tmp_path, monkeypatch):
+    trainer = build(LADTrainer, LADConfig(**options(tmp_path)), load(folder))
+    with pytest.raises(ValueError, match="return_outputs: expected False"):
+        trainer.compute_loss(trainer.model, {}, return_outputs=True)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda _: 2))
+    trainer.model_wrapped = torch.nn.Sequential(trainer.model)
+    with pytest.raises(RuntimeError, match="expected the wrapped model"):
+        trainer.compute_loss(trainer.model, {})
+
+
+def reloaded():
+    """The adapter's source executed again, as under another installation."""
+    spec = importlib.util.spec_from_file_location("adapter_again", adapter.__file__)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("version", [None, "1.13.0", "1.15.0"])
+def test_imports_without_a_supported_trl_and_says_so_on_use(version, monkeypatch):
+    if version is None:
+        monkeypatch.setitem(sys.modules, "trl", None)
+    else:
+        monkeypatch.setattr(trl, "__version__", version)
+    monkeypatch.delitem(sys.modules, "adapter_again", raising=False)
+    module = reloaded()
+    for use in (module.LADConfig, lambda: module.LADTrainer(None), lambda: module.FusedHeadMixin(None)):
+        with pytest.raises(ImportError, match=r"trl: expected >= 1\.14 and not 1\.15\.0") as caught:
+            use()
+        assert (version or "cannot be imported") in str(caught.value)
+
+
+def test_the_example_script_runs_from_flags_and_yaml(tmp_path):
+    sizes = dict(max_steps=1, warm_steps=1, train_size=40, held_out_size=2, per_device_train_batch_size=8)
+    file = tmp_path / "run.yaml"
+    file.write_text("".join(f"{k}: {v}\n" for k, v in sizes.items()) + f"output_dir: {tmp_path}\ndivergence: hd\n")
+    trainer = train_trl.main(["--config", str(file), "--eta", "0.5", "--use_cpu", "--per_device_eval_batch_size", "8"])
+    assert (trainer.objective.divergence, trainer.objective.eta) == ("hd", 0.5)
+    assert any("eval_reward" in row for row in trainer.state.log_history)
+    assert (tmp_path / "model.safetensors").exists()

@@ -319,8 +319,15 @@ def counters(run: Run) -> None:
         run.missing({"ncu": f"exit status {done.returncode}: {(done.stdout + done.stderr)[-200:]}"})
 
 
+def trl_steps(run: Run) -> None:
+    """GRPO and LAD in TRL's trainers, with TRL's head and with ours."""
+    from benchmarks import trl_step  # imports TRL: many seconds that no other experiment should pay
+
+    trl_step.trl_steps(run)
+
+
 EXPERIMENTS: dict[str, Callable[[Run], None]] = {
-    **{f.__name__: f for f in (ceilings, forward_tiles, slabs, single_pass, one_step, sanitizer, counters)},
+    **{f.__name__: f for f in (ceilings, forward_tiles, slabs, single_pass, one_step, sanitizer, counters, trl_steps)},
     **device_checks.EXPERIMENTS,
     **sparse_experiments.EXPERIMENTS,
 }

@@ -47,6 +47,7 @@ PLAN = (
     Experiment("slabs", 20, "E4: workspace of the two-pass backward"),
     Experiment("single_pass", 15, "E3: the same in library products and row operations"),
     Experiment("peers", 75, "E5: time, memory and error of every provider that is installed"),
+    Experiment("trl_steps", 100, "GRPO and LAD micro-batches of a 0.5B model in TRL, with its head and with ours"),
     Experiment("sanitizer", 45, "E10: memcheck and racecheck on small shapes"),
     Experiment("counters", 30, "E9: hardware counters of the two large kernels"),
     Experiment("slow_peers", 45, "E5: providers that compile for long"),

@@ -39,12 +39,12 @@ test-trl-oldest:
 	$(PYTHON) -m venv $(VENV)-trl
 	grep -v '^trl==' $(CONSTRAINTS) > $(VENV)-trl/constraints.txt
 	$(VENV)-trl/bin/pip install --quiet --disable-pip-version-check -c $(VENV)-trl/constraints.txt trl==1.14.0 requests -e '.[test]'
-	OMP_NUM_THREADS=1 $(VENV)-trl/bin/python -m pytest tests/test_trl.py tests/test_trl_loss.py $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-trl/bin/python -m pytest tests/test_trl.py tests/test_trl_loss.py tests/test_trl_wrapped.py $(ARGS)
 
 test-zero3: $(VENV)/.test  # DeepSpeed builds from source and compiles an operator at its first use: minutes, and a C++ compiler
 	$(BIN)/pip install --quiet --disable-pip-version-check wheel ninja 'setuptools>=77'
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation -c $(CONSTRAINTS) deepspeed==0.19.8
-	$(BIN)/python -m pytest tests/test_distributed.py -k zero3 $(ARGS)
+	$(BIN)/python -m pytest tests/test_distributed.py tests/test_trl_wrapped.py -k zero3 $(ARGS)
 
 # One stamp per set of extras: installing again costs nothing until setup.py or the pins change.
 $(VENV)/.%: setup.py constraints-cpu.txt constraints-cuda.txt

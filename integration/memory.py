@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -39,18 +40,16 @@ def ours(hidden: Tensor, weight: Tensor, target: Tensor, old_logp: Tensor, advan
     return linear_lad_loss(hidden, weight, target, old_logp, advantages=advantages).loss
 
 
-def peak_resident_bytes() -> int:
-    """The largest resident set this process ever had."""
+def resident_bytes(line: str = "VmRSS") -> int:
+    """The resident set now, or its peak with `VmHWM`; where /proc is missing, its peak in both cases.
+
+    `ru_maxrss` would not do on Linux: a process inherits the peak of the one that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(rf"{line}:\s+(\d+) kB", status.read_text())[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere else
-
-
-def resident_bytes() -> int:
-    """The resident set now; where /proc is missing, its peak so far, which makes the difference a lower bound."""
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        return peak_resident_bytes()
-    return int(statm.read_text().split()[1]) * resource.getpagesize()
 
 
 def measure(provider: str, tokens: int, hidden_size: int, device: str) -> dict[str, float]:
@@ -76,7 +75,7 @@ def measure(provider: str, tokens: int, hidden_size: int, device: str) -> dict[s
     if cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    peak = torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()
+    peak = torch.cuda.max_memory_allocated() if cuda else resident_bytes("VmHWM")
     return {"bytes": peak - before, "seconds": seconds}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -252,6 +254,18 @@ def test_demo_fails_when_a_check_fails(tmp_path, monkeypatch, arms):
     monkeypatch.setattr(memory, "compare_memory", lambda *_: measured)
     assert demo.main(["--quick", "--out", str(tmp_path)]) == 1
     assert "**FAIL**: memory" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere a child has a peak of its own anyway")
+def test_a_process_does_not_inherit_the_peak_of_its_parent():
+    """Linux hands ru_maxrss on to a child that is forked and then executes another program."""
+    child = "import integration.memory as m; print(m.resident_bytes('VmHWM'))"
+    parent = (
+        "import os, subprocess, sys\nballast = bytearray(b'x') * (1 << 30)\n"
+        "subprocess.run([sys.executable, '-c', sys.argv[1]], close_fds=True, preexec_fn=os.getpid)"  # forces a fork
+    )
+    done = subprocess.run([sys.executable, "-c", parent, child], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1 << 30
 
 
 def test_accuracy_check_wants_a_clear_gain():

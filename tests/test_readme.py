@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("transformers", reason="the README's snippets need the train extra: transformers")
+
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("trl", reason="TRL is not installed; LADTrainer goes untested")
+
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from trl_cases import ON_CPU, PROMPTS, build, load, options, save_model

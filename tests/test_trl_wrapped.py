@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("trl", reason="TRL is not installed; the trainers go untested under FSDP2 and ZeRO-3")
+
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, gather_object
 from test_distributed import needs

@@ -78,6 +78,7 @@ def test_accelerate():
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed: its patch is not tested")
     model = tiny_model("llama").eval()
     attach_fused_head(model)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # of another test's trainer
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     prepared = accelerator.prepare_model(model)
     torch.testing.assert_close(fused_logprobs(prepared), own_logprobs(prepared), rtol=0, atol=0.3)

@@ -61,7 +61,9 @@ def test_tokens_without_a_gradient_have_nothing_to_drop():
 
 
 def test_a_model_of_transformers():
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason="needs the train extra; a model of transformers goes untested"
+    )
     config = transformers.Gemma2Config(
         vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, final_logit_softcapping=7.0,

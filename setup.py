@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "lad_kernels" / "__init__.py").read_text()).group(1)
-cli = ["rich>=13", "packaging>=24", "pyyaml>=6"]
+cli = ["rich>=13", "packaging>=24", "jsonargparse>=4.51,<5", "docstring-parser>=0.17"]
 train = ["transformers>=5.0", "reasoning-gym>=0.1.24", "matplotlib>=3.8", *cli]
 oracles = ["liger-kernel>=0.8", "cut-cross-entropy>=25.1"]
 docs = ["pdoc>=15"]

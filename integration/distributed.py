@@ -3,6 +3,19 @@
 Every function is collective: all ranks of the group call it, those without a single loss token too. A loss here is this
 rank's share: summed over the ranks, losses and gradients are those of one process with the whole batch. DDP and FSDP
 *average* gradients over their W ranks, so multiply the loss by W (or divide the normalizer by W).
+
+A vocabulary spread over ranks needs nothing from here: pass `vocab_group`. In Megatron Core that is this function, as
+`GPTModel.forward(..., output_processor=f)`, written from its documentation and not run:
+
+    def f(hidden_states, output_layer, output_weight, labels, config, **_):  # [S, B, D]
+        if config.sequence_parallel:  # dH is complete on every rank: the backward must split it, not sum it again
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        rows = output_layer.weight if output_weight is None else output_weight  # [V / tp, D]
+        group = parallel_state.get_tensor_model_parallel_group()
+        return linear_logprobs(hidden_states.transpose(0, 1), rows, labels, vocab_group=group).logprobs  # [B, S]
+
+Padding rows of the last rank take part in the softmax, as in Megatron; cut them with `rows[:n]`. Do not call the output
+layer as well: its hooks would sum dH a second time.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import platform
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from packaging.requirements import Requirement
@@ -37,15 +37,25 @@ SELF_CHECK = 1e-5  # relative float32 error allowed; 8e-7 was measured on a CPU
 
 @dataclass(frozen=True)
 class Asked:
-    """What the user wants to know; None and empty mean the defaults for this machine."""
+    """What the user wants to know; None and empty mean the defaults for this machine.
+
+    Attributes:
+        device: cuda if there is one, else cpu
+        dtype: bfloat16 on an accelerator, else float32
+        impl: as the public functions take it
+        tokens: N
+        hidden_size: D; none takes those of two common models
+        vocab_size: V; likewise
+        require: packages that have to work
+    """
 
     device: str | None = None
-    dtype: str | None = None
-    impl: str = "auto"
-    tokens: int = 16_384  # N
-    hidden_size: int | None = None  # D
-    vocab_size: int | None = None  # V
-    require: tuple[str, ...] = ()  # packages that have to work
+    dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
+    impl: Literal["auto", "triton", "torch", "reference"] = "auto"
+    tokens: int = 16_384
+    hidden_size: int | None = None
+    vocab_size: int | None = None
+    require: tuple[str, ...] = ()
 
 
 class Installed(NamedTuple):

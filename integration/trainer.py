@@ -19,12 +19,11 @@ step are in the checkpoint, and the problems of a step are a function of seed an
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -359,16 +358,14 @@ def make_progress(console: Console) -> Progress:
 
 def parse_config(arguments: list[str] | None = None) -> TrainConfig:
     """Flags are the fields of `TrainConfig`; with `--resume` the saved ones hold wherever no flag is given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(TrainConfig):
-        kind = {"int": int, "float": float}.get(field.type, str)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS)
-    given = vars(parser.parse_args(arguments))
-    saved = {}
-    if "resume" in given:
-        state = torch.load(Path(given["resume"]) / "trainer_state.pt", map_location="cpu", weights_only=True)
-        saved = state["config"]
-    return TrainConfig(**{**saved, **given})
+    from integration.flags import parse_flags
+
+    parse = partial(parse_flags, TrainConfig, arguments, "lad-kernels train", __doc__)
+    config = parse()
+    if config.resume is None:
+        return config
+    saved = torch.load(Path(config.resume) / "trainer_state.pt", map_location="cpu", weights_only=True)
+    return parse(defaults=saved["config"])
 
 
 def main(arguments: list[str] | None = None) -> None:

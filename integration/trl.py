@@ -5,7 +5,11 @@ trainer = LADTrainer(model, reward_funcs, args=LADConfig(eta=0.25), train_datase
 
 `FusedHeadMixin` in front of `trl.GRPOTrainer` or `trl.RLOOTrainer` computes every log-probability with `lad_kernels`
 and leaves TRL's loss as it is. `LADTrainer` replaces the loss. Sampling, advantages, the reference model and the logs
-remain TRL's in both. The head always runs inside the wrapped model's forward.
+remain TRL's in both. The head always runs inside the wrapped model's forward. TRL's own losses and gradient norms stay
+within 5e-6 in float32. Both are tested on two ranks under DDP, FSDP2 (by layer or in one group, tied or not), ZeRO-3,
+and with PEFT's `modules_to_save=["lm_head"]`, where TRL 1.16's own head gets a wrong gradient under FSDP2 (off by 0.75
+of its norm). What fails: accelerate's SIZE_BASED_WRAP, before training starts; LoRA on `lm_head`, which TRL >= 1.15
+refuses.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +14,12 @@ import torch
 
 pytest.importorskip("rich", reason="the command line needs the train extra: rich")
 pytest.importorskip("packaging", reason="the command line needs the train extra: packaging")
-pytest.importorskip("yaml", reason="the command line needs the train extra: pyyaml")
+pytest.importorskip("jsonargparse", reason="the command line needs the train extra: jsonargparse")
 
 from rich.console import Console
 
 from integration import cli, doctor
+from integration.flags import parse_flags
 from lad_kernels.head.autograd import Head
 from lad_kernels.head.logits import LogitTransform
 
@@ -198,30 +200,90 @@ def test_self_check_measures_and_can_fail(monkeypatch):
     assert "self-check: expected an error of at most 1e-05" in text
 
 
-def test_yaml_stands_for_flags_and_later_flags_win(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("tokens: 5\nhidden_size: 7\nrequire: [rich, trl]\ndtype: null\nneg: -1\nsave: true\noff_: false\n")
-    flags = cli.expand_config(["doctor", "--config", str(path), "--tokens", "6"])
-    assert flags == [
-        "doctor", "--tokens=5", "--hidden-size=7", "--require", "rich", "trl", "--neg=-1", "--save", "--tokens", "6",
-    ]  # fmt: skip
-    assert cli.expand_config([f"--config={path}"]) == flags[1:-2]
-    parsed, rest = cli.make_parser().parse_known_args(flags)
-    assert (parsed.tokens, parsed.hidden_size, parsed.require) == (6, 7, ["rich", "trl"])
-    assert rest == ["--neg=-1", "--save"]
-
-
-@pytest.mark.parametrize("text", ["- a list", "optimizer: {lr: 1}", "no: 1"])
-def test_yaml_that_is_no_mapping_of_flags_is_refused(tmp_path, text):
-    path = tmp_path / "run.yaml"
+def yaml(folder: Path, text: str) -> str:
+    """Path of a YAML file."""
+    path = folder / "run.yaml"
     path.write_text(text)
-    with pytest.raises(SystemExit, match="expected one flat mapping"):
-        cli.main(["doctor", "--config", str(path)])
-    with pytest.raises(SystemExit, match="which does not exist"):
-        cli.main(["doctor", "--config", str(tmp_path / "ghost.yaml")])
+    return str(path)
 
 
-@pytest.mark.parametrize("arguments", [[], ["doctor", "--tokenz", "3"], ["doctor", "3"], ["dance"]])
+def test_yaml_stands_for_flags_and_later_flags_win(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "main", lambda asked: asked)
+    path = yaml(tmp_path, "tokens: 5\nhidden_size: 7\nvocab-size: 9\nrequire: [rich, trl]\ndtype: null\nimpl: torch\n")
+    asked = cli.main(["doctor", "--config", path, "--tokens", "6", "--dtype", "float16"])
+    assert asked == doctor.Asked(None, "float16", "torch", 6, 7, 9, ["rich", "trl"])
+    asked = cli.main(["doctor", "--tokens=6", "--hidden-size=1", "--require", "peft", f"--config={path}"])
+    assert asked == doctor.Asked(None, None, "torch", 5, 7, 9, ["rich", "trl"])
+    assert cli.main(["doctor", "--require", "trl", "peft", "--hidden_size", "3"]).require == ["trl", "peft"]
+    assert cli.main(["doctor"]) == doctor.Asked(require=[])
+
+
+@dataclass(frozen=True)
+class Options:
+    save: bool = False
+    quiet: bool = True
+    sizes: tuple[int, ...] = ()
+    name: str | None = "a name"
+    rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.rate < 0:
+            raise ValueError(f"rate: expected at least 0, got {self.rate}")
+
+
+def test_yaml_values_have_the_types_of_the_dataclass(tmp_path, capsys):
+    path = yaml(tmp_path, "save: true\nquiet: false\nsizes: [3, -4]\nname: null\nrate: 1e-3\n")
+    given = parse_flags(Options, ["--config", path], "program", "text")
+    assert given == Options(True, False, (3, -4), None, 1e-3)
+    defaults = {"sizes": (1,), "rate": 2.0}
+    assert parse_flags(Options, ["--rate", "3"], "program", "text", defaults=defaults) == Options(sizes=(1,), rate=3.0)
+    for text in ("save: 1", "sizes: [a]", "sizes: 3", "rate: null", "rate: [1]", "rate: -1"):
+        with pytest.raises(SystemExit) as stopped:
+            parse_flags(Options, ["--config", yaml(tmp_path, text)], "program", "text")
+        assert stopped.value.code == 2
+        assert text.split(":")[0] in capsys.readouterr().err.split("error:")[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- a list", "Unexpected config"),
+        ("optimizer: {lr: 1}", "'optimizer.lr' is not accepted"),
+        ("no: 1", "Key must be a string"),
+        ("hiden_size: 7", "'hiden_size' is not accepted"),
+        ("tokens: 3\nsave: true", "'save' is not accepted"),
+        ("tokens: many", 'key "tokens"'),
+        ("tokens: 1.5", 'key "tokens"'),
+        ("tokens: null", 'key "tokens"'),
+        ("tokens: {n: 1}", 'key "tokens"'),
+        ("dtype: int7", 'key "dtype"'),
+        ("impl: fast", 'key "impl"'),
+        ("require: rich", 'key "require"'),
+        ("require: [rich, nonsense]", "nonsense"),
+        ("tokens: [", "parsing config"),
+        (None, "does not exist"),
+    ],
+)
+def test_yaml_that_does_not_fit_the_flags_is_refused(tmp_path, monkeypatch, capsys, text, words):
+    monkeypatch.setattr(doctor, "main", lambda asked: pytest.fail(f"accepted {text!r}: {asked}"))
+    path = str(tmp_path / "ghost.yaml") if text is None else yaml(tmp_path, text)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["doctor", "--config", path])
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["doctor", "--tokenz", "3"],
+        ["doctor", "--tok", "3"],
+        ["doctor", "3"],
+        ["dance"],
+        ["profile", "--tokens", "3"],
+    ],
+)
 def test_what_is_not_understood_is_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
@@ -247,8 +309,12 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.console", None)
     monkeypatch.delitem(sys.modules, "integration.doctor")
     monkeypatch.delattr("integration.doctor")
-    with pytest.raises(SystemExit, match=r"lad-kernels doctor needs rich\.console: pip install"):
+    with pytest.raises(SystemExit, match=r"lad-kernels doctor needs rich\.console: pip install 'lad_kernels\[cli\]'"):
         cli.main(["doctor"])
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    monkeypatch.delitem(sys.modules, "integration.flags")
+    with pytest.raises(SystemExit, match=r"profile needs jsonargparse: pip install 'lad_kernels\[train\]'"):
+        cli.main(["profile"])
 
 
 @pytest.fixture
@@ -270,9 +336,46 @@ def test_train_takes_yaml_and_flags(small_programs, capsys):
     assert len(lines) == 1
     assert '"algorithm": "grpo"' in lines[0]
     assert "checkpoint" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("stepz: 1", "'stepz' is not accepted"),
+        ("steps: many", 'key "steps"'),
+        ("steps: null", 'key "steps"'),
+        ("algorithm: ppo", "expected 'lad' or 'grpo', got 'ppo'"),
+    ],
+)
+def test_train_refuses_what_it_does_not_know(small_programs, capsys, text, words):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--config", yaml(small_programs, text)])
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", "--stepz", "1"])
     assert stopped.value.code == 2
+
+
+def test_resume_keeps_saved_values_where_no_flag_is_given(small_programs):
+    from integration.trainer import TrainConfig, parse_config
+
+    saved = TrainConfig(steps=7, eta=0.5, model="a model", out="there")
+    torch.save({"config": asdict(saved)}, small_programs / "trainer_state.pt")
+    path = yaml(small_programs, f"resume: {small_programs}\nsteps: 8\n")
+    assert parse_config(["--config", path, "--out", "here"]) == replace(
+        saved, resume=str(small_programs), steps=8, out="here"
+    )
+
+
+def test_a_printed_config_is_a_config(small_programs, capsys):
+    from integration.trainer import TrainConfig, parse_config
+
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(["--steps", "3", "--print-config"])
+    assert stopped.value.code in (0, None)
+    path = yaml(small_programs, capsys.readouterr().out)
+    assert parse_config(["--config", path]) == TrainConfig(steps=3)
 
 
 def test_profile_of_the_small_policy_and_of_given_ids(small_programs, capsys):

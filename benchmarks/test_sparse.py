@@ -11,7 +11,6 @@ import pytest
 
 from benchmarks import sparse
 from benchmarks.measure import Rounds, ratio, summary
-from lad_kernels.head import dispatch
 from lad_kernels.testing import CONTRACT_MARGIN, FP32_TOLERANCE
 
 MIB = 2**20
@@ -25,7 +24,6 @@ def test_sparse(bench, data, case, rounds):
     batch = sparse.make(shape, data, case, bench.dtype, bench.device)
     entries = sparse.entries(data, case)
     true, found = sparse.truth(batch, case), {}
-    dispatch.forget()
     for entry in entries:
         _, backward = sparse.provider(entry, case).step(batch)
         found[entry] = sparse.errors(*backward(), *true, batch.targets)

@@ -9,14 +9,12 @@ import pytest
 
 from benchmarks.measure import Rounds
 from benchmarks.providers import JOBS
-from lad_kernels.head import dispatch
 
 
 @pytest.mark.parametrize("job", tuple(JOBS))
 def test_speed(benchmark, bench, shape, data, job, rounds):
     providers, verdicts = bench.providers(job, shape, data)
     assert providers
-    dispatch.forget()  # the other data had the same shape
     run = Rounds(providers, bench.batches(shape, data), bench.clock)
     if bench.set_name != "full":  # there a step takes long enough, and the gate has loaded every library
         run.warm()

@@ -29,6 +29,13 @@ class Packing:
         flat = x.reshape(self.shape.numel(), *x.shape[len(self.shape) :])
         return flat if self.kept is None else flat.index_select(0, self.kept)
 
+    def source(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [N, D] or [B, T, D], not copied, and the flat rows [M] that take part; None: all of [N, D]."""
+        wide, kept = hidden.ndim == 3, self.kept
+        if not wide or hidden.stride(0) == hidden.shape[1] * hidden.stride(1):
+            return hidden.reshape(self.shape.numel(), hidden.shape[-1]), kept
+        return hidden, torch.arange(self.shape.numel(), device=hidden.device) if kept is None else kept
+
     def place(self, x: Tensor) -> Tensor:
         """[M, ...] -> [N, ...] or [B, T, ...], exactly zero where nothing was kept."""
         if self.kept is not None:

@@ -138,7 +138,8 @@ def profile_sparsity(
         hidden, weight, target_ids, bias, temperature, logit_scale, softcap, loss_mask, impl
     )
     triton = checks.use_triton(impl, hidden.device, hidden.dtype)
-    head = Head(packing.take(hidden), weight, targets, bias, transform, triton)
+    rows, tokens = packing.source(hidden)
+    head = Head(rows, weight, targets, bias, transform, triton, tokens)
     out = head.forward(want_entropy=True, want_block_lse=True)
     c = torch.ones_like(out.lse) if coefficients is None else packing.take(coefficients).to(out.lse.dtype)  # [M]
     work = dispatch.Work(
@@ -150,7 +151,7 @@ def profile_sparsity(
         part = head.take(live)
         routing, certificate = route(
             part.hidden, weight, part.targets, part.transform, out.lse[live], out.logprobs[live],
-            out.block_lse[:, live], LogitGradient(c[live], -c[live]), tail_mass,
+            out.block_lse[:, live], LogitGradient(c[live], -c[live]), tail_mass, tokens=part.tokens,
             dense_share=dispatch.SPEEDS[work.device].gathered, unbiased=tail == "unbiased",
         )  # fmt: skip
         dense = live[routing.dense]  # tokens that keep every block

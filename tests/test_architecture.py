@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "head": {"head", "checks", "outputs", "packing"},
     "head.kernels": {"head.kernels", "head.logits", "head.flops"},
     "objective": {"objective", "checks", "outputs", "packing"},
-    "loss": {"head", "objective", "checks", "outputs", "packing"},
+    "step": {"head", "objective", "packing"},
+    "loss": {"step", "head", "objective", "checks", "outputs"},
     "profile": {"head", "checks"},
     "": {"profile", "head", "objective", "loss", "outputs"},
 }

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gate, gpu, report
+from benchmarks import gate, gpu, predicted, report
 from benchmarks.data import make_batch
 from benchmarks.measure import Rounds, quartiles, ratio, ratio_interval, summary
 from benchmarks.providers import EAGER, JOBS, Provider, all_providers, eager_logprobs, split_available
 from benchmarks.shapes import SETS, TINY
+from lad_kernels.head import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -157,6 +158,15 @@ def test_committed_results_are_rendered():
     if not report.RESULTS.exists():
         pytest.skip("no results are committed")
     assert report.TARGET.read_text() == report.document(report.RESULTS)
+
+
+def test_predicted_memory_is_within_the_budget():
+    """Beyond inputs, gradients and one float32 dW, at every shape of the table."""
+    for shape in predicted.SHAPES:
+        work = dispatch.Work(shape.tokens, shape.hidden_size, shape.vocab_size, 2, "cuda")
+        assert 0 <= predicted.one_pass_bytes(work) <= dispatch.BUDGET
+        for kept in (None, *predicted.KEPT):
+            assert predicted.memory(work, kept)[0] <= dispatch.BUDGET
 
 
 def test_a_crash_loses_one_experiment(tmp_path):

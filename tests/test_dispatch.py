@@ -40,25 +40,30 @@ def test_the_cheapest_path_is_taken_once_shares_are_known(work):
         assert times[picked] <= 1.01 * min(times.values())
 
 
-def test_a_flat_policy_is_measured_again_now_and_then():
-    """While the one pass is taken nothing is learnt about sparsity: every PROBE calls the masses are looked at."""
+def test_what_was_learnt_decides_the_next_call():
     work = Work(4096, 4096, 131_072, 2, "cuda")
-    dispatch.takes_routed(work, 3e-4, 4096, 4096 * work.blocks, 4096, backward="auto")
-    taken = [dispatch.takes_one_pass(work, 3e-4, backward="auto", known=True) for _ in range(2 * dispatch.PROBE)]
-    assert taken.count(False) == 2
-    assert all(dispatch.takes_one_pass(work, 0.0, backward="auto", known=True) for _ in range(2 * dispatch.PROBE))
+    one_pass = lambda theta=3e-4: dispatch.takes_one_pass(work, theta, backward="auto", known=True)  # noqa: E731
+    assert not one_pass()
+    dispatch.learn(work, 3e-4, 4096, 3700)
+    assert one_pass()
+    dispatch.learn(work, 3e-4, 0, 0)
+    assert one_pass()
+    dispatch.learn(work, 3e-4, 4096, 41)
+    assert not one_pass()
+    assert one_pass(0.0)
 
 
 def test_what_is_asked_for_is_done():
     work = Work(2048, 896, 151_936, 4, "cpu")
     assert dispatch.takes_routed(work, 3e-4, 100, 100 * work.blocks, 0, backward="routed")
-    assert not dispatch.may_route(3e-4, "dense")
-    assert not dispatch.may_route(0.0, "auto")
+    may_route = lambda theta, backward: dispatch.may_route(work, theta, backward=backward, gradient_bytes=0)  # noqa: E731
+    assert not may_route(3e-4, "dense")
+    assert not may_route(0.0, "auto")
     assert not dispatch.takes_one_pass(work, 3e-4, backward="routed", known=True)
     for path in dispatch.PATHS:
         with dispatch.force(path):
             assert dispatch.takes_one_pass(work, 3e-4, backward="auto", known=False) == (path == "one_pass")
-            assert dispatch.may_route(3e-4, "auto") == (path == "routed")
+            assert may_route(3e-4, "auto") == (path == "routed")
     with pytest.raises(ValueError, match="'two_pass'"), dispatch.force("two-pass"):
         pass
 
@@ -70,10 +75,26 @@ def test_default_tail_mass():
 
 
 def test_chunks_of_the_one_pass():
-    assert Work(16_384, 4096, 131_072, 2, "cuda").chunk_rows() == 2048
-    assert Work(16_384, 4096, 151_936, 2, "cuda").chunk_rows() == 2048  # 593 MiB: fewer would be all dW traffic
-    assert Work(16_384, 4096, 32_000, 2, "cuda").chunk_rows() * 32_000 * 2 <= 512 << 20
+    """As few as fit the budget and the room of a 16-bit dW, of one size."""
+    assert Work(16_384, 4096, 131_072, 2, "cuda").chunk_rows() == 4096
+    assert Work(16_384, 896, 151_936, 2, "cuda").chunk_rows() == 2432
+    assert Work(100, 4096, 131_072, 2, "cuda").chunk_rows() == 128
+    assert Work(0, 4096, 131_072, 2, "cuda").chunk_rows() == 128
     assert Work(2048, 896, 151_936, 4, "cpu").chunk_rows() * 151_936 * 4 <= 128 << 20
+    for work in (Work(1 << 20, d, v, 2, "cuda") for d in (896, 4096, 8192) for v in (32_000, 151_936)):
+        assert 2 * work.chunk_rows() * work.vocab_size <= dispatch.BUDGET + 2 * work.vocab_size * work.hidden_size
+
+
+def test_masses_and_pairs_that_do_not_fit_are_not_kept():
+    """On an accelerator what routing needs must fit the budget and the room of gradients that do not exist yet."""
+    small, large = Work(16_384, 896, 151_936, 2, "cuda"), Work(1 << 20, 896, 151_936, 2, "cuda")
+    may_route = lambda work, gradients: dispatch.may_route(work, 3e-4, backward="auto", gradient_bytes=gradients)  # noqa: E731
+    assert may_route(small, 0)
+    assert not may_route(large, 0)
+    assert may_route(large, 16 << 30)
+    pairs = dispatch.BUDGET // 4 // dispatch.PAIR_BYTES
+    assert dispatch.takes_routed(large, 3e-4, 1 << 20, pairs, 0, backward="auto")
+    assert not dispatch.takes_routed(large, 3e-4, 1 << 20, pairs + 1, 0, backward="auto")
 
 
 def test_why_names_the_path_and_its_cost():

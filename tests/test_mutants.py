@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import itertools
 import sys
 from pathlib import Path
 
 import pytest
+import test_memory
 import test_paths
 import test_routed_kernels
 import torch
 
 from lad_kernels import LADConfig, linear_logprobs, reference
-from lad_kernels.head import autograd, kernels, torch_ops
+from lad_kernels.head import autograd, dispatch, kernels, torch_ops
 from lad_kernels.head.kernels import dense, forward  # noqa: F401  (bound as attributes of the folder)
 from lad_kernels.objective import divergences, policy
 from lad_kernels.testing import check_head, make_inputs
@@ -109,10 +109,10 @@ TRITON_HEAD = {
     "dense: slab offset forgotten": ("dense.py", "other=-1) - column0)", "other=-1) - 0)"),
     "dense: slope forgotten": ("dense.py", "g + at_target[:, None], g) * slope", "g + at_target[:, None], g)"),
     "dense: entropy term missing": ("dense.py", "weight -= tl.load(entropy", "weight -= 0.0 * tl.load(entropy"),
-    "dense: dH of the last slab": ("dense.py", "accumulate(dh[run], part, weight[slab], first=v0 == 0)",
-                                   "accumulate(dh[run], part, weight[slab], first=True)"),
-    "dense: bias of the wrong slab": ("dense.py", "None if bias is None else bias[slab]",
-                                      "None if bias is None else bias[: slab.stop - v0]"),
+    "dense: dH of the last slab": ("dense.py", "accumulate(dh[run], tile, part.weight, first=v0 == 0)",
+                                   "accumulate(dh[run], tile, part.weight, first=True)"),
+    "dense: bias of the wrong slab": ("dense.py", "None if self.bias is None else self.bias[columns]",
+                                      "None if self.bias is None else self.bias[: columns.stop - columns.start]"),
 }  # fmt: skip
 
 
@@ -120,9 +120,9 @@ def plant_in_triton(monkeypatch, mutant) -> None:
     if hasattr(mutant, "forward"):
         monkeypatch.setattr(kernels, "forward", mutant)
     else:  # three slabs of 256 columns
-        small = functools.partial(mutant.backward, workspace_bytes=256 * (90 * 4 + 4 * 80))
+        monkeypatch.setattr(dispatch, "piece", lambda tokens, *shape, **options: (tokens, 256 * (90 * 4 + 4 * 80)))
         monkeypatch.setattr(mutant, "_MIN_COLUMNS", 128)
-        monkeypatch.setattr(dense, "backward", small)
+        monkeypatch.setattr(dense, "backward", mutant.backward)
 
 
 @pytest.mark.parametrize("bug", TRITON_HEAD)
@@ -150,8 +150,8 @@ ROUTING = {
                     "(columns, routing.rows[part].flip(0), scale)"),
     "a wrong block": ("torch_ops", "slice(block * BLOCK, (block + 1) * BLOCK)",
                       "slice(block // 2 * BLOCK, (block // 2 + 1) * BLOCK)"),
-    "pairs of the wrong block": ("routing", "blocks, rows = keep.nonzero().unbind(1)",
-                                 "rows, blocks = keep.T.nonzero().unbind(1)"),
+    "pairs of the wrong block": ("routing", "blocks, rows = (x.contiguous() for x in keep.nonzero().unbind(1))",
+                                 "rows, blocks = (x.contiguous() for x in keep.T.nonzero().unbind(1))"),
     "target's piece judged by its mass": ("routing", "_norm(others, prob, entropy) + own",
                                           "_norm(others, prob, entropy)"),
     "confidence forgotten": ("routing", "- onehot * torch.expm1(logprobs)", "- onehot * 0"),
@@ -184,6 +184,37 @@ def test_a_forgotten_scale_is_caught(monkeypatch, tmp_path):
     monkeypatch.setattr(autograd, "torch_ops", mutant)
     with pytest.raises(AssertionError):
         test_paths.test_unbiased_tail_has_the_exact_mean()
+
+
+PIECES = {
+    "dW of the last piece": ("kernels/dense.py", "first=n0 == 0 and (staged or not add)", "first=n0 == 0"),
+    "float16 pieces scaled twice": ("kernels/dense.py", "(add and down is not None)", "False"),
+    "routing not renumbered": ("logits.py", "self.rows[inside] - tokens.start", "self.rows[inside]"),
+    "dense tokens of every piece": ("logits.py", "(self.dense < tokens.stop)", "(self.dense < tokens.stop + 3)"),
+    "dH to the first rows": ("autograd.py", "self.tokens[part]] = found", "slice(0, part.stop - part.start)] = found"),
+}
+
+
+@pytest.mark.parametrize("bug", [None, *PIECES])
+def test_bug_in_the_pieces_is_caught(bug, monkeypatch, tmp_path, device):
+    name, old, new = PIECES[bug or "dH to the first rows"]
+    mutant = mutate(f"head/{name}", old, new if bug else old, tmp_path)
+    if name == "logits.py":
+        monkeypatch.setattr(autograd.Routing, "part", mutant.Routing.part)
+    elif name == "autograd.py":
+        monkeypatch.setattr(autograd.Head, "backward", mutant.Head.backward)
+    else:
+        monkeypatch.setattr(dense, "backward", mutant.backward)
+
+    def check_all() -> None:
+        for path, dtype in itertools.product(test_memory.PIECED, ("float32", "float16")):
+            test_memory.check_pieces(path, dtype, device, monkeypatch)
+
+    if bug is None:
+        check_all()
+        return
+    with pytest.raises((AssertionError, IndexError, RuntimeError)):
+        check_all()
 
 
 ROUTED_KERNELS = {

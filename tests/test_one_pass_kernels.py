@@ -301,14 +301,6 @@ def test_float16_is_refused(device):
         run(replaced(case, hidden=case.inputs.hidden.half(), weight=case.inputs.weight.half()))
 
 
-@pytest.mark.parametrize("v", [2, 50257, 151936, 256000])
-@pytest.mark.parametrize("workspace", [1, 512 << 20, 4 << 30])
-def test_chunk_rows(v, workspace):
-    rows = one_pass.chunk_rows(v, 2, workspace)
-    assert rows % 256 == 0 and rows >= 2048
-    assert rows == 2048 or rows * v * 2 <= workspace < (rows + 257) * (v + 127) * 2
-
-
 def compile_all(arch: str) -> None:
     """Print one JSON row per compiled kernel."""
     import aot

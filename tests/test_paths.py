@@ -329,14 +329,41 @@ def test_flops_are_those_of_the_formula_and_of_torch(path, on_policy):
         assert bound * 0.9 < counted <= bound * (1 + 1e-6)  # pairs of the last, partial block are narrower
 
 
-def test_a_flat_policy_takes_one_pass_from_the_second_call(monkeypatch):
-    """Whether tokens are routed is learnt even where all of them are dense."""
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_what_a_call_meets_decides_the_next(impl, device, monkeypatch):
+    """A flat policy takes one pass from the second call on, one that turns peaked is routed one call later."""
     monkeypatch.setattr(dispatch.Work, "one_pass", lambda work: 0.9 * (work.score() + work.dense(work.tokens)))
     monkeypatch.setattr(dispatch.Work, "routed", lambda work, pairs, dense=0: 9.0 * (pairs > 0.5 * M * work.blocks))
-    config = LADConfig(tail_mass=1e-4)
-    inputs = batch(None) | {"advantages": torch.ones(B, dtype=torch.float64)}
-    spent = [run(linear_lad_loss, inputs, config=config)[0].metrics["head_flops"] for _ in range(3)]
-    assert [x / ((M - 3) * D * V) for x in spent] == [8, 6, 6]
+    spent, config = [], LADConfig(tail_mass=1e-3)
+    for entropy in (None, None, None, 0.1, 0.1, 0.1, None, None):
+        inputs = batch(entropy) | {"advantages": torch.ones(B, dtype=torch.float64)}
+        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        out = run(linear_lad_loss, inputs, torch.float32, config=config, impl=impl)[0]
+        spent.append(out.metrics["head_flops"].item() / ((M - 3) * D * V))
+    assert spent[:4] == [8, 6, 6, 6]
+    assert max(spent[4:6]) < 5
+    assert spent[6:] == [8, 6]
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("tail", ["drop", "unbiased"])
+def test_the_one_pass_sees_what_routing_would_keep(impl, tail, device, monkeypatch):
+    """The share from samples of every chunk against the share of a routed call; all tokens fit the samples here."""
+    inputs, found = batch(0.5), []
+    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    config = GRPOConfig(policy_loss="reinforce", tail_mass=3e-2, tail=tail)
+    monkeypatch.setattr(dispatch, "learn", lambda work, theta, live, kept: found.append((live, kept)))
+    monkeypatch.setattr(dispatch.Work, "chunk_rows", lambda self: 12)
+    monkeypatch.setattr(
+        dispatch, "SPEEDS", {k: dataclasses.replace(v, gathered=0.9) for k, v in dispatch.SPEEDS.items()}
+    )
+    for path in ("one_pass", "routed"):
+        with dispatch.force(path):
+            run(linear_grpo_loss, inputs, torch.float32, config=config, impl=impl)
+    (live, kept), (live_routed, kept_routed) = found
+    assert live == pytest.approx(live_routed)
+    assert 0.05 < kept_routed / live < 0.9
+    assert kept == pytest.approx(kept_routed, rel=0.1)
 
 
 def test_score_alone():

@@ -3,6 +3,8 @@
 Saved: the inputs themselves (no copy), which tokens take part, their lse and entropy. Recomputed in the backward: the
 logits, one tile or slab at a time. Nothing of size N x V is ever stored, and nothing that is saved is changed. Tokens
 whose coefficients are all zero are dropped before the backward's first product (one host sync on an accelerator).
+Triton needs at most dispatch.BUDGET bytes beyond inputs, gradients and one float32 dW, whatever N is; block masses
+excepted, which are freed before the gradients are made.
 
 | quantity | precision |
 |---|---|
@@ -27,38 +29,51 @@ from torch import Tensor
 
 from lad_kernels import checks
 from lad_kernels.head import dispatch, torch_ops
-from lad_kernels.head.logits import HeadForward, HeadGradients, LogitGradient, LogitTransform, Routing
+from lad_kernels.head.logits import HeadForward, HeadGradients, LogitGradient, LogitTransform, Routing, gather
 from lad_kernels.packing import Packing
 
 
 @dataclass(frozen=True)
 class Head:
-    """The head on M packed tokens, in Triton or PyTorch, without autograd."""
+    """The head on M tokens, in Triton or PyTorch, without autograd. Hidden states are gathered when they are needed."""
 
-    hidden: Tensor  # [M, D]
+    hidden: Tensor  # [N, D] or [B, T, D], as the user gave them
     weight: Tensor  # [V, D]
     targets: Tensor  # [M]
     bias: Tensor | None  # [V]
     transform: LogitTransform
     triton: bool
+    tokens: Tensor | None = None  # [M] flat rows of hidden; None: all of [N, D]
 
-    def take(self, tokens: Tensor | slice | None) -> Head:
+    def take(self, chosen: Tensor | slice | None) -> Head:
         """The head on some of the tokens [A]; None stands for all."""
-        if tokens is None:
+        if chosen is None:
             return self
         transform, t = self.transform, self.transform.temperature
         if isinstance(t, Tensor):
-            transform = replace(transform, temperature=t[tokens])
-        return replace(self, hidden=self.hidden[tokens], targets=self.targets[tokens], transform=transform)
+            transform = replace(transform, temperature=t[chosen])
+        hidden, tokens = self.hidden, self.tokens
+        if tokens is not None:
+            tokens = tokens[chosen]
+        elif isinstance(chosen, slice):
+            hidden = hidden[chosen]
+        else:
+            tokens = chosen
+        return replace(self, hidden=hidden, tokens=tokens, targets=self.targets[chosen], transform=transform)
+
+    def rows(self) -> Tensor:
+        """Hidden states of the tokens [M, D]."""
+        return gather(self.hidden, self.tokens)
 
     def forward(self, *, want_entropy: bool, want_block_lse: bool = False) -> HeadForward:
         path: Any = torch_ops
+        options: dict[str, Any] = {"want_entropy": want_entropy, "want_block_lse": want_block_lse}
         if self.triton:
             from lad_kernels.head.kernels import forward as path
-        return path.forward(
-            self.hidden, self.weight, self.targets, self.bias, self.transform, want_entropy=want_entropy,
-            want_block_lse=want_block_lse,
-        )  # fmt: skip
+
+            rest = (self.weight, self.targets, self.bias, self.transform)
+            return path.forward(self.hidden, *rest, tokens=self.tokens, **options)
+        return path.forward(*self._inputs(), **options)
 
     def has_one_pass(self, need_bias: bool) -> bool:
         """Whether `one_pass` can run.
@@ -74,36 +89,101 @@ class Head:
 
     def one_pass(
         self, prior: Tensor | None, coefficients: Callable[[slice, Tensor], Tensor], *, chunks: Sequence[slice],
-        want_entropy: bool, needs: tuple[bool, bool, bool],
+        want_entropy: bool, needs: tuple[bool, bool, bool], observe: Callable[[Tensor, Tensor], None] | None = None,
     ) -> tuple[HeadForward, HeadGradients] | None:  # fmt: skip
-        """Forward and gradient together; None where the prior log-probs [M] are too far off (Triton)."""
-        path: Any = torch_ops.one_pass
+        """Forward and gradient together, dH [N, D]; None where the prior log-probs [M] are too far off (Triton).
+
+        `observe` is told for each chunk the L1 norms [S, blocks] of the pieces of dZ of a few tokens, and c [C].
+        """
+        path: Any = torch_ops
+        options: dict[str, Any] = {"chunks": chunks, "want_entropy": want_entropy, "observe": observe} | _wanted(needs)
         if self.triton:
-            from lad_kernels.head.kernels.one_pass import one_pass as path
-        return path(
-            *self._inputs(), prior, coefficients, chunks=chunks, want_entropy=want_entropy, **_wanted(needs)
-        )  # fmt: skip
+            from lad_kernels.head.kernels import one_pass as path
+
+            rest = (self.weight, self.targets, self.bias, self.transform)
+            return path.one_pass(self.hidden, *rest, prior, coefficients, tokens=self.tokens, **options)
+        out, found = path.one_pass(*self._inputs(), prior, coefficients, **options)
+        return out, self._spread(found)
 
     def backward(
+        self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: tuple[bool, bool, bool]
+    ) -> HeadGradients:
+        """Gradients of hidden [N, D], zero where no token is, of weight and of bias; exact without a routing.
+
+        Where Triton has no room for all tokens at once (dispatch.BUDGET) they pass in pieces, dW and dbias being added
+        up in float32.
+        """
+        size, workspace = len(lse), dispatch.BUDGET
+        if self.triton:
+            dense, pairs = (0, 0) if routing is None else (len(routing.dense), len(routing.rows))
+            size, workspace = dispatch.piece(
+                size, self.hidden.shape[-1], len(self.weight), self.hidden.element_size(), need_hidden=needs[0],
+                need_weight=needs[1], gathered=self.tokens is not None, dense=dense, pairs=pairs,
+            )  # fmt: skip
+        if size == len(lse):
+            return self._spread(self.gradients(lse, gradient, routing, needs, workspace=workspace))
+        into = float32_sums((self.weight, self.bias), needs[1:])
+        dh = self.no_gradient() if needs[0] else None  # [N, D]
+        for first in range(0, len(lse), size):
+            part = slice(first, min(first + size, len(lse)))
+            found = self.take(part).gradients(
+                lse[part], take_gradient(gradient, part), None if routing is None else routing.part(part), needs,
+                into=into, workspace=workspace,
+            )  # fmt: skip
+            if dh is not None:
+                dh[part if self.tokens is None else self.tokens[part]] = found.hidden.to(dh.dtype)
+            del found  # dW is rounded where it was
+        return HeadGradients(dh, *rounded(into, (self.weight, self.bias)))
+
+    def gradients(
         self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: tuple[bool, bool, bool],
-        *, wide: bool = False,
+        *, into: HeadGradients | None = None, workspace: int = dispatch.BUDGET,
     ) -> HeadGradients:  # fmt: skip
-        """Gradients of hidden [M, D], weight and bias; exact without a routing, and with `wide` not rounded then."""
+        """`backward` in one piece: dH is [M, D]. With `into` dW and dbias are added to its float32 tensors (float64
+        for float64), and dH is not rounded."""
         path: Any = torch_ops
-        options = _wanted(needs) | ({"wide": wide} if routing is None else {})
+        options = _wanted(needs) | {"wide": into is not None}
         if self.triton:
             from lad_kernels.head.kernels import dense, routed
 
-            path = dense if routing is None else routed
-            options |= {} if routing is None else {"atomics": dispatch.atomics()}
-        chosen = () if routing is None else (routing,)
-        return path.backward(*self._inputs(), lse, gradient, *chosen, **options)
+            path, options = dense, _wanted(needs) | {"workspace_bytes": workspace, "into": into}
+            if routing is not None:
+                path, options = routed, options | {"atomics": dispatch.atomics()}
+        found = path.backward(*self._inputs(), lse, gradient, *(() if routing is None else (routing,)), **options)
+        if self.triton or into is None:
+            return found
+        for total, x in zip(into[1:], found[1:]):
+            if total is not None:
+                total.add_(x)
+        return into._replace(hidden=found.hidden)
+
+    def no_gradient(self) -> Tensor:
+        """Zeros [N, D]."""
+        return self.hidden.new_zeros(self.hidden.shape[:-1].numel(), self.hidden.shape[-1])
+
+    def _spread(self, found: HeadGradients) -> HeadGradients:
+        """dH [M, D] -> [N, D]."""
+        if found.hidden is None or self.tokens is None:
+            return found
+        return found._replace(hidden=self.no_gradient().index_copy_(0, self.tokens, found.hidden))
 
     def _inputs(self) -> tuple:
-        return self.hidden, self.weight, self.targets, self.bias, self.transform
+        return self.rows(), self.weight, self.targets, self.bias, self.transform
 
 
-def _wanted(needs: tuple[bool, bool, bool]) -> dict[str, bool]:
+def float32_sums(inputs: tuple[Tensor, Tensor | None], needs: Sequence[bool]) -> HeadGradients:
+    """Zeros, in float32 (float64 for float64), for those gradients of (weight, bias) that are needed."""
+    wanted = [x if need else None for x, need in zip(inputs, needs)]
+    wide = torch.promote_types(inputs[0].dtype, torch.float32)
+    return HeadGradients(None, *(None if x is None else torch.zeros_like(x, dtype=wide) for x in wanted))
+
+
+def rounded(sums: HeadGradients, inputs: tuple[Tensor, Tensor | None]) -> list[Tensor | None]:
+    """(dW, dbias) in the dtypes of (weight, bias)."""
+    return [x if x is None else x.to(y.dtype) for x, y in zip(sums[1:], inputs)]
+
+
+def _wanted(needs: tuple[bool, bool, bool]) -> dict[str, Any]:
     return dict(zip(("need_hidden", "need_weight", "need_bias"), needs))
 
 
@@ -127,14 +207,9 @@ def take_gradient(gradient: LogitGradient, tokens: Tensor | slice | None) -> Log
     return LogitGradient(take(gradient.onehot, tokens), take(gradient.prob, tokens), entropy)
 
 
-def spread(found: HeadGradients, packing: Packing, tokens: Tensor | None) -> HeadGradients:
-    """Gradients with dH [A, D] of some packed tokens -> with dH in the shape the user gave, zero elsewhere."""
-    dh = found.hidden
-    if dh is None:
-        return found
-    if tokens is not None:
-        dh = dh.new_zeros(packing.tokens, dh.shape[1]).index_copy_(0, tokens, dh)
-    return found._replace(hidden=packing.place(dh))
+def shaped(found: HeadGradients, hidden: Tensor) -> HeadGradients:
+    """dH [N, D] -> the shape of the hidden states."""
+    return found if found.hidden is None else found._replace(hidden=found.hidden.view(hidden.shape))
 
 
 class LinearLogprobsFunction(torch.autograd.Function):
@@ -145,7 +220,8 @@ class LinearLogprobsFunction(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, packing: Packing,
         transform: LogitTransform, want_entropy: bool, triton: bool, new_head: Callable[..., Head],
     ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-        head = new_head(packing.take(hidden), weight, targets, bias, transform, triton)
+        rows, tokens = packing.source(hidden)
+        head = new_head(rows, weight, targets, bias, transform, triton, tokens)
         out = head.forward(want_entropy=want_entropy)
         ctx.save_for_backward(hidden, weight, bias, targets, out.lse, out.entropy)
         ctx.packing, ctx.transform, ctx.triton, ctx.new_head = packing, transform, triton, new_head
@@ -164,6 +240,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
             prob = prob - g_entropy * entropy
         gradient = LogitGradient(onehot, prob, g_entropy)
         live = live_tokens(gradient)  # [A]
-        head = ctx.new_head(ctx.packing.take(hidden), weight, targets, bias, ctx.transform, ctx.triton).take(live)
+        rows, tokens = ctx.packing.source(hidden)
+        head = ctx.new_head(rows, weight, targets, bias, ctx.transform, ctx.triton, tokens).take(live)
         found = head.backward(take(lse, live), take_gradient(gradient, live), None, ctx.needs_input_grad[:3])
-        return *spread(found, ctx.packing, live), None, None, None, None, None, None
+        return *shaped(found, hidden), None, None, None, None, None, None

@@ -10,14 +10,19 @@ With N tokens of which A have a coefficient c != 0, and P kept (token, block) pa
 | routed | 2 N D V + 6 D BLOCK P | tail_mass > 0 and backward is not "dense" |
 
 The kept share decides between the last two and is known only after the forward; the one pass has to be chosen before.
-For that choice alone the shares met by the last call of the same shape are remembered, so that a first call may take
-another path, and round differently within the tolerance, than the second. `force` and `backward=` settle it instead.
-No path is tried to find out: there is no autotuning.
+For that choice alone the shares met by the last call of the same shape are remembered (the one pass looks at a few
+tokens of each chunk), so that a first call may take another path, and round differently within the tolerance, than the
+second. `force` and `backward=` settle it instead. No path is tried to find out: there is no autotuning.
+
+Here also stands what a call may take of an accelerator's memory beyond its inputs, its gradients and one float32 dW:
+BUDGET bytes, whatever N is. The gradients' own memory counts from the start, so what is freed before they are made,
+such as block masses, may use their room.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -26,11 +31,16 @@ from dataclasses import dataclass
 import torch
 
 from lad_kernels import checks
-from lad_kernels.head.logits import BLOCK
+from lad_kernels.head.logits import BLOCK, SAMPLE
 
 PATHS = ("one_pass", "two_pass", "routed")
 DEFAULT_TAIL_MASS = 3e-4  # for 16-bit inputs; float32 and float64 are exact unless a number is given
-PROBE = 16  # calls after which a remembered kept share is measured again
+BUDGET = 512 << 20  # bytes
+CPU_LOGITS = 128 << 20  # bytes of one chunk's logits in one pass without an accelerator
+PAIR_BYTES = 16  # of a kept pair in a Routing, and of what lists it
+TOKEN_BYTES = 128  # of one token's log-prob, lse, coefficients and the objective's work
+ROWS = 256  # tokens of a piece are a multiple
+ROUTE_BYTES = 7  # per (token, block): its mass in float32, whether it is kept, and the pairs of one in twenty
 FIRST_KEPT_SHARE = 0.02  # what a policy under reinforcement learning has; believed until the first call
 
 
@@ -43,15 +53,14 @@ class Speeds:
     element: float  # seconds per logit outside the products (exponential, sums), each time it is made
     gathered: float  # rate of the routed products over that of large ones; also the dense cut-off of a token
     block: float  # seconds per vocabulary block of the routed backward
-    one_pass_bytes: int  # workspace of the one-pass path's logits
 
 
 # "cpu" was measured with one thread of the machine of benchmarks/RESULTS.md; only ratios matter. "cuda" is built from
 # published rates of an H200 (700 Tflop/s at head shapes, 4.3 TB/s) and an assumed rate of the gathered products; no GPU
 # has confirmed it.
 SPEEDS = {
-    "cpu": Speeds(8e10, 8e9, 1.2e-9, 0.4, 3.5e-4, 128 << 20),
-    "cuda": Speeds(7e14, 4.3e12, 0.0, 0.35, 1e-7, 512 << 20),
+    "cpu": Speeds(8e10, 8e9, 1.2e-9, 0.4, 3.5e-4),
+    "cuda": Speeds(7e14, 4.3e12, 0.0, 0.35, 1e-7),
 }
 
 
@@ -78,34 +87,61 @@ class Work:
 
     def dense(self, live: float) -> float:
         """Seconds of the dense backward of `live` tokens."""
-        return 3 * self._product(live) + SPEEDS[self.device].element * live * self.vocab_size
+        s, tokens = SPEEDS[self.device], math.ceil(live)
+        slabs, pieces = 0, self._pieces(tokens)
+        if self.device != "cpu" and tokens:  # each slab of the vocabulary reads and writes a float32 dH
+            rows, workspace = self._piece(tokens)
+            slabs = math.ceil(self.vocab_size * self.itemsize * rows / workspace)
+        traffic = 8 * live * self.hidden_size * slabs / s.bytes
+        return 3 * self._product(live) + s.element * live * self.vocab_size + traffic + pieces
+
+    def _piece(self, tokens: int, **listed: int) -> tuple[int, int]:
+        shape = (tokens, self.hidden_size, self.vocab_size, self.itemsize)
+        return piece(*shape, need_hidden=True, need_weight=True, gathered=False, **listed)
+
+    def _pieces(self, tokens: int, **listed: int) -> float:
+        """Seconds that a float32 dW takes, read and written by every piece of the tokens; 0 for one piece."""
+        count = 1 if self.device == "cpu" or not tokens else -(-tokens // self._piece(tokens, **listed)[0])
+        traffic = (8 * count + self.itemsize) * self.vocab_size * self.hidden_size
+        return traffic / SPEEDS[self.device].bytes if count > 1 else 0.0
 
     def routed(self, pairs: float, dense: int = 0) -> float:
         """Seconds of the routed backward of `pairs` pairs and `dense` whole tokens."""
         s, weight = SPEEDS[self.device], self.vocab_size * self.hidden_size
         gathered = 6 * self.hidden_size * BLOCK * pairs / (s.flops * s.gathered)
-        return gathered + self.dense(dense) + self.itemsize * weight / s.bytes + s.block * self.blocks
+        writes = self.itemsize * weight / s.bytes + self._pieces(self.tokens, pairs=int(pairs), dense=dense)
+        return gathered + self.dense(dense) + writes + s.block * self.blocks
 
     def one_pass(self) -> float:
-        """Seconds of forward and backward in one pass; every chunk reads and writes a float32 dW."""
+        """Seconds of forward and backward in one pass; every chunk reads and writes a float32 dW, rounded last."""
         s = SPEEDS[self.device]
         chunks = -(-self.tokens // self.chunk_rows())
-        traffic = 8 * self.vocab_size * self.hidden_size * chunks / s.bytes
-        return 3 * self._product(self.tokens) + 2 * s.element * self.tokens * self.vocab_size + traffic
+        traffic = (8 * chunks + self.itemsize * (self.itemsize == 2)) * self.vocab_size * self.hidden_size
+        return 3 * self._product(self.tokens) + 2 * s.element * self.tokens * self.vocab_size + traffic / s.bytes
 
     def chunk_rows(self) -> int:
-        """Tokens whose logits are kept at once by the one-pass path."""
-        rows = SPEEDS[self.device].one_pass_bytes // (self.itemsize * self.vocab_size)
-        return max(2048, rows // 256 * 256) if self.device == "cuda" else max(64, rows // 8 * 8)
+        """Tokens whose logits are kept at once by the one-pass path.
+
+        On an accelerator all of BUDGET and the room of a 16-bit dW, which is rounded when the logits are gone. That is
+        2,048 tokens or more wherever V D >= 2^26; fewer make the float32 dW, read and written once a chunk, dear.
+        """
+        if self.device == "cpu":
+            return max(64, CPU_LOGITS // (self.itemsize * self.vocab_size) // 8 * 8)
+        room = BUDGET - TOKEN_BYTES * self.tokens
+        room += self.itemsize * self.vocab_size * self.hidden_size if self.itemsize == 2 else 0
+        logits = self.itemsize * self.blocks * BLOCK + 8 * self.blocks  # and two sums of each tile of BLOCK columns
+        states = (3 * self.itemsize + 4) * self.hidden_size  # gathered, scaled, dH in float32 and rounded
+        most = max(1, (room - SAMPLE * logits) // (logits + states) // 128)  # tiles of 128 tokens
+        chunks = max(1, -(-self.tokens // (128 * most)))
+        return max(1, -(-self.tokens // (128 * chunks))) * 128  # as few chunks as possible, of about one size
 
 
 @dataclass
 class _Met:
     """What the last call of a shape met."""
 
-    live: float = 1.0
-    kept: float = FIRST_KEPT_SHARE
-    age: int = 0
+    live: float = 1.0  # tokens with c != 0, over all
+    kept: float = FIRST_KEPT_SHARE  # of their pairs
 
 
 _met: dict[tuple, _Met] = {}
@@ -164,30 +200,65 @@ def takes_one_pass(work: Work, theta: float, *, backward: str, known: bool) -> b
         return _forced.get() == "one_pass"
     if work.tokens == 0:
         return False
-    met = _met.setdefault((work.device, work.hidden_size, work.vocab_size, work.itemsize, theta), _Met())
+    met = _met.get(_key(work, theta), _Met())
     live = work.tokens * (1.0 if known else met.live)
     after = work.dense(live)
     if theta > 0 and backward == "auto":
-        met.age += 1
-        kept = FIRST_KEPT_SHARE if met.age % PROBE == 0 else met.kept
-        after = min(after, work.routed(live * work.blocks * kept))
+        after = min(after, work.routed(live * work.blocks * met.kept))
     return work.one_pass() < work.score() + after
+
+
+def learn(work: Work, theta: float, live: float, kept: float) -> None:
+    """Remember how many tokens had c != 0, and how many tokens' worth of pairs they kept; none teaches nothing."""
+    if live > 0:
+        _met[_key(work, theta)] = _Met(live / work.tokens, kept / live)
+
+
+def _key(work: Work, theta: float) -> tuple:
+    return work.device, work.hidden_size, work.vocab_size, work.itemsize, theta
 
 
 def takes_routed(work: Work, theta: float, live: int, pairs: int, dense: int, *, backward: str) -> bool:
     """Whether `pairs` kept pairs of `live` tokens, `dense` of them whole, are worth routing; remembers their share."""
-    met = _met.setdefault((work.device, work.hidden_size, work.vocab_size, work.itemsize, theta), _Met())
-    met.live, met.kept = live / max(work.tokens, 1), pairs / max(live * work.blocks, 1)
+    learn(work, theta, live, pairs / work.blocks)
     if _forced.get() is not None or backward == "routed":
         return _forced.get() in ("routed", None)
-    return work.routed(pairs - dense * work.blocks, dense) < work.dense(live)
+    listed = pairs - dense * work.blocks
+    return PAIR_BYTES * listed <= BUDGET // 4 and work.routed(listed, dense) < work.dense(live)
 
 
-def may_route(theta: float, backward: str) -> bool:
-    """Whether block masses are worth writing in the forward."""
-    if _forced.get() is not None:
-        return _forced.get() == "routed"
-    return backward == "routed" or (theta > 0 and backward == "auto")
+def may_route(work: Work, theta: float, *, backward: str, gradient_bytes: int) -> bool:
+    """Whether block masses are worth writing in the forward, and fit beside nothing else.
+
+    `gradient_bytes` is what the gradients will take that do not exist yet.
+    """
+    if _forced.get() is not None or backward == "routed":
+        return _forced.get() in ("routed", None)
+    fits = work.device == "cpu" or ROUTE_BYTES * work.tokens * work.blocks <= BUDGET + gradient_bytes
+    return fits and theta > 0 and backward == "auto"
+
+
+def piece(
+    tokens: int, hidden_size: int, vocab_size: int, itemsize: int, *, need_hidden: bool, need_weight: bool,
+    gathered: bool, dense: int = 0, pairs: int = 0,
+) -> tuple[int, int]:  # fmt: skip
+    """(tokens that pass through the Triton backward together, bytes that their workspace may have) within BUDGET.
+
+    Beside the workspace live dH in float32, gathered hidden states, the pairs of a routing, and its dense tokens' own
+    copies. One piece needs no float32 dW; of several, the rounded dW does not exist yet.
+    """
+    wide = 4 * hidden_size if need_hidden else 0
+    states = itemsize * hidden_size if gathered else 0
+    apart = wide + 2 * itemsize * hidden_size  # of a dense token of a routing
+    room = max(BUDGET - PAIR_BYTES * pairs - TOKEN_BYTES * tokens, BUDGET // 4)
+    whole = tokens * (states + (wide if itemsize == 2 else 0)) + dense * apart
+    if whole <= 3 * room // 4:
+        return tokens, room - whole
+    room += itemsize * vocab_size * hidden_size if itemsize == 2 and need_weight else 0
+    each = wide + states + itemsize * hidden_size + (apart if dense else 0)
+    most = max(room // 2 // each // ROWS, 1) * ROWS
+    rows = -(-tokens // -(-tokens // most) // ROWS) * ROWS  # pieces of about one size
+    return min(rows, tokens), max(room - rows * each, room // 4)
 
 
 def why(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 BLOCK = 128  # vocabulary columns of a block: the unit of probability mass that the forward reports
+SAMPLE = 16  # tokens of a chunk, at most, whose pieces of the logit gradient the one pass reports
 
 
 @dataclass(frozen=True)
@@ -64,3 +66,26 @@ class Routing(NamedTuple):
     scale: Tensor | None  # [P] float32: factor on the pair's piece of dZ; None stands for ones
     counts: list[int]  # [blocks] pairs of each block; block b holds rows[sum(counts[:b]) :][: counts[b]]
     dense: Tensor  # [Nd] int64, ascending
+
+    def part(self, tokens: slice) -> Routing:
+        """The routing of some consecutive tokens, numbered from the first of them; one host sync on an accelerator."""
+        inside = (self.rows >= tokens.start) & (self.rows < tokens.stop)  # [P]
+        every = torch.arange(len(self.counts), device=inside.device)  # [blocks]
+        block = every.repeat_interleave(torch.tensor(self.counts, device=inside.device), output_size=len(inside))  # [P]
+        dense = self.dense[(self.dense >= tokens.start) & (self.dense < tokens.stop)]
+        return Routing(
+            self.rows[inside] - tokens.start,
+            None if self.scale is None else self.scale[inside],
+            torch.bincount(block[inside], minlength=len(every)).tolist(),
+            dense - tokens.start,
+        )
+
+
+def gather(hidden: Tensor, tokens: Tensor | None) -> Tensor:
+    """Flat rows `tokens` [M] of hidden states [N, D] or [B, T, D]: [M, D]; None: hidden itself."""
+    if tokens is None:
+        return hidden
+    if hidden.ndim == 2:
+        return hidden.index_select(0, tokens)
+    length = hidden.shape[1]
+    return hidden[tokens // length, tokens % length]

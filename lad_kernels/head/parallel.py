@@ -17,13 +17,13 @@ as deterministic as the backend's all-reduce.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lad_kernels.head.autograd import Head, take_gradient
+from lad_kernels.head.autograd import Head, float32_sums, rounded, take_gradient
 from lad_kernels.head.logits import HeadForward, HeadGradients, LogitGradient, Routing
 
 CHUNK = 2048  # tokens of an all-reduce of dH at least ...
@@ -89,7 +89,7 @@ def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 class ShardedHead(Head):
     """`Head` on this rank's rows; targets [M] are numbered over the whole vocabulary. Collective on the group."""
 
-    shard: Shard
+    shard: Shard = field(kw_only=True)
 
     def forward(self, *, want_entropy: bool, want_block_lse: bool = False) -> HeadForward:
         """Log-probs, lse and entropy over the whole vocabulary; block masses are never reported."""
@@ -118,38 +118,43 @@ class ShardedHead(Head):
         return False  # the coefficients need the global lse
 
     def backward(
-        self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: tuple[bool, bool, bool],
-        *, wide: bool = False,
-    ) -> HeadGradients:  # fmt: skip
-        """dH [M, D] in full, dW and dbias of this rank's rows; exact, `routing` is None."""
+        self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: tuple[bool, bool, bool]
+    ) -> HeadGradients:
+        """dH [N, D] in full, dW and dbias of this rank's rows; exact, `routing` is None."""
         local = self._local()
         inside = (self.targets >= self.shard.start) & (self.targets < self.shard.start + len(self.weight))  # [M]
         gradient = LogitGradient(torch.where(inside, gradient.onehot, 0.0), gradient.prob, gradient.entropy)
         size = max(CHUNK, -(-len(lse) // CHUNKS))
-        hidden, pending, rows = [], [], list[Tensor | None]()
-        for first in range(0, max(len(lse), 1), size):
-            tokens = slice(first, first + size)
-            found = _wide_gradients(local.take(tokens), lse[tokens], take_gradient(gradient, tokens), needs)
-            if needs[0]:
-                hidden.append(found.hidden)
-                pending.append(dist.all_reduce(found.hidden, group=self.shard.group, async_op=True))
-            rows = [a if a is None else a.add_(b) for a, b in zip(rows, found[1:])] or list(found[1:])
-        for work in pending:
+        into, dh = float32_sums((self.weight, self.bias), needs[1:]), self.no_gradient() if needs[0] else None  # [N, D]
+        summed: list[tuple[slice, Tensor, dist.Work]] = []  # tokens, their dH [C, D], its all-reduce
+
+        def finish() -> None:
+            tokens, part, work = summed.pop()
             work.wait()
-        inputs = (self.hidden, self.weight, self.bias)
-        hidden = [h if wide else h.to(self.hidden.dtype) for h in hidden]
-        grads = (torch.cat(hidden) if len(hidden) > 1 else next(iter(hidden), None), *rows)  # [M, D], [V_r, D], [V_r]
-        return HeadGradients(*(g if g is None or wide else g.to(x.dtype) for g, x in zip(grads, inputs)))
+            dh[tokens if self.tokens is None else self.tokens[tokens]] = part.to(dh.dtype)
+
+        for first in range(0, len(lse), size):
+            tokens = slice(first, min(first + size, len(lse)))
+            found = _gradients(local.take(tokens), lse[tokens], take_gradient(gradient, tokens), needs, into)
+            if summed:
+                finish()
+            if dh is not None:
+                work = dist.all_reduce(found.hidden, group=self.shard.group, async_op=True)
+                summed.append((tokens, found.hidden, work))
+        if summed:
+            finish()
+        return HeadGradients(dh, *rounded(into, (self.weight, self.bias)))
 
     def _local(self) -> Head:
         """This rank's rows as a head of their own; targets of other ranks become some local row."""
         targets = (self.targets - self.shard.start).clamp(0, max(len(self.weight) - 1, 0))  # [M]
-        return Head(self.hidden, self.weight, targets, self.bias, self.transform, self.triton)
+        return Head(self.hidden, self.weight, targets, self.bias, self.transform, self.triton, self.tokens)
 
 
-def _wide_gradients(head: Head, lse: Tensor, gradient: LogitGradient, needs: tuple[bool, bool, bool]) -> HeadGradients:
-    """The gradients of one rank's head, not rounded; a rank may have no rows or no tokens."""
-    if len(head.weight) and len(lse):
-        return head.backward(lse, gradient, None, needs, wide=True)
-    inputs = (head.hidden, head.weight, head.bias)
-    return HeadGradients(*(torch.zeros_like(x, dtype=lse.dtype) if need else None for x, need in zip(inputs, needs)))
+def _gradients(
+    head: Head, lse: Tensor, gradient: LogitGradient, needs: tuple[bool, bool, bool], into: HeadGradients
+) -> HeadGradients:
+    """`Head.gradients` of a rank that may have no rows; dH is not rounded."""
+    if len(head.weight):
+        return head.gradients(lse, gradient, None, needs, into=into)
+    return into._replace(hidden=lse.new_zeros(len(lse), head.hidden.shape[-1]) if needs[0] else None)

@@ -117,8 +117,21 @@ def block_norms(weight: Tensor) -> Tensor:
     return padded.view(-1, BLOCK).amax(1)
 
 
+def kept_share(
+    norms: Tensor, c: Tensor, theta: float, *, dense_share: float, unbiased: bool
+) -> Tensor:  # [S, blocks], [C] -> []
+    """Share of the pairs that `route` would keep, from L1 norms of the pieces of dZ of some tokens.
+
+    The mean|c| of the rule is that of `c`. Tokens without a gradient do not count; NaN if all are without.
+    """
+    threshold = theta * c.abs().sum() / (c != 0).sum().clamp(min=1)  # []
+    kept = (norms / threshold).clamp(max=1.0) if unbiased else (norms > threshold).to(norms.dtype)  # [S, blocks]
+    share, live = kept.mean(1), norms.any(1)  # [S], [S]
+    return (torch.where(share > dense_share, 1.0, share) * live).sum() / live.sum()
+
+
 def route(
-    hidden: Tensor,  # [A, D]
+    hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
     targets: Tensor,  # [A]
     transform: LogitTransform,  # its temperature, if a tensor, is [A]
@@ -128,6 +141,7 @@ def route(
     gradient: LogitGradient,
     theta: float,
     *,
+    tokens: Tensor | None = None,  # [A] rows of hidden; None: all, A = N
     dense_share: float = 1.0,
     unbiased: bool = False,
 ) -> tuple[Routing, Certificate]:
@@ -145,7 +159,8 @@ def route(
 
     wide = torch.promote_types(hidden.dtype, torch.float32)
     slope = abs(transform.scale) / transform.temperature  # [A] or a number
-    reach = torch.linalg.vector_norm(hidden, dim=1, dtype=wide) * slope  # [A]
+    reach = torch.linalg.vector_norm(hidden, dim=-1, dtype=wide).flatten()  # [N]
+    reach = (reach if tokens is None else reach[tokens]) * slope  # [A]
     longest, lost = block_norms(weight), torch.zeros_like(lse)  # [blocks], [A]
     error, by_block = torch.zeros_like(lse), lse.new_empty(len(keep))  # [A], [blocks]
     for part, norm in pieces:
@@ -159,7 +174,7 @@ def route(
         by_block[part] = torch.mv(norm, reach)
     lost /= pieces.size
     counts = keep.sum(1)  # [blocks]
-    blocks, rows = keep.nonzero().unbind(1)  # [P], [P]
+    blocks, rows = (x.contiguous() for x in keep.nonzero().unbind(1))  # [P], [P]
     scale = (threshold / pieces.at(blocks, rows)).clamp_(min=1.0) if unbiased else None  # [P]
     routing = Routing(rows, scale, counts.tolist(), dense)
     certificate = Certificate(

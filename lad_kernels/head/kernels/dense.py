@@ -9,7 +9,8 @@ multiplies. Vocabulary-major order means that every row of dW is complete after 
 tokens in fp32 and cast once, without a V x D float32 buffer. dH is accumulated over the slabs in a float32 [N, D]
 buffer and cast once.
 Workspace: Vc columns of dR and, for 16-bit weights, of float32 dW. When even 1,024 columns of N tokens exceed it,
-rows are split too, and the slab of dW is accumulated over the row runs.
+rows are split too, and the slab of dW is accumulated over the row runs. Beside it: float32 dH; a caller who has no
+room for all of it hands in pieces of the tokens and a float32 dW to add them to (`into`).
 
 Exact: nothing is dropped, no atomics, fixed order; two runs agree bitwise. The slab width depends on N, so the last
 bits of dH may depend on N (those of the forward do not). A token with three zero coefficients gets a dH of exactly 0.
@@ -175,59 +176,43 @@ def backward(
     workspace_bytes: int = 512 << 20,
     tiles: Tiles | None = None,
     then: Callable[[slice, Tensor | None, Tensor | None], None] | None = None,
-    wide: bool = False,
+    into: HeadGradients | None = None,
 ) -> HeadGradients:
     """Gradients with respect to hidden, weight and bias. `tiles` overrides the table of configs.py.
 
     `then` is called for each slab of whole blocks with its finished dW [width, D] and db [width], both unscaled
-    float32 or None, and may add to them before they are cast. With `wide` nothing is cast: all gradients are float32.
+    float32 or None, and may add to them before they are cast. With `into` dW and db are added to its float32 tensors,
+    and dH stays float32.
     """
-    (N, D), V, device = hidden.shape, weight.shape[0], hidden.device
+    N, D = hidden.shape
     need_bias = need_bias and bias is not None
     if N == 0:
         wanted = ((hidden, need_hidden), (weight, need_weight), (bias, need_bias))
-        dtype = torch.float32 if wide else hidden.dtype
-        return HeadGradients(*(torch.zeros_like(x, dtype=dtype) if need else None for x, need in wanted))
+        zeros = HeadGradients(*(torch.zeros_like(x) if need else None for x, need in wanted))
+        return zeros if into is None else into._replace(hidden=zeros.hidden)
     hidden, weight = configs.by_rows(hidden), configs.by_rows(weight)
     targets, lse, bias = (None if x is None else x.contiguous() for x in (targets, lse, bias))
-    tiles = tiles or configs.tiles_for(hidden, weight, bias, transform)
     gradient, down = scaled(gradient, transform, hidden.dtype)
-    rows, columns = split(N, D, V, hidden.element_size(), workspace_bytes)
-
-    new = {"dtype": torch.float32, "device": device}
-    dr = torch.empty(rows, columns, dtype=hidden.dtype, device=device) if need_hidden or need_weight else None
-    dh = torch.empty(N, D, **new) if need_hidden else None  # [N, D]
-    narrow_dw = need_weight and weight.dtype != torch.float32 and not wide
-    dw = torch.empty(V, D, **(new | {"dtype": weight.dtype} if narrow_dw else new)) if need_weight else None  # [V, D]
-    dw_slab = torch.empty(columns, D, **new) if narrow_dw else None  # [columns, D]
-    db = torch.zeros(V, **new) if need_bias else None  # [V]
-    for v0 in range(0, V, columns):
-        slab = slice(v0, min(v0 + columns, V))
-        width = slab.stop - v0
-        dw_sum = dw_slab[:width] if narrow_dw else dw[slab] if need_weight else None  # [width, D] float32
-        for n0 in range(0, N, rows):
-            run = slice(n0, min(n0 + rows, N))
-            inputs = _Slab(hidden[run], weight[slab], targets[run], None if bias is None else bias[slab], lse[run], v0)
-            sums = _logit_gradient(inputs, transform, run, gradient, dr, need_bias, tiles)
-            part = None if dr is None else dr[: run.stop - n0, :width]  # [rows, width]
-            if need_hidden:
-                accumulate(dh[run], part, weight[slab], first=v0 == 0)
-            if need_weight:
-                accumulate(dw_sum, part.t(), hidden[run], first=n0 == 0)
-            if need_bias:
-                db[slab] += sums
-        db_sum = db[slab] if need_bias else None  # [width]
-        if down is not None:
-            dw_sum, db_sum = (None if x is None else x.mul_(down) for x in (dw_sum, db_sum))
-        if then is not None:
-            then(slab, dw_sum, db_sum)
-        if narrow_dw:
-            dw[slab] = dw_sum
+    dh = torch.empty(N, D, dtype=torch.float32, device=hidden.device) if need_hidden else None  # [N, D]
+    dw, db = accumulators(weight, need_weight, need_bias, into)  # [V, D], [V]
+    whole = _Slab(hidden, weight, targets, bias, lse, 0)
+    tiles = tiles or configs.tiles_for(hidden, weight, bias, transform)
+    _slabs(whole, transform, gradient, down, HeadGradients(dh, dw, db), into is not None, workspace_bytes, tiles, then)
     if down is not None and need_hidden:
         dh.mul_(down)
-    if wide:
+    if into is not None:
         return HeadGradients(dh, dw, db)
     return HeadGradients(None if dh is None else dh.to(hidden.dtype), dw, None if db is None else db.to(bias.dtype))
+
+
+def accumulators(
+    weight: Tensor, need_weight: bool, need_bias: bool, into: HeadGradients | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Where dW [V, D] and db [V] go: new memory, db of zeros; or float32 tensors that hold other tokens' already."""
+    if into is not None:
+        return into.weight, into.bias
+    dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None  # [V, D]
+    return dw, torch.zeros(len(weight), dtype=torch.float32, device=weight.device) if need_bias else None
 
 
 class _Slab(NamedTuple):
@@ -239,6 +224,57 @@ class _Slab(NamedTuple):
     bias: Tensor | None  # [V]
     lse: Tensor  # [N], over the whole vocabulary
     column0: int  # the slab's first vocabulary row
+
+    def part(self, run: slice, columns: slice) -> _Slab:
+        bias = None if self.bias is None else self.bias[columns]
+        hidden, weight, targets, lse = self.hidden[run], self.weight[columns], self.targets[run], self.lse[run]
+        return _Slab(hidden, weight, targets, bias, lse, columns.start)
+
+
+def _slabs(
+    whole: _Slab,
+    transform: LogitTransform,
+    gradient: LogitGradient,  # scaled
+    down: Tensor | None,  # [] what undoes the scaling
+    out: HeadGradients,  # dH [N, D] float32, still scaled; dW [V, D]; db [V] float32, added to
+    add: bool,  # to what dW holds, which is float32 then
+    workspace_bytes: int,
+    tiles: Tiles,
+    then: Callable[[slice, Tensor | None, Tensor | None], None] | None,
+) -> None:
+    """All slabs; the workspace is free again before the caller rounds a result."""
+    (N, D), V, item = whole.hidden.shape, whole.weight.shape[0], whole.hidden.element_size()
+    dh, dw, db = out
+    rows, columns = split(N, D, V, item, workspace_bytes)
+    dr = whole.hidden.new_empty(rows, columns) if dh is not None or dw is not None else None  # [rows, columns]
+    staged = dw is not None and (dw.dtype != torch.float32 or (add and down is not None))
+    stage = dw.new_empty(columns, D, dtype=torch.float32) if staged else None  # [columns, D]
+    for v0 in range(0, V, columns):
+        slab = slice(v0, min(v0 + columns, V))
+        width = slab.stop - v0
+        dw_sum = stage[:width] if staged else None if dw is None else dw[slab]  # [width, D] float32
+        db_sum = None if db is None else db.new_zeros(width)  # [width]
+        for n0 in range(0, N, rows):
+            run = slice(n0, min(n0 + rows, N))
+            part = whole.part(run, slab)
+            column_sums = _logit_gradient(part, transform, run, gradient, dr, db is not None, tiles)  # [width]
+            tile = None if dr is None else dr[: run.stop - n0, :width]  # [rows, width]
+            if dh is not None:
+                accumulate(dh[run], tile, part.weight, first=v0 == 0)
+            if dw is not None:
+                accumulate(dw_sum, tile.t(), part.hidden, first=n0 == 0 and (staged or not add))
+            if db is not None:
+                db_sum += column_sums
+        if down is not None:
+            dw_sum, db_sum = (None if x is None else x.mul_(down) for x in (dw_sum, db_sum))
+        if then is not None:
+            then(slab, dw_sum, db_sum)
+        if staged and add:
+            dw[slab] += dw_sum
+        elif staged:
+            dw[slab] = dw_sum
+        if db is not None:
+            db[slab] += db_sum
 
 
 def _logit_gradient(

@@ -12,8 +12,8 @@ Three kernels.
    Every term of H is non-negative, so peaked distributions do not cancel.
 
 Memory layout: partials are [blocks, N], so that consecutive tokens are consecutive in memory. They are bounded: unless
-the caller wants them all, tokens pass in runs of rows whose partials fit 160 MiB; a run is a multiple of every
-block_n and only splits the grid, so it cannot change a result.
+the caller wants them all, tokens pass in runs of rows whose partials, and hidden states if they are gathered, fit 160
+MiB; a run is a multiple of every block_n and only splits the grid, so it cannot change a result.
 Exact: nothing is dropped, no atomics, fixed order. Each token's numbers are bitwise independent of N and of its
 neighbours: the tile shape does not depend on N, and N is kept out of the specialisation of the kernels.
 Precision is lost in fp32 roundings only; the absolute error of lse grows with |z|, about 1e-7 |z|. z_y and lse come
@@ -34,7 +34,7 @@ from lad_kernels.head import flops
 from lad_kernels.head.kernels import configs
 from lad_kernels.head.kernels.blocks import inverse_temperatures, logits, product, tile_order
 from lad_kernels.head.kernels.configs import Tiles
-from lad_kernels.head.logits import BLOCK, HeadForward, LogitTransform
+from lad_kernels.head.logits import BLOCK, HeadForward, LogitTransform, gather
 
 _PARTIAL_BYTES = 160 << 20  # bound on the block partials of one run of rows
 _RUN = 1024  # runs are multiples of this, hence of every block_n
@@ -198,14 +198,14 @@ def inverse_temperature(transform: LogitTransform, start: int, stop: int) -> Ten
     return 1.0 / transform.temperature
 
 
-def _run_length(blocks: int, numbers: int) -> int:
-    """Rows whose partials (`numbers` float32 per block and token) fit _PARTIAL_BYTES."""
-    return max(_PARTIAL_BYTES // (4 * blocks * max(numbers, 1)) // _RUN, 1) * _RUN
+def _run_length(row_bytes: int) -> int:
+    """Rows whose partials, and gathered hidden states, fit _PARTIAL_BYTES."""
+    return max(_PARTIAL_BYTES // max(row_bytes, 1) // _RUN, 1) * _RUN
 
 
 @torch.no_grad()
 def forward(
-    hidden: Tensor,  # [N, D]
+    hidden: Tensor,  # [N, D], or with tokens whatever `gather` takes
     weight: Tensor,  # [V, D], same dtype
     targets: Tensor,  # [N] int64
     bias: Tensor | None,  # [V]
@@ -213,20 +213,23 @@ def forward(
     *,
     want_entropy: bool,
     want_block_lse: bool,
+    tokens: Tensor | None = None,  # [N] rows of hidden; None: all
     tiles: Tiles | None = None,
 ) -> HeadForward:
     """Run the head. `tiles` overrides the table of configs.py."""
-    hidden, weight, targets = configs.by_rows(hidden), configs.by_rows(weight), targets.contiguous()
+    hidden = configs.by_rows(hidden) if tokens is None else hidden
+    weight, targets = configs.by_rows(weight), targets.contiguous()
     bias = None if bias is None else bias.contiguous()
-    N, V, device = hidden.shape[0], weight.shape[0], hidden.device
+    N, V, device = len(targets), weight.shape[0], hidden.device
     blocks = triton.cdiv(V, BLOCK)
-    tiles = tiles or configs.tiles_for(hidden, weight, bias, transform)
 
     new = {"dtype": torch.float32, "device": device}
     logprobs, lse = torch.empty(N, **new), torch.empty(N, **new)  # [N], [N]
     entropy = torch.empty(N, **new) if want_entropy else None  # [N]
     all_lse = torch.empty(blocks, N, **new) if want_block_lse else None  # [blocks, N]
-    run = min(_run_length(blocks, want_entropy + (not want_block_lse)), max(N, 1))
+    row_bytes = 4 * blocks * (want_entropy + (not want_block_lse))
+    row_bytes += 0 if tokens is None else hidden.shape[-1] * hidden.element_size()
+    run = min(_run_length(row_bytes), max(N, 1))
     run_lse = None if want_block_lse else torch.empty(blocks, run, **new)  # [blocks, run]
     run_entropy = torch.empty(blocks, run, **new) if want_entropy else None  # [blocks, run]
 
@@ -235,8 +238,10 @@ def forward(
             stop = min(start + run, N)
             block_lse = all_lse[:, start:] if want_block_lse else run_lse  # [blocks, >= stop - start]
             inv_temperature = inverse_temperature(transform, start, stop)
-            _partials(hidden[start:stop], weight, bias, inv_temperature, transform, block_lse, run_entropy, tiles)
-            z_y = target_logits(hidden[start:stop], weight, targets[start:stop], bias, inv_temperature, transform)
+            rows = hidden[start:stop] if tokens is None else gather(hidden, tokens[start:stop])  # [<= run, D]
+            chosen = tiles or configs.tiles_for(rows, weight, bias, transform)
+            _partials(rows, weight, bias, inv_temperature, transform, block_lse, run_entropy, chosen)
+            z_y = target_logits(rows, weight, targets[start:stop], bias, inv_temperature, transform)
             _finalize_kernel[(triton.cdiv(stop - start, _FINAL_TOKENS),)](
                 block_lse,
                 run_entropy,

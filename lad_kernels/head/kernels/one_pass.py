@@ -29,12 +29,14 @@ Precision: S, A and p_y come from unrounded numbers. 16-bit inputs round F and r
 more than in dense.py: 1.75 times the error of the final cast alone where dense.py has 1.4. db has the rounding of F,
 which sums over rows of mixed signs can magnify; dense.py's has none. H subtracts terms of the size of |log S|: its
 absolute error is up to 6e-7 |log S| (measured) beside forward.py's; without a prior |log S| = |logp|.
-Cost: C V elements of F written once and read twice; 8 V D bytes of float32 dW per chunk (hence `chunk_rows`).
+Cost: C V elements of F written once and read twice; 8 V D bytes of float32 dW per chunk, hence chunks as long as
+memory allows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -46,9 +48,8 @@ from lad_kernels.head.kernels import configs, dense
 from lad_kernels.head.kernels.blocks import inverse_temperatures, logits, product, tile_order
 from lad_kernels.head.kernels.configs import Tiles
 from lad_kernels.head.kernels.forward import inverse_temperature, target_logits
-from lad_kernels.head.logits import BLOCK, HeadForward, HeadGradients, LogitTransform
+from lad_kernels.head.logits import BLOCK, SAMPLE, HeadForward, HeadGradients, LogitTransform, gather
 
-_MIN_ROWS, _ROW_STEP = 2048, 256  # of a chunk
 _LARGEST_SUM = 2.0**64  # F, F W and r H stay far inside the exponents of bfloat16 and float32
 _FINAL_TILES, _FINAL_TOKENS = 64, 32  # tile of the reduction over vocabulary tiles
 
@@ -150,11 +151,6 @@ def _finalize_kernel(
         tl.store(entropy + rows, tl.where(spread < 0, 0.0, spread), mask=inside)
 
 
-def chunk_rows(V: int, itemsize: int, workspace_bytes: int = 512 << 20) -> int:
-    """Rows of a chunk: what fits the workspace, but enough to pay for reading and writing dW once per chunk."""
-    return max(workspace_bytes // (_padded(V) * itemsize) // _ROW_STEP * _ROW_STEP, _MIN_ROWS)
-
-
 def _padded(V: int) -> int:
     """Elements of a row of F: rows start on aligned addresses whatever V is."""
     return triton.cdiv(V, BLOCK) * BLOCK
@@ -162,12 +158,12 @@ def _padded(V: int) -> int:
 
 @torch.no_grad()
 def one_pass(
-    hidden: Tensor,  # [N, D]
+    hidden: Tensor,  # [N, D], or with tokens whatever `gather` takes
     weight: Tensor,  # [V, D], same dtype
-    targets: Tensor,  # [N] int64
+    targets: Tensor,  # [M] int64
     bias: Tensor | None,  # [V]
     transform: LogitTransform,
-    prior: Tensor | None,  # [N]
+    prior: Tensor | None,  # [M]
     coefficients: Callable[[slice, Tensor], Tensor],
     *,
     chunks: Sequence[slice],
@@ -175,45 +171,56 @@ def one_pass(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    tokens: Tensor | None = None,  # [M] rows of hidden; None: all, M = N
+    observe: Callable[[Tensor, Tensor], None] | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[HeadForward, HeadGradients] | None:
     """Outputs and gradients, or None where a row of exponentials left its range. `tiles` overrides configs.py.
 
-    `chunks` are ascending and cover 0..N. `coefficients(rows, logprobs)` returns c [C] float32 of these rows, given
-    logprobs [N] that are filled up to rows.stop.
+    `chunks` are ascending and cover 0..M. `coefficients(rows, logprobs)` returns c [C] float32 of these rows, given
+    logprobs [M] that are filled up to rows.stop. `observe(norms, c)` is told, chunk by chunk, of a sample of S tokens
+    the L1 norms [S, blocks] of the pieces of dZ, and c [C] of all. dH is [N, D], zero where no token is.
     """
     if hidden.dtype == torch.float16:
         raise ValueError("float16 has too few exponents for one pass; use forward and backward")
-    hidden, weight, targets = configs.by_rows(hidden), configs.by_rows(weight), targets.contiguous()
+    hidden = configs.by_rows(hidden) if tokens is None else hidden
+    weight, targets = configs.by_rows(weight), targets.contiguous()
     bias = None if bias is None else bias.contiguous()
-    (N, D), V, device, dtype = hidden.shape, weight.shape[0], hidden.device, hidden.dtype
-    tiles = tiles or configs.tiles_for(hidden, weight, bias, transform)
-    longest = max((rows.stop - rows.start for rows in chunks), default=0)
+    M, (V, D) = len(targets), weight.shape
 
-    new = {"dtype": torch.float32, "device": device}
-    entropy = torch.empty(N, **new) if want_entropy else None  # [N]
-    outputs = HeadForward(torch.empty(N, **new), torch.empty(N, **new), entropy, None)
-    row_sums = torch.empty(N, **new)  # [N]
-    workspace = torch.empty(longest, _padded(V), dtype=dtype, device=device)  # [longest chunk, >= V]
-    dh = torch.empty(N, D, dtype=dtype, device=device) if need_hidden else None  # [N, D]
-    dh_chunk = torch.empty(longest, D, **new) if need_hidden else None  # [longest chunk, D]
-    dw = (torch.empty if N else torch.zeros)(V, D, **new) if need_weight else None  # [V, D]
+    new = {"dtype": torch.float32, "device": hidden.device}
+    entropy = torch.empty(M, **new) if want_entropy else None  # [M]
+    outputs = HeadForward(torch.empty(M, **new), torch.empty(M, **new), entropy, None)
+    row_sums = torch.empty(M, **new)  # [M]
+    dh = hidden.new_zeros(hidden.shape[:-1].numel(), D) if need_hidden else None  # [N, D]
+    dw = (torch.empty if M else torch.zeros)(V, D, **new) if need_weight else None  # [V, D]
     db = torch.zeros(V, 2, **new) if need_bias and bias is not None else None  # [V, 2]
+    longest = max((rows.stop - rows.start for rows in chunks), default=0)
+    workspace = hidden.new_empty(longest, _padded(V))  # [longest chunk, >= V]
     for rows in chunks:
-        C = rows.stop - rows.start
-        f = workspace[:C, :V]  # [C, V]
-        _exponentials(hidden, weight, targets, bias, transform, prior, rows, f, row_sums, outputs, tiles)
-        r = -coefficients(rows, outputs.logprobs) / row_sums[rows]  # [C]
+        at = rows if tokens is None else tokens[rows]  # of hidden
+        states = hidden[at] if tokens is None else gather(hidden, at)  # [C, D]
+        part = _Chunk(states, weight, targets[rows], bias, transform, rows)
+        f = workspace[: rows.stop - rows.start, :V]  # [C, V]
+        chosen = tiles or configs.tiles_for(part.hidden, weight, bias, transform)
+        _exponentials(part, prior, f, row_sums, outputs, chosen)
+        c = coefficients(rows, outputs.logprobs)  # [C]
+        r = -c / row_sums[rows]  # [C]
+        if observe is not None:
+            observe(_piece_norms(part, f, r), c)
         if need_hidden:
-            dense.accumulate(dh_chunk[:C], f, weight, first=True)
-            dh[rows] = dh_chunk[:C].mul_(r[:, None])
+            dh_chunk = torch.empty(len(f), D, **new)  # [C, D]
+            dense.accumulate(dh_chunk, f, weight, first=True)
+            dh[at] = dh_chunk.mul_(r[:, None]).to(dh.dtype)
+            del dh_chunk
         if need_weight:
-            scaled = (hidden[rows] * r[:, None]).to(dtype)  # [C, D], from float32
+            scaled = torch.mul(part.hidden, r[:, None], out=torch.empty_like(part.hidden))  # [C, D], from float32
             dense.accumulate(dw, f.t(), scaled, first=rows.start == 0)
         if db is not None:
-            high = r.to(dtype)  # [C]
-            pair = torch.stack([high, (r - high).to(dtype)], dim=1)  # [C, 2]: two 16-bit numbers hold r to 2^-17
+            high = r.to(f.dtype)  # [C]
+            pair = torch.stack([high, (r - high).to(f.dtype)], dim=1)  # [C, 2]: two 16-bit numbers hold r to 2^-17
             dense.accumulate(db, f.t(), pair, first=False)
+    workspace = f = states = part = scaled = None  # dW is rounded where they were
     if ((row_sums < 1 / _LARGEST_SUM) | (row_sums > _LARGEST_SUM)).any():
         return None
     return outputs, HeadGradients(
@@ -221,30 +228,39 @@ def one_pass(
     )
 
 
+class _Chunk(NamedTuple):
+    """Tokens that pass together."""
+
+    hidden: Tensor  # [C, D]
+    weight: Tensor  # [V, D]
+    targets: Tensor  # [C]
+    bias: Tensor | None  # [V]
+    transform: LogitTransform  # of all tokens
+    rows: slice  # which of them these are
+
+    @property
+    def inverse_temperature(self) -> Tensor | float:
+        return inverse_temperature(self.transform, self.rows.start, self.rows.stop)
+
+
 def _exponentials(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    targets: Tensor,  # [N]
-    bias: Tensor | None,  # [V]
-    transform: LogitTransform,
-    prior: Tensor | None,  # [N]
-    rows: slice,
+    part: _Chunk,
+    prior: Tensor | None,  # [M]
     f: Tensor,  # [C, V] out
-    row_sums: Tensor,  # [N] out, its `rows`
-    outputs: HeadForward,  # [N] out, their `rows`
+    row_sums: Tensor,  # [M] out, its rows of the chunk
+    outputs: HeadForward,  # [M] out, the same
     tiles: Tiles,
 ) -> None:
-    """Fill f, the row sums and the outputs of the tokens of `rows`."""
-    hidden, targets, (C, V), device = hidden[rows], targets[rows], f.shape, hidden.device
+    """Fill f, the row sums and the outputs of the tokens of a chunk."""
+    rows, targets, (C, V), device = part.rows, part.targets, f.shape, f.device
     tiles_v = triton.cdiv(V, tiles.block_v)
     sums = torch.empty(tiles_v, C, dtype=torch.float32, device=device)  # [vocabulary tiles, C]
     moments = torch.empty_like(sums) if outputs.entropy is not None else None  # [vocabulary tiles, C]
-    inv_temperature = inverse_temperature(transform, rows.start, rows.stop)
     with configs.current(device):
-        raw = target_logits(hidden, weight, targets, bias, 1.0, LogitTransform())  # [C]
-        z_y, slope = _transformed(raw, transform, inv_temperature)  # [C], [C]
+        raw = target_logits(part.hidden, part.weight, targets, part.bias, 1.0, LogitTransform())  # [C]
+        z_y, slope = _transformed(raw, part.transform, part.inverse_temperature)  # [C], [C]
         shift = z_y if prior is None else z_y - prior[rows].float()  # [C]
-        _launch(hidden, weight, bias, inv_temperature, transform, shift, f, sums, moments, tiles)
+        _launch(part, shift, f, sums, moments, tiles)
         _finalize_kernel[(triton.cdiv(C, _FINAL_TOKENS),)](
             sums,
             moments,
@@ -279,25 +295,30 @@ def _transformed(raw: Tensor, transform: LogitTransform, inv_temperature: Tensor
     return torch.where(raw > -torch.inf, z, raw), factor / x.cosh().square()
 
 
+def _piece_norms(part: _Chunk, f: Tensor, r: Tensor) -> Tensor:  # [C, V], [C]
+    """L1 norms [S, blocks] of the pieces of dZ of tokens spread over the chunk; a softcap's slope is left in."""
+    every = slice(None, None, triton.cdiv(len(f), SAMPLE))
+    pieces = torch.nn.functional.pad(f[every], (0, -f.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    factor = torch.full_like(r, abs(part.transform.scale)) * part.inverse_temperature  # [C] dz/draw
+    return torch.linalg.vector_norm(pieces, ord=1, dim=2, dtype=torch.float32) * (r / factor)[every, None].abs()
+
+
 def _launch(
-    hidden: Tensor,  # [C, D]
-    weight: Tensor,  # [V, D]
-    bias: Tensor | None,  # [V]
-    inv_temperature: Tensor | float,  # [C] or a number
-    transform: LogitTransform,
+    part: _Chunk,
     shift: Tensor,  # [C]
     f: Tensor,  # [C, V] out
     sums: Tensor,  # [vocabulary tiles, C] out
     moments: Tensor | None,  # [vocabulary tiles, C] out
     tiles: Tiles,
 ) -> None:
+    hidden, weight, transform, inv_temperature = part.hidden, part.weight, part.transform, part.inverse_temperature
     (C, D), V = hidden.shape, weight.shape[0]
     flops.product(C, D, V)
     grid = configs.programs(hidden.device, triton.cdiv(C, tiles.block_n) * triton.cdiv(V, tiles.block_v))
     _exponentials_kernel[(grid,)](
         configs.operand(hidden, tiles.block_n, tiles),
         configs.operand(weight, tiles.block_v, tiles),
-        bias,
+        part.bias,
         inv_temperature,
         shift,
         f,

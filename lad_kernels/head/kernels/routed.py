@@ -12,8 +12,8 @@ sorted by block. A work item is up to block_n pairs of one block; items are list
    workspace, for a slice of D's columns at a time, and `token_kernel` adds each token's rows in ascending order of
    blocks. With `atomics` it is added to dH [N, D] in memory: no workspace, but not bitwise reproducible.
 
-Memory: pairs pass in runs of whole blocks whose dR and rows of dR W fit workspace_bytes; a block with more pairs passes
-in pieces, its dW kept in float32 meanwhile. Beside that: float32 dH [N, D] and about 40 bytes a pair for the sort.
+Memory: pairs pass in runs of whole blocks whose dR, sort and rows of dR W fit workspace_bytes; a block with more pairs
+passes in pieces, its dW kept in float32 meanwhile. Beside that: float32 dH [N, D].
 Tokens of `routing.dense` take all blocks in dense.backward, which hands over each slab of float32 dW before it is
 cast; the pairs of the slab's blocks are added there. Each of the two then has half of workspace_bytes.
 
@@ -48,6 +48,7 @@ from lad_kernels.head.kernels.routed_work import RoutedTiles, Run, Work, tiles_f
 from lad_kernels.head.logits import BLOCK, HeadGradients, LogitGradient, LogitTransform, Routing
 
 _SLICE = 128  # the workspace holds slices of D's columns that are multiples of this wide
+_SORT = 40  # bytes a pair, of sorting a run's pairs by token
 _TOKEN_COLUMNS = 512  # columns of D that a program of token_kernel adds
 
 
@@ -71,10 +72,10 @@ class _Call:
     atomics: bool
 
     def capacity(self, need_hidden: bool, need_weight: bool) -> int:
-        """Pairs whose column sums, dR and narrowest slice of dR W fit the workspace; whole items, at least one."""
-        numbers = BLOCK * self.hidden.element_size() if need_hidden or need_weight else 0
-        numbers += 4 * BLOCK // self.tiles.block_n + (4 * _SLICE if need_hidden and not self.atomics else 0)
-        return max(self.workspace_bytes // numbers // self.tiles.block_n, 1) * self.tiles.block_n
+        """Pairs whose column sums, dR, sort and narrowest slice of dR W fit the workspace; whole items, one or more."""
+        size = BLOCK * self.hidden.element_size() if need_hidden or need_weight else 0
+        size += 4 * BLOCK // self.tiles.block_n + (4 * _SLICE + _SORT if need_hidden and not self.atomics else 0)
+        return max(self.workspace_bytes // size // self.tiles.block_n, 1) * self.tiles.block_n
 
     def count(self, run: Run, D: int) -> None:
         """A product of each pair with D columns of its block; the vocabulary's last block may be partial."""
@@ -101,13 +102,17 @@ def backward(
     workspace_bytes: int = 512 << 20,
     atomics: bool = False,
     tiles: RoutedTiles | None = None,
+    into: HeadGradients | None = None,
 ) -> HeadGradients:
-    """Gradients with respect to hidden, weight and bias. `tiles` overrides the table of routed_work.py."""
-    (N, D), V, device = hidden.shape, weight.shape[0], hidden.device
+    """Gradients with respect to hidden, weight and bias. `tiles` overrides the table of routed_work.py.
+
+    With `into` dW and db are added to its float32 tensors, and dH stays float32.
+    """
+    (N, D), device = hidden.shape, hidden.device
     need_bias = need_bias and bias is not None
     needs = {"need_hidden": need_hidden, "need_weight": need_weight, "need_bias": need_bias}
     if N == 0 or not any(needs.values()):
-        return dense.backward(hidden[:0], weight, targets[:0], bias, transform, lse[:0], gradient, **needs)
+        return dense.backward(hidden[:0], weight, targets[:0], bias, transform, lse[:0], gradient, **needs, into=into)
     hidden, weight = configs.by_rows(hidden), configs.by_rows(weight)
     targets, lse, bias = (None if x is None else x.contiguous() for x in (targets, lse, bias))
     tiles = tiles or tiles_for(hidden, weight)
@@ -118,8 +123,7 @@ def backward(
         hidden, weight, targets, bias, transform, lse, scaled, down,
         routing.rows, routing.scale, work, tiles, room, atomics,
     )  # fmt: skip
-    wide = {"dtype": torch.float32, "device": device}
-    dh = torch.zeros(N, D, **wide) if need_hidden else None  # [N, D]
+    dh = torch.zeros(N, D, dtype=torch.float32, device=device) if need_hidden else None  # [N, D]
     if len(routing.dense):
         rows = routing.dense  # [Nd]
 
@@ -132,18 +136,18 @@ def backward(
         whole = dense.backward(
             hidden[rows], weight, targets[rows], bias, transform, lse[rows],
             LogitGradient(gradient.onehot[rows], gradient.prob[rows], part),
-            **needs, workspace_bytes=room, then=then,
+            **needs, workspace_bytes=room, then=then, into=into,
         )  # fmt: skip
         dw, db = whole.weight, whole.bias  # [V, D], [V]
     else:
-        dw = torch.empty(V, D, dtype=weight.dtype, device=device) if need_weight else None  # [V, D]
-        db = torch.zeros(V, **wide) if need_bias else None  # [V]
-        _backward(call, slice(0, len(routing.counts)), dh, dw, db, add=False)
+        dw, db = dense.accumulators(weight, need_weight, need_bias, into)  # [V, D], [V]
+        _backward(call, slice(0, len(routing.counts)), dh, dw, db, add=into is not None)
     if dh is not None:
-        dh = (dh if down is None else dh.mul_(down)).to(hidden.dtype)  # [N, D]
+        dh = dh if down is None else dh.mul_(down)  # [N, D]
+        dh = dh if into is not None else dh.to(hidden.dtype)  # [N, D]
     if dh is not None and len(routing.dense):
         dh.index_copy_(0, routing.dense, whole.hidden)
-    return HeadGradients(dh, dw, None if db is None else db.to(bias.dtype))
+    return HeadGradients(dh, dw, None if db is None or into is not None else db.to(bias.dtype))
 
 
 def _backward(
@@ -262,7 +266,7 @@ def _add_hidden(call: _Call, run: Run, dr: Tensor, dh: Tensor) -> None:
         return
     tokens, order = torch.sort(call.tokens[run.pairs], stable=True)  # [pairs], [pairs]
     starts = torch.searchsorted(tokens, torch.arange(N + 1, device=dh.device))  # [N + 1]
-    room = call.workspace_bytes - dr.nbytes
+    room = call.workspace_bytes - dr.nbytes - _SORT * pairs
     width = min(max(room // (4 * pairs) // _SLICE, 1), triton.cdiv(D, _SLICE)) * _SLICE
     parts = torch.empty(pairs, width, dtype=torch.float32, device=dh.device)  # [pairs, width]
     for d0 in range(0, D, width):

@@ -1,0 +1,204 @@
+"""One call of a loss through the head: which tokens pass, on which path, and what its backward needs.
+
+c known in advance (ratio 1)   tokens with c = 0 are scored at most; the others take one pass or routed
+c known inside a chunk         one pass, if head/dispatch.py finds it cheaper than what is expected of routing
+otherwise                      score, then the backward of the tokens with c != 0, dense or routed
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lad_kernels.head import dispatch
+from lad_kernels.head.autograd import Head, live_tokens, take, take_gradient
+from lad_kernels.head.logits import HeadForward, HeadGradients, LogitGradient, Routing
+from lad_kernels.head.routing import Certificate, kept_share, route
+from lad_kernels.objective.policy import Config, PolicyInputs, PolicyTerms, compute_terms
+from lad_kernels.packing import Packing
+
+_BLOCKS = 64  # vocabulary blocks whose masses are moved together
+
+
+class Step:
+    """One call: which tokens pass through the head, on which path, and what its backward needs."""
+
+    def __init__(
+        self, head: Head, inputs: PolicyInputs, packing: Packing, config: Config, impl: str,
+        needs: tuple[bool, bool, bool], want_logprobs: bool, return_entropy: bool,
+    ):  # fmt: skip
+        self.head, self.inputs, self.packing, self.config, self.impl = head, inputs, packing, config, impl
+        self.needs, self.want_logprobs = needs, want_logprobs
+        self.want_entropy = return_entropy or config.entropy_coef != 0
+        self.theta = dispatch.tail_mass(config.tail_mass, head.hidden.dtype)
+        # With ratio 1, no KL and no entropy term, coefficients do not depend on the log-probs at all.
+        self.known = inputs.old_logprobs is None and config.kl_coef == 0 and config.entropy_coef == 0
+        wide = torch.promote_types(head.hidden.dtype, torch.float32)
+        self.logprobs = head.hidden.new_zeros(len(head.targets), dtype=wide)  # [M]
+        self.entropy: Tensor | None = None  # [M]
+        self.live: Tensor | None = None  # [A] tokens with a gradient; None: all
+        self.routing: Routing | None = None
+        self.ready: HeadGradients | None = None  # of one pass
+        self.metrics: dict[str, Tensor] = {}
+
+    def objective(self, logprobs: Tensor, entropy: Tensor | None = None) -> PolicyTerms:  # [M], [M]
+        return compute_terms(logprobs, entropy, self.inputs, self.packing, self.config, self.impl)
+
+    def run(self) -> None:
+        """Fill logprobs, entropy, terms, metrics and what `backward` needs."""
+        grad, show = any(self.needs), self.want_logprobs or self.want_entropy
+        if self.known and (grad or not show):
+            self.terms = self.objective(self.logprobs)
+            if not grad:
+                return
+            self.live = live_tokens(_gradient(self.terms, None))  # [A]
+        part = self.head.take(self.live)
+        out = self._one_pass(part) if grad and part.has_one_pass(self.needs[2]) else None
+        if out is None:
+            route = grad and dispatch.may_route(
+                self._work(part), self.theta, backward=self.config.backward, gradient_bytes=self._gradient_bytes()
+            )
+            out = part.forward(want_entropy=self.want_entropy, want_block_lse=route)
+        self._place(out, show)
+        self.terms = self.objective(self.logprobs, self.entropy)
+        if grad:
+            self._prepare(out)
+
+    def _work(self, head: Head) -> dispatch.Work:
+        vocab, hidden_size = head.weight.shape
+        kind = dispatch.kind(head.hidden.device, head.triton)
+        return dispatch.Work(len(head.targets), hidden_size, vocab, head.hidden.dtype.itemsize, kind)
+
+    def _gradient_bytes(self) -> int:
+        return sum(x.nbytes for x, need in zip((self.head.hidden, self.head.weight), self.needs) if need)
+
+    def _one_pass(self, part: Head) -> HeadForward | None:
+        """Forward and gradient at once if coefficients are known inside a chunk and it is worth it."""
+        config, live, work = self.config, self.live, self._work(part)
+        if config.entropy_coef != 0:
+            return None
+        if not dispatch.takes_one_pass(work, self.theta, backward=config.backward, known=self.known):
+            return None
+        whole = None if self.known or config.importance_sampling_level == "token" else self.packing.cu_seqlens
+        chunks = _chunks(work.tokens, work.chunk_rows(), whole)
+        if chunks is None:
+            return None
+        ahead = take(self.terms.dlogprobs, live) if self.known else None  # [A]
+
+        def coefficients(rows: slice, logprobs: Tensor) -> Tensor:  # [A] -> [C]
+            return (self.objective(logprobs).dlogprobs if ahead is None else ahead)[rows]
+
+        seen: list[Tensor] = []  # [2] for each chunk: tokens with c != 0, and that times the share of their kept pairs
+
+        def observe(norms: Tensor, c: Tensor) -> None:  # [S, blocks], [C]
+            alive = (c != 0).sum()
+            seen.append(torch.stack([alive, alive * kept_share(norms, c, self.theta, **self._rule())]))
+
+        prior = self.inputs.old_logprobs
+        prior = None if prior is None else self.packing.take(prior.detach()).to(self.logprobs.dtype)  # [M]
+        learns = self.theta > 0 and config.backward == "auto"
+        found = part.one_pass(
+            prior, coefficients, chunks=chunks, want_entropy=self.want_entropy, needs=self.needs,
+            observe=observe if learns else None,
+        )  # fmt: skip
+        if seen:
+            alive, kept = torch.stack(seen).nansum(0).tolist()
+            dispatch.learn(work, self.theta, alive, kept)
+        out, self.ready = (None, None) if found is None else found
+        return out
+
+    def _rule(self) -> dict[str, Any]:
+        """How `route` chooses, beside theta."""
+        gathered = dispatch.SPEEDS[self._work(self.head).device].gathered
+        return {"dense_share": gathered, "unbiased": self.config.tail == "unbiased"}
+
+    def _place(self, out: HeadForward, show: bool) -> None:
+        """Results of the tokens that passed, and of the others if they are asked for."""
+        live = self.live
+        if live is None:
+            self.logprobs, self.entropy = out.logprobs, out.entropy
+            return
+        self.logprobs[live] = out.logprobs
+        if show:
+            dead = torch.ones_like(self.logprobs, dtype=torch.bool).index_fill_(0, live, False).nonzero()[:, 0]
+            others = self.head.take(dead).forward(want_entropy=self.want_entropy)
+            self.logprobs[dead] = others.logprobs
+            if self.want_entropy:
+                self.entropy = torch.empty_like(self.logprobs)
+                self.entropy[live], self.entropy[dead] = out.entropy, others.entropy
+
+    def _prepare(self, out: HeadForward) -> None:
+        """Which tokens and blocks the backward multiplies; `out` covers all tokens, or the live ones if known."""
+        gradient, lse, logprobs, block_lse = _gradient(self.terms, self.entropy), out.lse, out.logprobs, out.block_lse
+        if self.known:
+            gradient = take_gradient(gradient, self.live)
+        elif self.ready is None:
+            self.live = live_tokens(gradient)  # [A]
+            gradient, lse, logprobs = (
+                take_gradient(gradient, self.live),
+                take(lse, self.live),
+                take(logprobs, self.live),
+            )
+            if block_lse is not None and self.live is not None:
+                for blocks in block_lse.split(_BLOCKS):  # in place: there may be no room for both
+                    blocks[:, : len(self.live)] = blocks[:, self.live]
+                block_lse = block_lse[:, : len(self.live)]
+        self.lse, self.gradient, certificate = lse, gradient, None  # [A]
+        tokens, work = len(lse), self._work(self.head)
+        if block_lse is not None and tokens:
+            part = self.head.take(self.live)
+            routing, certificate = route(
+                part.hidden, part.weight, part.targets, part.transform, lse, logprobs, block_lse, gradient, self.theta,
+                tokens=part.tokens, **self._rule(),
+            )  # fmt: skip
+            dense, pairs = len(routing.dense), sum(routing.counts) + len(routing.dense) * work.blocks
+            backward = self.config.backward
+            pays = dispatch.takes_routed(work, self.theta, tokens, pairs, dense, backward=backward)
+            if pays and dense < tokens:
+                self.routing = routing
+            else:
+                certificate = None
+        zero = self.logprobs.new_zeros(())  # []
+        everything = zero + tokens * work.blocks
+        certificate = certificate or Certificate(everything, zero, zero, zero, zero)
+        self.metrics = {
+            "kept_share": certificate.pairs / max(work.tokens * work.blocks, 1),
+            "dropped_mass_mean": certificate.dropped_mass_mean,
+            "dropped_mass_max": certificate.dropped_mass_max,
+            "dhidden_bound": certificate.dhidden_bound,
+            "dweight_bound": certificate.dweight_bound,
+        }
+
+    def backward(self, head: Head, upstream: Tensor) -> HeadGradients:
+        """Gradients of the hidden states [N, D], weight and bias, times `upstream` []."""
+        ready, self.ready = self.ready, None
+        if ready is not None:  # the memory is handed on; a second backward computes again
+            if upstream.device.type != "cpu" or upstream != 1:
+                ready = HeadGradients(*(None if x is None else x.mul_(upstream) for x in ready))
+            return ready
+        g = self.gradient
+        scaled = LogitGradient(*(None if x is None else upstream * x for x in (g.onehot, g.prob, g.entropy)))
+        return head.take(self.live).backward(self.lse, scaled, self.routing, self.needs)
+
+
+def _gradient(terms: PolicyTerms, entropy: Tensor | None) -> LogitGradient:
+    """Coefficients of log-prob and entropy -> those of the logits."""
+    c, c_entropy = terms.dlogprobs, terms.dentropy  # [M], [M]
+    return LogitGradient(c, -c if c_entropy is None else -c - c_entropy * entropy, c_entropy)
+
+
+def _chunks(tokens: int, rows: int, cu_seqlens: Tensor | None) -> list[slice] | None:
+    """Chunks of at most `rows` tokens, of whole sequences if their bounds are given (read on the host)."""
+    if cu_seqlens is None:
+        return [slice(i, min(i + rows, tokens)) for i in range(0, tokens, rows)]
+    chunks, start, last = [], 0, 0
+    for bound in cu_seqlens.tolist():
+        if bound - last > rows:
+            return None
+        if bound - start > rows:
+            chunks.append(slice(start, last))
+            start = last
+        last = bound
+    return [*chunks, slice(start, last)]

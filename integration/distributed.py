@@ -20,6 +20,7 @@ layer as well: its hooks would sum dH a second time.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -37,6 +38,20 @@ class ContextShard(NamedTuple):
     target_ids: Tensor  # same shape: the token that follows, also across the rank's last position
     loss_mask: Tensor  # same shape, bool: whether that target is a loss token
     sequence_ids: Tensor | None  # [S] int64, ascending, of packed input
+
+
+def require_joined_ranks(processes: int) -> None:
+    """Refuse ranks of one launch that would train apart, each on its own.
+
+    Raises:
+        RuntimeError: the launcher started several processes, of which the training sees `processes` = 1.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > 1 and processes == 1:
+        raise RuntimeError(
+            f"WORLD_SIZE: expected {started} processes that train together, as the launcher started, got one that "
+            f"trains alone; on CPUs pass use_cpu=True (--use_cpu)"
+        )
 
 
 def shard_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:

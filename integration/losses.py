@@ -19,6 +19,8 @@ from torch import Tensor
 
 from lad_kernels import LADConfig, lad_loss
 
+HEAD_SETTINGS, NO_HEAD = ("backward", "tail_mass", "tail"), "the framework's own head makes the log-probs"
+
 
 class LossOutputs(NamedTuple):
     """What prime-rl reads from a custom loss."""
@@ -39,6 +41,7 @@ def prime_rl_lad_loss(inputs: Any, **settings: Any) -> LossOutputs:
         ValueError, TypeError: a setting that is wrong, or that cannot be honoured here.
     """
     _refuse(settings, "prime-rl averages over tokens and shows one sequence at a time", "loss_agg_mode", "target_norm")
+    _refuse(settings, NO_HEAD, *HEAD_SETTINGS)
     if inputs.loss_weights is not None:
         _refuse(settings, "loss_weights would not reach the KL term", "kl_coef")
     given = {
@@ -83,6 +86,7 @@ def slime_lad_loss(
 
     settings = dict(getattr(args, "lad", {}))
     _refuse(settings, "slime reduces single tokens itself", "loss_agg_mode", "importance_sampling_level", "target_norm")
+    _refuse(settings, NO_HEAD, *HEAD_SETTINGS)
     _refuse(vars(args), "a custom loss replaces slime's policy loss and all that it adds", *SLIME_REFUSED)
     _, scored = get_log_probs_and_entropy(
         logits,

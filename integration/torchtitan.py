@@ -24,6 +24,9 @@ except ModuleNotFoundError as error:
                 raise ImportError("LADLoss: torchtitan is not installed; pip install torchtitan")
 
 
+NO_MEANS = ("coef_mean_positive", "coef_mean_negative", "ess")  # metrics that are not means over all tokens
+
+
 class LADLoss(BaseLoss):
     """LAD with torchtitan's mask and divisor: tokens without a finite generator log-prob are dropped, and the sum is
     divided by `global_valid_tokens`. Ratios are per token, because a chunk does not hold whole completions.
@@ -45,23 +48,24 @@ class LADLoss(BaseLoss):
 
     def __call__(
         self,
-        logits: Tensor,  # [B, T, V]
-        labels: Tensor,  # [B, T]
+        logits: Tensor,  # [B, T, V] or [T, V]
+        labels: Tensor,  # [B, T] or [T], like all that follow
         global_valid_tokens: float | Tensor | None = None,
         *,
-        generator_logprobs: Tensor,  # [B, T]
-        advantages: Tensor,  # [B, T]
-        loss_mask: Tensor,  # [B, T]
+        generator_logprobs: Tensor,
+        advantages: Tensor,
+        loss_mask: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss [], metrics); summed over chunks, micro-batches and ranks these are means weighted by tokens."""
-        mask = loss_mask & generator_logprobs.isfinite()  # [B, T]
-        logprobs = compute_logprobs(logits, labels)  # [B, T]
+        """(loss [], metrics): shares that chunks, micro-batches and ranks add up to means over tokens; and maxima."""
+        mask = loss_mask & generator_logprobs.isfinite()  # [B, T] or [T]
+        logprobs = compute_logprobs(logits, labels)  # [B, T] or [T]
         out = lad_loss(logprobs, generator_logprobs, advantages, loss_mask=mask, config=self.config)
         total = 1 if global_valid_tokens is None else max(global_valid_tokens, 1)
         share = mask.sum() / total  # []
         loss, metrics = out.loss * share, {}
         for name, value in out.metrics.items():
-            metrics[f"lad/{name}/max" if "max" in name else f"lad/{name}/mean"] = (
-                value if "max" in name else value * share
-            )
+            if "max" in name:
+                metrics[f"lad/{name}/max"] = value
+            elif name not in NO_MEANS:
+                metrics[f"lad/{name}/mean"] = value * share
         return loss, {"loss/mean": loss.detach(), **metrics}

@@ -78,6 +78,11 @@ def main(arguments: list[str] | None = None) -> Any:
     small = model_args.model_name_or_path is None
     if not small:
         chosen, args, model_args = TrlParser(kinds).parse_args_and_config(arguments)
+    group, batch = args.num_generations_eval or args.num_generations, args.per_device_eval_batch_size * args.world_size
+    if batch % group:
+        raise ValueError(
+            f"per_device_eval_batch_size: expected a multiple of {group} completions over all ranks, got {batch}"
+        )
     task = Task(chosen.task, chosen.train_size, chosen.held_out_size, args.seed)
     path = model_args.model_name_or_path or str(Path(args.output_dir) / "start")
     with args.main_process_first():
@@ -112,8 +117,8 @@ def main(arguments: list[str] | None = None) -> Any:
         quantization_config=get_quantization_config(model_args),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model(args.output_dir)
+    trainer.log_metrics("eval", trainer.evaluate())
     return trainer
 
 

@@ -8,8 +8,7 @@ and leaves TRL's loss as it is. `LADTrainer` replaces the loss. Sampling, advant
 remain TRL's in both. The head always runs inside the wrapped model's forward. TRL's own losses and gradient norms stay
 within 5e-6 in float32. Both are tested on two ranks under DDP, FSDP2 (by layer or in one group, tied or not), ZeRO-3,
 and with PEFT's `modules_to_save=["lm_head"]`, where TRL 1.16's own head gets a wrong gradient under FSDP2 (off by 0.75
-of its norm). What fails: accelerate's SIZE_BASED_WRAP, before training starts; LoRA on `lm_head`, which TRL >= 1.15
-refuses.
+of its norm). What fails: accelerate's SIZE_BASED_WRAP, before training starts, and LoRA on `lm_head` (TRL >= 1.15).
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 import lad_kernels
+from integration.distributed import require_joined_ranks
 from integration.transformers import attach_fused_head
 from lad_kernels import LinearLogprobs, LossOutput, lad_loss, linear_lad_loss, linear_logprobs
 
@@ -159,6 +159,7 @@ class FusedHeadMixin:
                 "in float32 without it, or load the model in bfloat16 and set bf16=False"
             )
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        require_joined_ranks(self.accelerator.num_processes)
         if getattr(self, "aux_loss_enabled", False) and self._router_coefficient() == 0:
             raise ValueError(
                 "router_aux_loss_coef: expected a model whose own coefficient is not 0, got 0; set it in the model's "
@@ -226,7 +227,7 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
     """`trl.GRPOTrainer` with the LAD loss (arXiv 2602.20132), fused with the head; same arguments, `args: LADConfig`.
 
     Logs what TRL logs except the clip ratios, and `lad/...`: the metrics of `lad_kernels`, over all ranks. The loss
-    itself is dominated by a constant; watch `lad/loss_above_start`.
+    itself is dominated by a constant; watch `lad/loss_above_start`, or the reward where it is 0 (ratio exactly 1).
 
     Raises:
         TypeError: `args` is not a LADConfig.

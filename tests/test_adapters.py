@@ -90,7 +90,8 @@ def test_prime_rl_sums_over_sequences(weighted, level):
 def test_prime_rl_refuses_what_it_cannot_honour():
     row = sequences()[0]
     inputs = LossInputs(row["logp"], row["old"], None, row["advantages"], row["mask"], row["weights"])
-    for name, value in (("loss_agg_mode", "token-mean"), ("target_norm", "group"), ("kl_coef", 0.1)):
+    refused = {"loss_agg_mode": "token-mean", "target_norm": "group", "kl_coef": 0.1, "tail_mass": 1e-3}
+    for name, value in refused.items():
         with pytest.raises(ValueError, match=f"^{name}: "):
             prime_rl_lad_loss(inputs, **{name: value})
     for name in ("ref_logprobs", "entropy"):
@@ -226,8 +227,13 @@ def test_torchtitan_chunks_add_up(torchtitan):
     out.loss.backward()
     assert close(leaf.grad, wide.grad)
     assert sum(part[1]["loss/mean"] for part in parts).item() == pytest.approx(out.loss.item(), rel=1e-6)
-    ratio = sum(part[1]["lad/ratio_mean/mean"] for part in parts).item()
-    assert ratio == pytest.approx((logp - old).exp()[kept].sum().item() / total, rel=1e-6)
+    whole = lad_loss(logp, old.double(), rest["advantages"].double(), loss_mask=kept, config=LADConfig(eta=0.7))
+    for key in parts[0][1].keys() - {"loss/mean"}:
+        _, name, kind = key.split("/")
+        seen, true = torch.stack([part[1][key] for part in parts]), whole.metrics[name].item()
+        found, true = (seen.amax(), true) if kind == "max" else (seen.sum(), true * kept.sum().item() / total)
+        assert found.item() == pytest.approx(true, rel=1e-5, abs=1e-7), key
+    assert {"lad/ratio_mean/mean", "lad/ratio_max/max"} <= parts[0][1].keys()
     endings = ("/mean", "/max")  # all that torchtitan knows how to reduce
     assert all(key.endswith(endings) for part in parts for key in part[1])
 

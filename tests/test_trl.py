@@ -231,3 +231,19 @@ def test_the_example_script_runs_from_flags_and_yaml(tmp_path):
     assert (trainer.objective.divergence, trainer.objective.eta) == ("hd", 0.5)
     assert any("eval_reward" in row for row in trainer.state.log_history)
     assert (tmp_path / "model.safetensors").exists()
+
+
+def test_ranks_that_do_not_train_together_are_refused(folder, tmp_path, monkeypatch):
+    """torchrun on CPUs without use_cpu starts trainings that know nothing of each other."""
+    args = LADConfig(**options(tmp_path))
+    assert args.world_size == 1  # from here on accelerate knows that it is alone
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="WORLD_SIZE: expected 2 processes that train together"):
+        build(LADTrainer, args, load(folder))
+
+
+def test_the_example_refuses_an_evaluation_that_would_fail_at_the_end(tmp_path):
+    flags = ["--per_device_eval_batch_size", "20", "--output_dir", str(tmp_path), "--use_cpu"]
+    with pytest.raises(ValueError, match="per_device_eval_batch_size: expected a multiple of 8 "):
+        train_trl.main(flags)
+    assert not any(tmp_path.iterdir())

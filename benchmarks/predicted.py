@@ -24,31 +24,6 @@ MiB. `tests/test_memory.py` holds the same paths to a small budget by counting t
 """
 
 
-def memory(work: dispatch.Work, kept: float | None) -> tuple[float, bool]:
-    """(bytes, whether a float32 dW comes on top) of two passes, or of the routed path with `kept` of the pairs."""
-    pairs = int((kept or 0) * work.tokens * work.blocks)
-    rows, workspace = dispatch.piece(
-        work.tokens, work.hidden_size, work.vocab_size, work.itemsize, need_hidden=True, need_weight=True,
-        gathered=False, pairs=pairs,
-    )  # fmt: skip
-    pieces = rows < work.tokens
-    logits = work.itemsize * rows * work.vocab_size  # a workspace for all of them is never filled
-    each = 4 * work.hidden_size + work.itemsize * work.hidden_size * pieces
-    backward = rows * each + (min(workspace, logits) if kept is None else workspace)
-    backward += dispatch.TOKEN_BYTES * work.tokens + dispatch.PAIR_BYTES * pairs
-    backward -= work.itemsize * work.vocab_size * work.hidden_size * pieces  # of the rounded dW, made last
-    masses = 0 if kept is None else dispatch.ROUTE_BYTES * work.tokens * work.blocks
-    gradients = work.itemsize * work.hidden_size * (work.tokens + work.vocab_size)
-    return max(backward, masses - gradients), pieces
-
-
-def one_pass_bytes(work: dispatch.Work) -> float:
-    """Bytes of the one pass beyond its float32 dW; the room of the rounded one is used while it does not exist."""
-    rows, item = work.chunk_rows(), work.itemsize
-    chunk = rows * (item * work.vocab_size + 8 * work.blocks + (2 * item + 4) * work.hidden_size)
-    return max(chunk - item * work.vocab_size * work.hidden_size, 0) + dispatch.TOKEN_BYTES * work.tokens
-
-
 def row(shape: Shape) -> list[str]:
     """One shape's cells: times over the three products, memory in MiB."""
     n, d, v = shape.tokens, shape.hidden_size, shape.vocab_size
@@ -56,7 +31,8 @@ def row(shape: Shape) -> list[str]:
     products = 3 * shape.flops / dispatch.SPEEDS["cuda"].flops
     routed = [work.score() + work.routed(kept * n * work.blocks) for kept in KEPT]
     times = [work.one_pass(), work.score() + work.dense(n), *routed]
-    sizes = [(one_pass_bytes(work), True), memory(work, None), memory(work, KEPT[-1])]
+    pairs = int(KEPT[-1] * n * work.blocks)
+    sizes = [dispatch.peak_bytes(work, path, pairs) for path in ("one_pass", "two_pass", "routed")]
     return [
         f"{n:,}",
         f"{d:,}",

@@ -37,7 +37,7 @@ BUMPS = ((10, 4.0), (25, 5.0), (40, 4.0))  # (centre, height); every width is 5 
 DRAWS = 32  # per step
 ETA = 1.0
 LEARNING_RATE = 5e-3
-LEARNING_RATE = 5e-3
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of logprobs [N], old_logprobs [N], advantages [N]
 DIVERGENCES = ("js", "hd", "tv", "kl", "rkl", "jf", "ps", "pearson")
 MAX_TV_JS = 0.05  # checks: js must come closer to the target than this ...
 MIN_TV_GRPO = 0.5  # ... and unclipped GRPO must stay further away than this
@@ -59,13 +59,13 @@ def advantage_curve() -> Tensor:
     return (curve - curve.mean()) / curve.std(correction=0)
 
 
-def methods() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Name -> loss(logprobs [N], old_logprobs [N], advantages [N])."""
+def methods() -> dict[str, Loss]:
+    """Losses by name: LAD with every divergence, GRPO without and with clipping."""
 
-    def lad(config: LADConfig) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def lad(config: LADConfig) -> Loss:
         return lambda logp, old, adv: lad_loss(logp, old, adv, config=config).loss
 
-    def grpo(config: GRPOConfig) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def grpo(config: GRPOConfig) -> Loss:
         return lambda logp, old, adv: grpo_loss(logp, old, adv, config=config).loss
 
     losses = {name: lad(LADConfig(divergence=name, eta=ETA)) for name in DIVERGENCES}
@@ -74,27 +74,33 @@ def methods() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     return losses
 
 
-def run_bandit(
-    steps: int = 4000, seeds: int = 3, lr: float = 5e-3, only: tuple[str, ...] | None = None
-) -> BanditResult:
-    """Train every method (or those named in `only`) from the uniform policy on the same draws."""
-    losses = {name: loss for name, loss in methods().items() if only is None or name in only}
+def train_logits(losses: dict[str, Loss], steps: int, seeds: int) -> Tensor:
+    """Logits [K, S, ARMS] of K = len(losses) policies per seed, trained from the uniform policy on the same draws.
+
+    A loss is called once a step with N = S * DRAWS tokens, the draws of a seed side by side.
+    """
     advantages = advantage_curve()  # [ARMS]
-    target = torch.softmax(advantages / ETA, dim=0)  # [ARMS], pi_old is uniform
-    logits = torch.zeros(len(losses), seeds, ARMS, requires_grad=True)  # [methods, S, ARMS]
-    old_logp = torch.full((seeds * DRAWS,), -math.log(ARMS))  # [N], N = S * DRAWS
+    logits = torch.zeros(len(losses), seeds, ARMS, requires_grad=True)  # [K, S, ARMS]
+    old_logp = torch.full((seeds * DRAWS,), -math.log(ARMS))  # [N], pi_old is uniform
     optimizer = torch.optim.Adam([logits], lr=LEARNING_RATE)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         draws = torch.randint(ARMS, (seeds, DRAWS), generator=generator)  # [S, DRAWS] ~ pi_old
-        index = draws.expand(len(losses), -1, -1)  # [methods, S, DRAWS]
-        logp = logits.log_softmax(-1).gather(-1, index).flatten(1)  # [methods, N]
+        index = draws.expand(len(losses), -1, -1)  # [K, S, DRAWS]
+        logp = logits.log_softmax(-1).gather(-1, index).flatten(1)  # [K, N]
         adv = advantages[draws].flatten()  # [N], used as given
         total = sum(loss(logp[i], old_logp, adv) for i, loss in enumerate(losses.values()))
         optimizer.zero_grad()
         total.backward()  # rows of logits share nothing, so neither do their gradients
         optimizer.step()
-    policies = dict(zip(losses, logits.detach().softmax(-1)))
+    return logits.detach()
+
+
+def run_bandit(steps: int = 4000, seeds: int = 3, only: tuple[str, ...] | None = None) -> BanditResult:
+    """Train every method, or those named in `only`, on the same draws."""
+    losses = {name: loss for name, loss in methods().items() if only is None or name in only}
+    policies = dict(zip(losses, train_logits(losses, steps, seeds).softmax(-1)))
+    target = torch.softmax(advantage_curve() / ETA, dim=0)  # [ARMS], pi_old is uniform
     distance = {name: 0.5 * (p - target).abs().sum(-1) for name, p in policies.items()}
     effective = {name: torch.special.entr(p).sum(-1).exp() for name, p in policies.items()}
     return BanditResult(target, policies, distance, effective)

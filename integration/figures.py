@@ -9,7 +9,6 @@ Coefficients are gradients that autograd takes through `lad_loss` and `grpo_loss
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -142,22 +141,16 @@ def bandit_distances(
     configs: dict[str, LADConfig], steps: int = 4000, seeds: int = 2
 ) -> dict[str, float]:  # total variation to the target, mean over seeds
     """The bandit of `integration.bandit` for any configuration; `target_norm` uses the 32 draws of a step."""
-    advantages, size = bandit.advantage_curve(), seeds * bandit.DRAWS
-    logits = torch.zeros(len(configs), seeds, bandit.ARMS, requires_grad=True)  # [K, S, ARMS]
-    old, bounds = torch.full((size,), -math.log(bandit.ARMS)), torch.arange(size + 1)  # [N], [N + 1], N = S * DRAWS
-    optimizer = torch.optim.Adam([logits], lr=bandit.LEARNING_RATE)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        draws = torch.randint(bandit.ARMS, (seeds, bandit.DRAWS), generator=generator)  # [S, DRAWS] ~ pi_old
-        logp = logits.log_softmax(-1).gather(-1, draws.expand(len(configs), -1, -1)).flatten(1)  # [K, N]
-        given = {"advantages": advantages[draws].flatten(), "cu_seqlens": bounds, "group_size": bandit.DRAWS}
-        total = sum(lad_loss(row, old, config=config, **given).loss for row, config in zip(logp, configs.values()))
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-    found = {}
-    for (name, config), policy in zip(configs.items(), logits.detach().softmax(-1)):
-        target = torch.softmax(advantages / config.eta, 0)  # [ARMS]
+    bounds = torch.arange(seeds * bandit.DRAWS + 1)  # [N + 1], N = S * DRAWS completions of one token
+
+    def loss(config: LADConfig) -> bandit.Loss:
+        given = {"cu_seqlens": bounds, "group_size": bandit.DRAWS, "config": config}
+        return lambda logp, old, adv: lad_loss(logp, old, adv, **given).loss
+
+    losses, found = {name: loss(config) for name, config in configs.items()}, {}
+    policies = bandit.train_logits(losses, steps, seeds).softmax(-1)  # [K, S, ARMS]
+    for (name, config), policy in zip(configs.items(), policies):
+        target = torch.softmax(bandit.advantage_curve() / config.eta, 0)  # [ARMS]
         found[name] = 0.5 * (policy - target).abs().sum(-1).mean().item()
     return found
 

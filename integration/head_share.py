@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from integration.report import Sheet
+from lad_kernels.head import dispatch
 
 EAGER_COPIES = 3044 / (2048 * 151_936 * 4 / 2**20)  # of float32 logits, measured for eager torch (README, N = 2,048)
-WORKSPACE = 512 << 20  # bytes, of the Triton two-pass and routed backward
 ROUTED_KEPT = 0.03  # share of pairs: the small language model at temperature 0.3 (README)
 
 
@@ -77,19 +77,16 @@ def share_table() -> Sheet:
 
 
 def memory_table() -> Sheet:
-    """GiB that logits take when stored, and at most that each path takes; bfloat16 inputs."""
+    """GiB that logits take when stored, and what each path takes beside inputs and gradients; bfloat16 inputs."""
     rows = []
     for shape in (SHAPES[0], SHAPES[4]):
         for tokens in (4096, 16_384, 32_768):
-            logits, rows_of_dh = 4 * tokens * shape.vocab_size, 4 * tokens * shape.hidden_size
-            one_pass = max(WORKSPACE, 2048 * 2 * shape.vocab_size) + 4 * shape.head
-            found = {
-                "one copy": logits,
-                "eager": EAGER_COPIES * logits,
-                "two passes": WORKSPACE + rows_of_dh,
-                "routed": WORKSPACE + rows_of_dh + tokens * shape.vocab_size // 32,
-                "one pass": one_pass + rows_of_dh,
-            }
-            rows.append([shape.name, f"{tokens:,}", *(f"{size / 2**30:.2f}" for size in found.values())])
+            logits = 4 * tokens * shape.vocab_size
+            work = dispatch.Work(tokens, shape.hidden_size, shape.vocab_size, 2, "cuda")
+            found = [logits, EAGER_COPIES * logits]
+            for path in ("two_pass", "routed", "one_pass"):
+                size, float32_dw = dispatch.peak_bytes(work, path, int(ROUTED_KEPT * tokens * work.blocks))
+                found.append(size + 4 * shape.head * float32_dw)
+            rows.append([shape.name, f"{tokens:,}", *(f"{size / 2**30:.2f}" for size in found)])
     stored = ["logits, one float32 copy", "eager torch"]
     return Sheet("", ["head of", "N", *stored, "ours, two passes", "ours, routed", "ours, one pass"], rows)

@@ -71,9 +71,10 @@ def build_policy(
         attention = "flash_attention_2" if flash else "sdpa"
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        from liger_kernel import transformers as liger
 
-        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+        apply = getattr(liger, "_apply_liger_kernel_to_instance", lambda *_, **__: None)  # private: it may go
+        apply(model, cross_entropy=False, fused_linear_cross_entropy=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if pretrained:

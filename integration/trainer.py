@@ -78,8 +78,15 @@ class TrainConfig:
     resume: str | None = None  # a checkpoint directory
 
     def __post_init__(self) -> None:
-        if self.algorithm not in ("lad", "grpo"):
-            raise ValueError(f"algorithm: expected 'lad' or 'grpo', got {self.algorithm!r}")
+        for name, allowed in (("algorithm", ("lad", "grpo")), ("level", ("token", "sequence", "sequence_sum"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected {' or '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+        for name in ("group_size", "updates_per_rollout", "prompts_per_step", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)!r}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature: expected a finite number > 0, got {self.temperature!r}")
+        LADConfig(self.divergence, eta=self.eta)  # refuses these two itself
 
 
 class Rollout(NamedTuple):
@@ -312,7 +319,7 @@ def train(policy: Policy, task: Task, config: TrainConfig, progress: Progress | 
         while state.step < config.steps:
             started = time.perf_counter()
             for group in state.optimizer.param_groups:
-                group["lr"] = config.learning_rate * min(1.0, (state.step + 1) / config.learning_rate_warmup)
+                group["lr"] = config.learning_rate * min(1.0, (state.step + 1) / max(1, config.learning_rate_warmup))
             entries = problems_of_step(task, state.step, config)
             run = rollout(policy, task, entries, config.group_size, config, state.generator)
             metrics = update(policy, state.optimizer, run, config)

@@ -11,17 +11,26 @@ Only the head's weight reaches either kernel. What a model does to its logits ot
 scaling) is not in these log-probs, in verl's as in ours.
 
 Raises on import:
-    ImportError: verl or Megatron Core is not installed.
+    ImportError: verl or Megatron Core is not installed, or verl's fused forward lacks one of the two names; then
+        nothing is replaced.
 """
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 from verl.models.mcore import model_forward_fused
 
 from integration.verl import linear_cross_entropy
 
+for name in ("linear_cross_entropy", "gather_from_sequence_parallel_region"):
+    if not callable(getattr(model_forward_fused, name, None)):  # with one name replaced alone, dH would be wrong
+        found = getattr(sys.modules.get("verl"), "__version__", "of unknown version")
+        raise ImportError(
+            f"verl.models.mcore.model_forward_fused.{name}: expected a function to replace, got none; verl {found} is "
+            "not supported by integration.verl_megatron"
+        )
 model_forward_fused.linear_cross_entropy = linear_cross_entropy
 model_forward_fused.gather_from_sequence_parallel_region = partial(
     model_forward_fused.gather_from_sequence_parallel_region, tensor_parallel_output_grad=False

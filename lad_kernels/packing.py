@@ -31,8 +31,9 @@ class Packing:
 
     def source(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """Hidden states [N, D] or [B, T, D], not copied, and the flat rows [M] that take part; None: all of [N, D]."""
-        wide, kept = hidden.ndim == 3, self.kept
-        if not wide or hidden.stride(0) == hidden.shape[1] * hidden.stride(1):
+        kept = self.kept
+        flat = hidden.ndim == 2 or 1 in hidden.shape[:2] or hidden.stride(0) == hidden.shape[1] * hidden.stride(1)
+        if flat:
             return hidden.reshape(self.shape.numel(), hidden.shape[-1]), kept
         return hidden, torch.arange(self.shape.numel(), device=hidden.device) if kept is None else kept
 

@@ -41,6 +41,7 @@ class Step:
         self.live: Tensor | None = None  # [A] tokens with a gradient; None: all
         self.routing: Routing | None = None
         self.ready: HeadGradients | None = None  # of one pass
+        self.kept: float | None = None  # share of pairs that a routing keeps, as one pass saw it
         self.metrics: dict[str, Tensor] = {}
 
     def objective(self, logprobs: Tensor, entropy: Tensor | None = None) -> PolicyTerms:  # [M], [M]
@@ -57,9 +58,7 @@ class Step:
         part = self.head.take(self.live)
         out = self._one_pass(part) if grad and part.has_one_pass(self.needs[2]) else None
         if out is None:
-            route = grad and dispatch.may_route(
-                self._work(part), self.theta, backward=self.config.backward, gradient_bytes=self._gradient_bytes()
-            )
+            route = grad and dispatch.may_route(self._work(part), self.theta, backward=self.config.backward)
             out = part.forward(want_entropy=self.want_entropy, want_block_lse=route)
         self._place(out, show)
         self.terms = self.objective(self.logprobs, self.entropy)
@@ -69,10 +68,9 @@ class Step:
     def _work(self, head: Head) -> dispatch.Work:
         vocab, hidden_size = head.weight.shape
         kind = dispatch.kind(head.hidden.device, head.triton)
-        return dispatch.Work(len(head.targets), hidden_size, vocab, head.hidden.dtype.itemsize, kind)
-
-    def _gradient_bytes(self) -> int:
-        return sum(x.nbytes for x, need in zip((self.head.hidden, self.head.weight), self.needs) if need)
+        return dispatch.Work(
+            len(head.targets), hidden_size, vocab, head.hidden.dtype.itemsize, kind, self.needs[0], self.needs[1]
+        )
 
     def _one_pass(self, part: Head) -> HeadForward | None:
         """Forward and gradient at once if coefficients are known inside a chunk and it is worth it."""
@@ -90,11 +88,11 @@ class Step:
         def coefficients(rows: slice, logprobs: Tensor) -> Tensor:  # [A] -> [C]
             return (self.objective(logprobs).dlogprobs if ahead is None else ahead)[rows]
 
-        seen: list[Tensor] = []  # [2] for each chunk: tokens with c != 0, and that times the share of their kept pairs
+        seen: list[Tensor] = []  # [2] for each chunk with tokens in its sample: c != 0, and that times their kept share
 
         def observe(norms: Tensor, c: Tensor) -> None:  # [S, blocks], [C]
-            alive = (c != 0).sum()
-            seen.append(torch.stack([alive, alive * kept_share(norms, c, self.theta, **self._rule())]))
+            share = kept_share(norms, c, self.theta, **self._rule())  # [], NaN without a token
+            seen.append(torch.stack([share.isfinite(), share]) * (c != 0).sum())
 
         prior = self.inputs.old_logprobs
         prior = None if prior is None else self.packing.take(prior.detach()).to(self.logprobs.dtype)  # [M]
@@ -105,7 +103,7 @@ class Step:
         )  # fmt: skip
         if seen:
             alive, kept = torch.stack(seen).nansum(0).tolist()
-            dispatch.learn(work, self.theta, alive, kept)
+            self.kept = kept / alive if alive else None
         out, self.ready = (None, None) if found is None else found
         return out
 
@@ -148,18 +146,21 @@ class Step:
         self.lse, self.gradient, certificate = lse, gradient, None  # [A]
         tokens, work = len(lse), self._work(self.head)
         if block_lse is not None and tokens:
-            part = self.head.take(self.live)
+            part, backward = self.head.take(self.live), self.config.backward
+            most = dispatch.most_pairs(work) if backward == "auto" else None
             routing, certificate = route(
                 part.hidden, part.weight, part.targets, part.transform, lse, logprobs, block_lse, gradient, self.theta,
-                tokens=part.tokens, **self._rule(),
+                tokens=part.tokens, most_pairs=most, **self._rule(),
             )  # fmt: skip
             dense, pairs = len(routing.dense), sum(routing.counts) + len(routing.dense) * work.blocks
-            backward = self.config.backward
-            pays = dispatch.takes_routed(work, self.theta, tokens, pairs, dense, backward=backward)
-            if pays and dense < tokens:
+            self.kept = pairs / (tokens * work.blocks)
+            if dispatch.takes_routed(work, tokens, pairs, dense, backward=backward) and dense < tokens:
                 self.routing = routing
             else:
                 certificate = None
+        alive = tokens if self.ready is None else int((self.terms.dlogprobs != 0).sum())
+        if alive:
+            dispatch.learn(work, self.theta, alive / work.tokens, self.kept)
         zero = self.logprobs.new_zeros(())  # []
         everything = zero + tokens * work.blocks
         certificate = certificate or Certificate(everything, zero, zero, zero, zero)

@@ -164,9 +164,9 @@ def test_predicted_memory_is_within_the_budget():
     """Beyond inputs, gradients and one float32 dW, at every shape of the table."""
     for shape in predicted.SHAPES:
         work = dispatch.Work(shape.tokens, shape.hidden_size, shape.vocab_size, 2, "cuda")
-        assert 0 <= predicted.one_pass_bytes(work) <= dispatch.BUDGET
-        for kept in (None, *predicted.KEPT):
-            assert predicted.memory(work, kept)[0] <= dispatch.BUDGET
+        for path in dispatch.PATHS:
+            for kept in predicted.KEPT:
+                assert 0 <= dispatch.peak_bytes(work, path, int(kept * work.tokens * work.blocks))[0] <= dispatch.BUDGET
 
 
 def test_a_crash_loses_one_experiment(tmp_path):

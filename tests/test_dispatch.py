@@ -29,11 +29,12 @@ def test_the_cheapest_path_is_taken_once_shares_are_known(work):
         dispatch.forget()
         live = int(live_share * work.tokens)
         pairs = int(live * work.blocks * kept)
-        routed = dispatch.takes_routed(work, 3e-4, live, pairs, 0, backward="auto")
+        routed = dispatch.takes_routed(work, live, pairs, 0, backward="auto")
+        dispatch.learn(work, 3e-4, live / work.tokens, pairs / (live * work.blocks))
         one_pass = dispatch.takes_one_pass(work, 3e-4, backward="auto", known=False)
         times = {
             "one_pass": work.one_pass(),
-            "routed": work.score() + work.routed(pairs),
+            "routed": work.score() + work.routed(pairs, live=live),
             "two_pass": work.score() + work.dense(live),
         }
         picked = "one_pass" if one_pass else "routed" if routed else "two_pass"
@@ -44,19 +45,22 @@ def test_what_was_learnt_decides_the_next_call():
     work = Work(4096, 4096, 131_072, 2, "cuda")
     one_pass = lambda theta=3e-4: dispatch.takes_one_pass(work, theta, backward="auto", known=True)  # noqa: E731
     assert not one_pass()
-    dispatch.learn(work, 3e-4, 4096, 3700)
+    dispatch.learn(work, 3e-4, 1.0, 0.9)
     assert one_pass()
-    dispatch.learn(work, 3e-4, 0, 0)
+    dispatch.learn(work, 3e-4, 1.0)
     assert one_pass()
-    dispatch.learn(work, 3e-4, 4096, 41)
+    dispatch.learn(work, 3e-4, 1.0, 0.01)
     assert not one_pass()
     assert one_pass(0.0)
+    dispatch.learn(work, 0.0, 0.1)
+    assert one_pass(0.0)  # coefficients known in advance: all tokens given are live
+    assert not dispatch.takes_one_pass(work, 0.0, backward="auto", known=False)
 
 
 def test_what_is_asked_for_is_done():
     work = Work(2048, 896, 151_936, 4, "cpu")
-    assert dispatch.takes_routed(work, 3e-4, 100, 100 * work.blocks, 0, backward="routed")
-    may_route = lambda theta, backward: dispatch.may_route(work, theta, backward=backward, gradient_bytes=0)  # noqa: E731
+    assert dispatch.takes_routed(work, 100, 100 * work.blocks, 0, backward="routed")
+    may_route = lambda theta, backward: dispatch.may_route(work, theta, backward=backward)  # noqa: E731
     assert not may_route(3e-4, "dense")
     assert not may_route(0.0, "auto")
     assert not dispatch.takes_one_pass(work, 3e-4, backward="routed", known=True)
@@ -87,14 +91,35 @@ def test_chunks_of_the_one_pass():
 
 def test_masses_and_pairs_that_do_not_fit_are_not_kept():
     """On an accelerator what routing needs must fit the budget and the room of gradients that do not exist yet."""
-    small, large = Work(16_384, 896, 151_936, 2, "cuda"), Work(1 << 20, 896, 151_936, 2, "cuda")
-    may_route = lambda work, gradients: dispatch.may_route(work, 3e-4, backward="auto", gradient_bytes=gradients)  # noqa: E731
-    assert may_route(small, 0)
-    assert not may_route(large, 0)
-    assert may_route(large, 16 << 30)
-    pairs = dispatch.BUDGET // 4 // dispatch.PAIR_BYTES
-    assert dispatch.takes_routed(large, 3e-4, 1 << 20, pairs, 0, backward="auto")
-    assert not dispatch.takes_routed(large, 3e-4, 1 << 20, pairs + 1, 0, backward="auto")
+    sizes = (896, 151_936, 2, "cuda")
+    assert dispatch.may_route(Work(16_384, *sizes), 3e-4, backward="auto")
+    assert not dispatch.may_route(Work(1 << 20, *sizes), 3e-4, backward="auto")
+    assert dispatch.may_route(Work(170_000, *sizes), 3e-4, backward="auto")
+    assert not dispatch.may_route(Work(170_000, *sizes, need_hidden=False), 3e-4, backward="auto")
+    for tokens in (4096, 100_000, 1 << 20):
+        work = Work(tokens, 4096, 131_072, 2, "cuda")
+        most, masses = dispatch.most_pairs(work), dispatch.MASS_BYTES * tokens * work.blocks
+        assert masses + dispatch.LIST_BYTES * most <= dispatch.BUDGET + work.gradient_bytes
+        assert dispatch.PAIR_BYTES * most <= dispatch.BUDGET // 4
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("item", [2, 4])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_pieces_and_chunks_fit_the_budget_at_any_n(gathered, item, needs):
+    """Workspace, float32 dH, gathered rows and the rounding of a piece together; dW's room counts in several alone."""
+    need_hidden, need_weight = needs
+    for n, d, v in itertools.product(range(1000, 300_000, 1777), (896, 4096, 8192), (32_000, 151_936)):
+        rows, workspace = dispatch.piece(
+            n, d, v, item, need_hidden=need_hidden, need_weight=need_weight, gathered=gathered
+        )
+        several = rows < n
+        each = d * (4 * need_hidden * (item == 2 or several) + item * gathered)
+        late = 2 * v * d if several and item == 2 and need_weight else 0
+        assert rows * each + workspace + dispatch.TOKEN_BYTES * n <= dispatch.BUDGET + late, (n, d, v)
+        work = Work(n, d, v, item, "cuda", *needs)
+        logits = work.chunk_rows() * item * v
+        assert logits <= dispatch.BUDGET + (2 * v * d if item == 2 and need_weight else 0) or work.chunk_rows() == 128
 
 
 def test_why_names_the_path_and_its_cost():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import random
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ pytest.importorskip("reasoning_gym", reason="integration needs the train extra: 
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config, GraniteConfig
 
-from integration import bandit, compare, demo, memory
+from integration import bandit, compare, demo, memory, trainer
 from integration.compare import read_records
 from integration.policy import build_policy, logprobs_of, pack, through_head
 from integration.report import Sheet
@@ -200,8 +203,51 @@ def test_each_algorithm_runs_and_logs(policy, task, tmp_path, algorithm):
     records = train(policy, task, replace(TINY, algorithm=algorithm, out=str(tmp_path)))
     assert [record["step"] for record in records] == [1, 2]
     assert all(torch.isfinite(torch.tensor(record["loss"])) for record in records)
-    with pytest.raises(ValueError, match="algorithm"):
-        replace(TINY, algorithm="dpo")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("algorithm", "dpo"), ("level", "bogus"), ("divergence", "bogus"), ("eta", 0.0),
+        ("group_size", 0), ("updates_per_rollout", 0), ("prompts_per_step", 0), ("micro_batch", 0),
+        ("temperature", 0.0), ("temperature", -1.0), ("temperature", float("nan")), ("temperature", float("inf")),
+    ],
+)  # fmt: skip
+def test_nonsense_is_refused_by_name_when_the_configuration_is_made(name, value):
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*, got {value!r}"):
+        TrainConfig(**{name: value})
+
+
+def test_no_warmup_starts_with_the_full_learning_rate(policy, task, tmp_path, monkeypatch):
+    rates = []
+
+    def update(_, optimizer, *__):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return {}
+
+    monkeypatch.setattr(trainer, "update", update)
+    train(policy, task, replace(TINY, learning_rate_warmup=0, out=str(tmp_path)))
+    assert rates == [TINY.learning_rate] * TINY.steps
+
+
+NAMES = ("linear_cross_entropy", "gather_from_sequence_parallel_region")
+
+
+@pytest.mark.parametrize("missing", [*NAMES, None])
+def test_megatron_engine_without_a_name_to_replace_is_refused_whole(monkeypatch, missing):
+    def own(*_, **__): ...
+
+    fused = SimpleNamespace(**{name: own for name in NAMES if name != missing})
+    importlib.import_module("integration.verl")  # before the stand-in for verl
+    monkeypatch.setitem(sys.modules, "verl", SimpleNamespace(__version__="9.9"))
+    monkeypatch.setitem(sys.modules, "verl.models.mcore", SimpleNamespace(model_forward_fused=fused))
+    if missing is None:
+        runpy.run_module("integration.verl_megatron")
+        assert all(getattr(fused, name) is not own for name in NAMES)
+        return
+    with pytest.raises(ImportError, match=rf"{missing}: expected a function .* verl 9\.9 is not supported"):
+        runpy.run_module("integration.verl_megatron")
+    assert vars(fused) == {name: own for name in NAMES if name != missing}
 
 
 SMALL = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "pad_token_id": 0}

@@ -6,6 +6,7 @@ Allocations are counted as torch makes them, in the interpreter, under a budget 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import weakref
 
 import pytest
@@ -45,7 +46,9 @@ class Allocations(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         self.known.add(key)
         self.alive += size
-        self.peak = max(self.peak, self.alive)
+        if self.alive > self.peak:  # the interpreter's frames refer to each other, which a compiled kernel does not
+            gc.collect()
+            self.peak = max(self.peak, self.alive)
         weakref.finalize(storage, self.drop, key, size)
 
     def drop(self, key: int, size: int) -> None:
@@ -83,8 +86,10 @@ def test_the_meter_counts_what_is_alive():
 CASES = {
     "one pass": (500, "one_pass", {"d": 128, "v": 4000, "budget": 1_700_000}),
     "one pass, every second token masked": (1900, "one_pass", {"masked": True}),
+    "one pass, frozen head": (800, "one_pass", {"d": 512, "v": 4000, "frozen": True}),
     "two passes": (600, "two_pass", {}),
     "two passes, pieces": (1300, "two_pass", {}),
+    "two passes, pieces as soon as one is too large": (1500, "two_pass", {"v": 3000, "all": 1.0}),
     "two passes, pieces, every second token masked": (2800, "two_pass", {"masked": True}),
     "two passes, pieces of a slice of wider hidden states": (1300, "two_pass", {"sliced": True}),
     "routed": (500, "routed", {}),
@@ -103,13 +108,15 @@ def test_a_step_keeps_to_its_budget(case, device, monkeypatch):
     budget = how.get("budget", BUDGET)
     monkeypatch.setattr(dispatch, "BUDGET", budget)
     x = make_inputs(n, how.get("d", D), how.get("v", V), dtype=torch.bfloat16, entropy=0.5, masked=0.0)
-    hidden, weight = x.hidden, x.weight.requires_grad_()
+    hidden, weight = x.hidden, x.weight.requires_grad_(not how.get("frozen"))
     if how.get("sliced"):
         hidden = torch.cat([hidden.view(2, n // 2, D), hidden.new_zeros(2, 1, D)], 1)
     hidden = hidden.detach().requires_grad_()
     mask = torch.arange(n) % 2 if how.get("masked") else None
     config = GRPOConfig(policy_loss="reinforce", tail_mass=1e-2)
-    advantages = torch.randn(n, generator=torch.Generator().manual_seed(0)).where(torch.arange(n) % 8 != 1, 0.0)
+    advantages = torch.randn(n, generator=torch.Generator().manual_seed(0)).where(
+        torch.arange(n) % 8 != 1, how.get("all", 0.0)
+    )
     given = dict(advantages=advantages, loss_mask=mask, target_ids=x.targets)
     if how.get("sliced"):
         given = {k: None if v is None else v.view(2, n // 2) for k, v in given.items()}
@@ -119,7 +126,7 @@ def test_a_step_keeps_to_its_budget(case, device, monkeypatch):
         with dispatch.force(path):
             out = linear_grpo_loss(states, weight, old_logprobs=-torch.ones_like(given["advantages"]), **given,
                                    config=config, impl="triton")  # fmt: skip
-        return torch.autograd.grad(out.loss, (states, weight))
+        return torch.autograd.grad(out.loss, (states, weight) if weight.requires_grad else (states,))
 
     sizes, piece = [], dispatch.piece
     monkeypatch.setattr(
@@ -129,7 +136,7 @@ def test_a_step_keeps_to_its_budget(case, device, monkeypatch):
         found = step()
     if path != "one_pass":
         assert (sizes[-1][0] > sizes[-1][1][0]) == ("pieces" in case)
-    float32_dw = 4 * weight.numel() if path == "one_pass" or "pieces" in case else 0
+    float32_dw = 4 * weight.numel() if len(found) > 1 and (path == "one_pass" or "pieces" in case) else 0
     beyond = meter.peak - sum(g.nbytes for g in found) - float32_dw
     print(f"{case}: {beyond / budget:.2f} of the budget")
     assert beyond <= budget
@@ -144,9 +151,8 @@ PIECED = ("two_pass", "routed")
 def check_pieces(path: str, dtype: str, device: str, monkeypatch) -> None:
     """Tokens in pieces of 24 are as close to float64 as all together; every leaf, token by token for dH."""
     inputs = test_paths.batch(0.8, **test_paths.TRANSFORMS["all"])
-    inputs["hidden_states"] = torch.cat([inputs["hidden_states"], torch.zeros(test_paths.B, 1, test_paths.D)], 1)[
-        :, :-1
-    ]  # no flat view
+    states = inputs["hidden_states"]
+    inputs["hidden_states"] = torch.cat([states, torch.zeros_like(states[:, :1])], 1)[:, :-1]  # has no flat view
     kind, speeds = getattr(torch, dtype), dispatch.SPEEDS
     leaves = ("hidden_states", "lm_head_weight", "bias")
     inputs |= {k: inputs[k].to(kind).double() for k in leaves}
@@ -156,7 +162,10 @@ def check_pieces(path: str, dtype: str, device: str, monkeypatch) -> None:
     half = {k: dataclasses.replace(v, gathered=0.7) for k, v in speeds.items()}  # some tokens whole, others routed
     found = {}
     for size in (test_paths.M, 24):
-        cast = inputs | {k: inputs[k].to(kind).clone().requires_grad_() for k in leaves}
+        cast = inputs | {k: inputs[k].to(kind).clone() for k in leaves}
+        if path == "routed":
+            cast["lm_head_weight"] = cast["lm_head_weight"].T.contiguous().T
+        cast |= {k: cast[k].requires_grad_() for k in leaves}
         with monkeypatch.context() as patch, dispatch.force(path):
             patch.setattr(dispatch, "SPEEDS", half)
             patch.setattr(dispatch, "piece", lambda tokens, *a, size=size, **k: (min(size, tokens), 1 << 20))

@@ -3,15 +3,15 @@
 Saved: the inputs themselves (no copy), which tokens take part, their lse and entropy. Recomputed in the backward: the
 logits, one tile or slab at a time. Nothing of size N x V is ever stored, and nothing that is saved is changed. Tokens
 whose coefficients are all zero are dropped before the backward's first product (one host sync on an accelerator).
-Triton needs at most dispatch.BUDGET bytes beyond inputs, gradients and one float32 dW, whatever N is; block masses
-excepted, which are freed before the gradients are made.
+Triton needs at most dispatch.BUDGET bytes beyond inputs, gradients and one float32 dW, whatever N is. The gradients'
+room is counted from the start: block masses, freed before there are gradients, may use it.
 
 | quantity | precision |
 |---|---|
 | hidden states, weight, bias | bfloat16, float16 or float32; float64 in PyTorch only |
 | logits, lse, log-probs, entropy | float32, never rounded to 16 bits before the softmax |
 | dZ | rounded once to the input dtype for the matrix units (Triton); float32 (PyTorch) |
-| dH, dW, dbias | accumulated in float32, rounded once to the dtype of their input |
+| dH, dW, dbias | accumulated in float32, rounded once; twice if one pass made them and the loss is scaled afterwards |
 | tf32 | only if PyTorch is told to use it |
 
 Deterministic: fixed order of every sum and no atomics, unless `dispatch.allow_atomics` asks for them. Gradients are
@@ -113,7 +113,7 @@ class Head:
         Where Triton has no room for all tokens at once (dispatch.BUDGET) they pass in pieces, dW and dbias being added
         up in float32.
         """
-        size, workspace = len(lse), dispatch.BUDGET
+        size, workspace = len(lse), 0  # PyTorch takes one piece and a workspace of its own
         if self.triton:
             dense, pairs = (0, 0) if routing is None else (len(routing.dense), len(routing.rows))
             size, workspace = dispatch.piece(
@@ -121,14 +121,15 @@ class Head:
                 need_weight=needs[1], gathered=self.tokens is not None, dense=dense, pairs=pairs,
             )  # fmt: skip
         if size == len(lse):
-            return self._spread(self.gradients(lse, gradient, routing, needs, workspace=workspace))
+            return self._spread(self.gradients(lse, gradient, routing, needs, workspace))
+        head = self if self.weight.stride(1) == 1 else replace(self, weight=self.weight.contiguous())
         into = float32_sums((self.weight, self.bias), needs[1:])
         dh = self.no_gradient() if needs[0] else None  # [N, D]
         for first in range(0, len(lse), size):
             part = slice(first, min(first + size, len(lse)))
-            found = self.take(part).gradients(
+            found = head.take(part).gradients(
                 lse[part], take_gradient(gradient, part), None if routing is None else routing.part(part), needs,
-                into=into, workspace=workspace,
+                workspace, into=into,
             )  # fmt: skip
             if dh is not None:
                 dh[part if self.tokens is None else self.tokens[part]] = found.hidden.to(dh.dtype)
@@ -137,10 +138,12 @@ class Head:
 
     def gradients(
         self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: tuple[bool, bool, bool],
-        *, into: HeadGradients | None = None, workspace: int = dispatch.BUDGET,
+        workspace: int, *, into: HeadGradients | None = None,
     ) -> HeadGradients:  # fmt: skip
-        """`backward` in one piece: dH is [M, D]. With `into` dW and dbias are added to its float32 tensors (float64
-        for float64), and dH is not rounded."""
+        """`backward` in one piece, dH [M, D], with so many bytes of workspace (Triton).
+
+        With `into` dW and dbias are added to its float32 tensors (float64 for float64), and dH is not rounded.
+        """
         path: Any = torch_ops
         options = _wanted(needs) | {"wide": into is not None}
         if self.triton:
@@ -175,7 +178,7 @@ def float32_sums(inputs: tuple[Tensor, Tensor | None], needs: Sequence[bool]) ->
     """Zeros, in float32 (float64 for float64), for those gradients of (weight, bias) that are needed."""
     wanted = [x if need else None for x, need in zip(inputs, needs)]
     wide = torch.promote_types(inputs[0].dtype, torch.float32)
-    return HeadGradients(None, *(None if x is None else torch.zeros_like(x, dtype=wide) for x in wanted))
+    return HeadGradients(None, *(None if x is None else x.new_zeros(x.shape, dtype=wide) for x in wanted))
 
 
 def rounded(sums: HeadGradients, inputs: tuple[Tensor, Tensor | None]) -> list[Tensor | None]:

@@ -40,7 +40,8 @@ CPU_LOGITS = 128 << 20  # bytes of one chunk's logits in one pass without an acc
 PAIR_BYTES = 16  # of a kept pair in a Routing, and of what lists it
 TOKEN_BYTES = 128  # of one token's log-prob, lse, coefficients and the objective's work
 ROWS = 256  # tokens of a piece are a multiple
-ROUTE_BYTES = 7  # per (token, block): its mass in float32, whether it is kept, and the pairs of one in twenty
+MASS_BYTES = 5  # of a (token, block) pair while pairs are chosen: its mass in float32, and whether it is kept
+LIST_BYTES = 40  # of a kept pair while pairs are listed; 33 to 38 were measured
 FIRST_KEPT_SHARE = 0.02  # what a policy under reinforcement learning has; believed until the first call
 
 
@@ -73,6 +74,19 @@ class Work:
     vocab_size: int
     itemsize: int
     device: str  # a key of SPEEDS
+    need_hidden: bool = True  # whether dH is asked for
+    need_weight: bool = True  # whether dW is
+
+    @property
+    def products(self) -> int:
+        """Gradient products of a logit."""
+        return self.need_hidden + self.need_weight
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What dH and dW take, which do not exist before the backward."""
+        rows = self.tokens * self.need_hidden + self.vocab_size * self.need_weight
+        return self.itemsize * self.hidden_size * rows
 
     @property
     def blocks(self) -> int:
@@ -90,34 +104,40 @@ class Work:
         s, tokens = SPEEDS[self.device], math.ceil(live)
         slabs, pieces = 0, self._pieces(tokens)
         if self.device != "cpu" and tokens:  # each slab of the vocabulary reads and writes a float32 dH
-            rows, workspace = self._piece(tokens)
+            rows, workspace = self.piece(tokens)
             slabs = math.ceil(self.vocab_size * self.itemsize * rows / workspace)
-        traffic = 8 * live * self.hidden_size * slabs / s.bytes
-        return 3 * self._product(live) + s.element * live * self.vocab_size + traffic + pieces
+        traffic = 8 * live * self.hidden_size * slabs * self.need_hidden / s.bytes
+        return (1 + self.products) * self._product(live) + s.element * live * self.vocab_size + traffic + pieces
 
-    def _piece(self, tokens: int, **listed: int) -> tuple[int, int]:
+    def piece(self, tokens: int, **listed: int) -> tuple[int, int]:
+        """`piece` for some of the tokens, none gathered."""
         shape = (tokens, self.hidden_size, self.vocab_size, self.itemsize)
-        return piece(*shape, need_hidden=True, need_weight=True, gathered=False, **listed)
+        return piece(*shape, need_hidden=self.need_hidden, need_weight=self.need_weight, gathered=False, **listed)
 
     def _pieces(self, tokens: int, **listed: int) -> float:
         """Seconds that a float32 dW takes, read and written by every piece of the tokens; 0 for one piece."""
-        count = 1 if self.device == "cpu" or not tokens else -(-tokens // self._piece(tokens, **listed)[0])
+        count = 1 if self.device == "cpu" or not tokens else -(-tokens // self.piece(tokens, **listed)[0])
         traffic = (8 * count + self.itemsize) * self.vocab_size * self.hidden_size
-        return traffic / SPEEDS[self.device].bytes if count > 1 else 0.0
+        return traffic / SPEEDS[self.device].bytes if count > 1 and self.need_weight else 0.0
 
-    def routed(self, pairs: float, dense: int = 0) -> float:
-        """Seconds of the routed backward of `pairs` pairs and `dense` whole tokens."""
-        s, weight = SPEEDS[self.device], self.vocab_size * self.hidden_size
-        gathered = 6 * self.hidden_size * BLOCK * pairs / (s.flops * s.gathered)
-        writes = self.itemsize * weight / s.bytes + self._pieces(self.tokens, pairs=int(pairs), dense=dense)
-        return gathered + self.dense(dense) + writes + s.block * self.blocks
+    def routed(self, pairs: float, dense: int = 0, live: float | None = None) -> float:
+        """Seconds of the routed backward of `pairs` pairs and `dense` whole tokens, of `live` (None: all) together."""
+        s, weight = SPEEDS[self.device], self.vocab_size * self.hidden_size * self.need_weight
+        gathered = 2 * (1 + self.products) * self.hidden_size * BLOCK * pairs / (s.flops * s.gathered)
+        pieces = self._pieces(self.tokens if live is None else math.ceil(live), pairs=int(pairs), dense=dense)
+        return gathered + self.dense(dense) + self.itemsize * weight / s.bytes + pieces + s.block * self.blocks
 
     def one_pass(self) -> float:
         """Seconds of forward and backward in one pass; every chunk reads and writes a float32 dW, rounded last."""
         s = SPEEDS[self.device]
         chunks = -(-self.tokens // self.chunk_rows())
         traffic = (8 * chunks + self.itemsize * (self.itemsize == 2)) * self.vocab_size * self.hidden_size
-        return 3 * self._product(self.tokens) + 2 * s.element * self.tokens * self.vocab_size + traffic / s.bytes
+        traffic *= self.need_weight
+        return (
+            (1 + self.products) * self._product(self.tokens)
+            + 2 * s.element * self.tokens * self.vocab_size
+            + traffic / s.bytes
+        )
 
     def chunk_rows(self) -> int:
         """Tokens whose logits are kept at once by the one-pass path.
@@ -128,7 +148,7 @@ class Work:
         if self.device == "cpu":
             return max(64, CPU_LOGITS // (self.itemsize * self.vocab_size) // 8 * 8)
         room = BUDGET - TOKEN_BYTES * self.tokens
-        room += self.itemsize * self.vocab_size * self.hidden_size if self.itemsize == 2 else 0
+        room += self.itemsize * self.vocab_size * self.hidden_size if self.itemsize == 2 and self.need_weight else 0
         logits = self.itemsize * self.blocks * BLOCK + 8 * self.blocks  # and two sums of each tile of BLOCK columns
         states = (3 * self.itemsize + 4) * self.hidden_size  # gathered, scaled, dH in float32 and rounded
         most = max(1, (room - SAMPLE * logits) // (logits + states) // 128)  # tiles of 128 tokens
@@ -204,38 +224,40 @@ def takes_one_pass(work: Work, theta: float, *, backward: str, known: bool) -> b
     live = work.tokens * (1.0 if known else met.live)
     after = work.dense(live)
     if theta > 0 and backward == "auto":
-        after = min(after, work.routed(live * work.blocks * met.kept))
+        after = min(after, work.routed(live * work.blocks * met.kept, live=live))
     return work.one_pass() < work.score() + after
 
 
-def learn(work: Work, theta: float, live: float, kept: float) -> None:
-    """Remember how many tokens had c != 0, and how many tokens' worth of pairs they kept; none teaches nothing."""
-    if live > 0:
-        _met[_key(work, theta)] = _Met(live / work.tokens, kept / live)
+def learn(work: Work, theta: float, live: float, kept: float | None = None) -> None:
+    """Remember the share of tokens with c != 0 and, where it is known, that of their pairs that are kept."""
+    known = _met.get(_key(work, theta), _Met()).kept
+    _met[_key(work, theta)] = _Met(live, known if kept is None else kept)
 
 
 def _key(work: Work, theta: float) -> tuple:
     return work.device, work.hidden_size, work.vocab_size, work.itemsize, theta
 
 
-def takes_routed(work: Work, theta: float, live: int, pairs: int, dense: int, *, backward: str) -> bool:
-    """Whether `pairs` kept pairs of `live` tokens, `dense` of them whole, are worth routing; remembers their share."""
-    learn(work, theta, live, pairs / work.blocks)
+def takes_routed(work: Work, live: int, pairs: int, dense: int, *, backward: str) -> bool:
+    """Whether `pairs` kept pairs of `live` tokens, `dense` of them whole, are worth routing."""
     if _forced.get() is not None or backward == "routed":
         return _forced.get() in ("routed", None)
-    listed = pairs - dense * work.blocks
-    return PAIR_BYTES * listed <= BUDGET // 4 and work.routed(listed, dense) < work.dense(live)
+    return work.routed(pairs - dense * work.blocks, dense, live) < work.dense(live)
 
 
-def may_route(work: Work, theta: float, *, backward: str, gradient_bytes: int) -> bool:
-    """Whether block masses are worth writing in the forward, and fit beside nothing else.
-
-    `gradient_bytes` is what the gradients will take that do not exist yet.
-    """
+def may_route(work: Work, theta: float, *, backward: str) -> bool:
+    """Whether block masses are worth writing in the forward, and have room."""
     if _forced.get() is not None or backward == "routed":
         return _forced.get() in ("routed", None)
-    fits = work.device == "cpu" or ROUTE_BYTES * work.tokens * work.blocks <= BUDGET + gradient_bytes
-    return fits and theta > 0 and backward == "auto"
+    return theta > 0 and backward == "auto" and most_pairs(work) > 0
+
+
+def most_pairs(work: Work) -> int:
+    """Kept pairs that a routing has room for; block masses and marks are there at the same time."""
+    if work.device == "cpu":
+        return work.tokens * work.blocks
+    room = BUDGET + work.gradient_bytes - MASS_BYTES * work.tokens * work.blocks
+    return min(room // LIST_BYTES, BUDGET // 4 // PAIR_BYTES)
 
 
 def piece(
@@ -257,8 +279,29 @@ def piece(
     room += itemsize * vocab_size * hidden_size if itemsize == 2 and need_weight else 0
     each = wide + states + itemsize * hidden_size + (apart if dense else 0)
     most = max(room // 2 // each // ROWS, 1) * ROWS
-    rows = -(-tokens // -(-tokens // most) // ROWS) * ROWS  # pieces of about one size
+    count = max(2, -(-tokens // most))  # one piece has no use for the room of dW
+    rows = -(-tokens // count // ROWS) * ROWS  # of about one size
     return min(rows, tokens), max(room - rows * each, room // 4)
+
+
+def peak_bytes(work: Work, path: str, pairs: int = 0) -> tuple[int, bool]:
+    """(bytes that a step takes on an accelerator beyond inputs and gradients, whether a float32 dW comes on top).
+
+    For all tokens live and none gathered; `pairs` are those that a routing keeps. By arithmetic, not measured.
+    """
+    item, dw = work.itemsize, work.itemsize * work.vocab_size * work.hidden_size
+    if path == "one_pass":
+        chunk = item * work.vocab_size + 8 * work.blocks + (2 * item + 4) * work.hidden_size
+        return max(work.chunk_rows() * chunk - dw, 0) + TOKEN_BYTES * work.tokens, True
+    listed = pairs if path == "routed" else 0
+    rows, workspace = work.piece(work.tokens, pairs=listed)
+    several = rows < work.tokens
+    if path == "two_pass":  # a workspace for all logits is never filled
+        workspace = min(workspace, item * rows * work.vocab_size)
+    backward = rows * (4 + item * several) * work.hidden_size + workspace - dw * several
+    masses = MASS_BYTES * work.tokens * work.blocks + LIST_BYTES * listed if path == "routed" else 0
+    held = TOKEN_BYTES * work.tokens + PAIR_BYTES * listed
+    return max(backward + held, masses - work.gradient_bytes, 0), several
 
 
 def why(

@@ -23,11 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lad_kernels.head import dispatch
 from lad_kernels.head.autograd import Head, float32_sums, rounded, take_gradient
 from lad_kernels.head.logits import HeadForward, HeadGradients, LogitGradient, Routing
 
-CHUNK = 2048  # tokens of an all-reduce of dH at least ...
-CHUNKS = 4  # ... and how many there are at most
+CHUNK = 2048  # tokens of an all-reduce of dH, or more ...
+CHUNKS = 4  # ... so that there are about so many of them, or less for memory
 _AGREE = ("tokens that take part", "hidden size", "dtype", "arguments that need a gradient", "checksum of target_ids")
 
 
@@ -124,7 +125,9 @@ class ShardedHead(Head):
         local = self._local()
         inside = (self.targets >= self.shard.start) & (self.targets < self.shard.start + len(self.weight))  # [M]
         gradient = LogitGradient(torch.where(inside, gradient.onehot, 0.0), gradient.prob, gradient.entropy)
-        size = max(CHUNK, -(-len(lse) // CHUNKS))
+        room = dispatch.BUDGET // 4  # of each of two float32 dH, that of the next chunk made while one is reduced
+        most = max(room // (4 * self.hidden.shape[-1]) // dispatch.ROWS, 1) * dispatch.ROWS
+        size = min(max(CHUNK, -(-len(lse) // CHUNKS)), most)
         into, dh = float32_sums((self.weight, self.bias), needs[1:]), self.no_gradient() if needs[0] else None  # [N, D]
         summed: list[tuple[slice, Tensor, dist.Work]] = []  # tokens, their dH [C, D], its all-reduce
 
@@ -156,5 +159,5 @@ def _gradients(
 ) -> HeadGradients:
     """`Head.gradients` of a rank that may have no rows; dH is not rounded."""
     if len(head.weight):
-        return head.gradients(lse, gradient, None, needs, into=into)
+        return head.gradients(lse, gradient, None, needs, dispatch.BUDGET // 4, into=into)
     return into._replace(hidden=lse.new_zeros(len(lse), head.hidden.shape[-1]) if needs[0] else None)

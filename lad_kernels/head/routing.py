@@ -144,8 +144,12 @@ def route(
     tokens: Tensor | None = None,  # [A] rows of hidden; None: all, A = N
     dense_share: float = 1.0,
     unbiased: bool = False,
+    most_pairs: int | None = None,
 ) -> tuple[Routing, Certificate]:
-    """Choose the pairs of A tokens. Three host syncs on an accelerator: how many tokens and pairs, and per block."""
+    """Choose the pairs of A tokens. Three host syncs on an accelerator: how many tokens and pairs, and per block.
+
+    With more than `most_pairs` kept pairs, those of dense tokens apart, all tokens are dense.
+    """
     pieces = _Pieces(block_lse, lse, logprobs, targets, gradient)
     threshold = theta * pieces.size.sum() / (pieces.size != 0).sum().clamp(min=1)  # []
     keep = torch.empty(block_lse.shape, dtype=torch.bool, device=lse.device)  # [blocks, A]
@@ -156,6 +160,10 @@ def route(
     many = ~(expected <= dense_share * len(keep))  # [A]; not by the draw, which would bias what remains
     dense = many.nonzero()[:, 0]  # [Nd]
     keep &= ~many
+    counts = keep.sum(1).tolist()  # [blocks]
+    if most_pairs is not None and sum(counts) > most_pairs:
+        dense, many, counts = torch.arange(len(lse), device=lse.device), torch.ones_like(many), [0] * len(counts)
+        keep.zero_()
 
     wide = torch.promote_types(hidden.dtype, torch.float32)
     slope = abs(transform.scale) / transform.temperature  # [A] or a number
@@ -173,11 +181,9 @@ def route(
         error += torch.mv(norm.T, longest[part])
         by_block[part] = torch.mv(norm, reach)
     lost /= pieces.size
-    counts = keep.sum(1)  # [blocks]
     blocks, rows = (x.contiguous() for x in keep.nonzero().unbind(1))  # [P], [P]
     scale = (threshold / pieces.at(blocks, rows)).clamp_(min=1.0) if unbiased else None  # [P]
-    routing = Routing(rows, scale, counts.tolist(), dense)
-    certificate = Certificate(
-        counts.sum() + len(dense) * len(keep), lost.mean(), lost.amax(), (error * slope).norm(), by_block.norm()
-    )
+    routing = Routing(rows, scale, counts, dense)
+    pairs = torch.full((), sum(counts) + len(dense) * len(keep), device=lse.device)  # []
+    certificate = Certificate(pairs, lost.mean(), lost.amax(), (error * slope).norm(), by_block.norm())
     return routing, certificate

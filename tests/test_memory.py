@@ -83,18 +83,16 @@ def test_the_meter_counts_what_is_alive():
     assert (meter.peak, meter.alive) == (8000, d.nbytes)
 
 
-CASES = {
-    "one pass": (500, "one_pass", {"d": 128, "v": 4000, "budget": 1_700_000}),
-    "one pass, every second token masked": (1900, "one_pass", {"masked": True}),
-    "one pass, frozen head": (800, "one_pass", {"d": 512, "v": 4000, "frozen": True}),
-    "two passes": (600, "two_pass", {}),
-    "two passes, pieces": (1300, "two_pass", {}),
-    "two passes, pieces as soon as one is too large": (1500, "two_pass", {"v": 3000, "all": 1.0}),
-    "two passes, pieces, every second token masked": (2800, "two_pass", {"masked": True}),
-    "two passes, pieces of a slice of wider hidden states": (1300, "two_pass", {"sliced": True}),
-    "routed": (500, "routed", {}),
-    "routed, pieces": (1300, "routed", {}),
-    "routed, pieces, every second token masked": (2800, "routed", {"masked": True}),
+CASES = {  # tokens, path, what is special, share of the budget that was measured
+    "one pass": (500, "one_pass", {"d": 128, "v": 4000, "budget": 1_700_000}, 0.79),
+    "one pass, every second token masked": (1900, "one_pass", {"masked": True}, 0.69),
+    "one pass, frozen head": (800, "one_pass", {"d": 512, "v": 4000, "frozen": True}, 0.70),
+    "two passes": (600, "two_pass", {}, 0.76),
+    "two passes, pieces": (1300, "two_pass", {}, 0.41),
+    "two passes, pieces as soon as one is too large": (1500, "two_pass", {"v": 3000, "all": 1.0}, 0.23),
+    "two passes, pieces of a slice of wider hidden states": (1300, "two_pass", {"sliced": True}, 0.42),
+    "routed": (500, "routed", {}, 0.70),
+    "routed, pieces": (1300, "routed", {}, 0.04),
 }
 
 
@@ -104,7 +102,7 @@ def test_a_step_keeps_to_its_budget(case, device, monkeypatch):
         pytest.skip(
             "counts the interpreter's allocations; on a GPU benchmarks/test_memory.py reads the allocator's peak"
         )
-    n, path, how = CASES[case]
+    n, path, how, measured = CASES[case]
     budget = how.get("budget", BUDGET)
     monkeypatch.setattr(dispatch, "BUDGET", budget)
     x = make_inputs(n, how.get("d", D), how.get("v", V), dtype=torch.bfloat16, entropy=0.5, masked=0.0)
@@ -139,10 +137,10 @@ def test_a_step_keeps_to_its_budget(case, device, monkeypatch):
     float32_dw = 4 * weight.numel() if len(found) > 1 and (path == "one_pass" or "pieces" in case) else 0
     beyond = meter.peak - sum(g.nbytes for g in found) - float32_dw
     print(f"{case}: {beyond / budget:.2f} of the budget")
-    assert beyond <= budget
+    assert beyond <= min(1.0, measured + 0.03) * budget
     monkeypatch.setattr(dispatch, "BUDGET", 1 << 40)
     for ours, whole in zip(found, step()):
-        assert relative_error(ours, whole.double()) < 3e-3
+        assert relative_error(ours, whole.double()) < 1e-4
 
 
 PIECED = ("two_pass", "routed")

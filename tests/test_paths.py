@@ -333,7 +333,8 @@ def test_flops_are_those_of_the_formula_and_of_torch(path, on_policy):
 def test_what_a_call_meets_decides_the_next(impl, device, monkeypatch):
     """A flat policy takes one pass from the second call on, one that turns peaked is routed one call later."""
     monkeypatch.setattr(dispatch.Work, "one_pass", lambda work: 0.9 * (work.score() + work.dense(work.tokens)))
-    monkeypatch.setattr(dispatch.Work, "routed", lambda work, pairs, dense=0, live=None: 9.0 * (pairs > 0.5 * M * work.blocks))
+    dear = lambda work, pairs, dense=0, live=None: 9.0 * (pairs > 0.5 * M * work.blocks)  # noqa: E731
+    monkeypatch.setattr(dispatch.Work, "routed", dear)
     spent, config = [], LADConfig(tail_mass=1e-3)
     for entropy in (None, None, None, 0.1, 0.1, 0.1, None, None):
         inputs = batch(entropy) | {"advantages": torch.ones(B, dtype=torch.float64)}

@@ -12,7 +12,7 @@ train = ["transformers>=5.0", "reasoning-gym>=0.1.24", "matplotlib>=3.8", *cli]
 oracles = ["liger-kernel>=0.8", "cut-cross-entropy>=25.1"]
 docs = ["pdoc>=15"]
 lint = ["ruff>=0.15", "mypy>=1.18"]
-trl = ["trl>=1.14,!=1.15.0", "accelerate>=1.10", "datasets>=4.7", "peft>=0.18", *train]
+trl = ["trl>=1.14,<1.17,!=1.15.0", "accelerate>=1.10", "datasets>=4.7", "peft>=0.18", *train]
 test = [
     "pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "hypothesis>=6.100", *docs, *lint, *oracles, *trl,
 ]  # fmt: skip

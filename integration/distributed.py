@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,17 +40,28 @@ class ContextShard(NamedTuple):
     sequence_ids: Tensor | None  # [S] int64, ascending, of packed input
 
 
-def require_joined_ranks(processes: int) -> None:
-    """Refuse ranks of one launch that would train apart, each on its own.
+def require_sound_ranks(accelerator: Any, *, reference_model: bool) -> None:
+    """Refuse ranks that would train, or be scored against, something else than they seem to.
+
+    Args:
+        accelerator: accelerate's, already prepared for this launch.
+        reference_model: whether a second model is loaded to score the reference policy.
 
     Raises:
-        RuntimeError: the launcher started several processes, of which the training sees `processes` = 1.
+        RuntimeError: the launcher started several processes that train apart; or FSDP2 loads the reference model on one
+            rank alone (`cpu_ram_efficient_loading`), which leaves its weights uninitialised on the others (TRL 1.16).
     """
     started = int(os.environ.get("WORLD_SIZE", 1))
-    if started > 1 and processes == 1:
+    if started > 1 and accelerator.num_processes == 1:
         raise RuntimeError(
             f"WORLD_SIZE: expected {started} processes that train together, as the launcher started, got one that "
             f"trains alone; on CPUs pass use_cpu=True (--use_cpu)"
+        )
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if reference_model and fsdp is not None and fsdp.fsdp_version == 2 and fsdp.cpu_ram_efficient_loading:
+        raise RuntimeError(
+            "cpu_ram_efficient_loading: expected False with a reference model (beta > 0) under FSDP2, got True; the "
+            "reference policy's weights would not be those of the model"
         )
 
 

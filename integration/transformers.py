@@ -232,8 +232,14 @@ class _HeadCall:
             raise TypeError(f"fused_head: expected hidden states alone for the head, got {', '.join(unknown)} as well")
         if self.leaves is not None:
             raise ValueError("fused_head: expected a model that calls its head once, got a second call")
+        base, adapters = head_parts(self.layer)
         autocast = autocast_dtype(hidden.device.type)
-        self.state = (*head_parts(self.layer), self.transform, hidden.dtype, autocast)
+        if autocast is None and hidden.dtype != base.weight.dtype:
+            raise TypeError(
+                f"fused_head: expected hidden states and lm_head.weight in one dtype, got {hidden.dtype} and "
+                f"{base.weight.dtype}; cast one of them or call under torch.autocast"
+            )
+        self.state = (base, adapters, self.transform, hidden.dtype, autocast)
         if self.state != self.checked:
             self.check_head(hidden.detach())
         self.stand_in = hidden.new_zeros(*hidden.shape[:-1], 1) if self.ramp is None else self.ramp

@@ -1,4 +1,4 @@
-"""TRL: LAD as a trainer, and the fused head for TRL's own trainers. TRL >= 1.14, except 1.15.0.
+"""TRL: LAD as a trainer, and the fused head for TRL's own trainers. TRL 1.14 to 1.16, except 1.15.0.
 
 from integration.trl import LADConfig, LADTrainer
 trainer = LADTrainer(model, reward_funcs, args=LADConfig(eta=0.25), train_dataset=dataset)
@@ -6,9 +6,9 @@ trainer = LADTrainer(model, reward_funcs, args=LADConfig(eta=0.25), train_datase
 `FusedHeadMixin` in front of `trl.GRPOTrainer` or `trl.RLOOTrainer` computes every log-probability with `lad_kernels`
 and leaves TRL's loss as it is. `LADTrainer` replaces the loss. Sampling, advantages, the reference model and the logs
 remain TRL's in both. The head always runs inside the wrapped model's forward. TRL's own losses and gradient norms stay
-within 5e-6 in float32. Both are tested on two ranks under DDP, FSDP2 (by layer or in one group, tied or not), ZeRO-3,
-and with PEFT's `modules_to_save=["lm_head"]`, where TRL 1.16's own head gets a wrong gradient under FSDP2 (off by 0.75
-of its norm). What fails: accelerate's SIZE_BASED_WRAP, before training starts, and LoRA on `lm_head` (TRL >= 1.15).
+within 5e-6 in float32. Tested on two ranks: LADTrainer under DDP, FSDP2 (by layer or in one group, tied or not) and
+ZeRO-3, the mixin under DDP, both with PEFT's `modules_to_save=["lm_head"]`, where TRL 1.16's own head has a wrong
+gradient (FSDP2). What fails: accelerate's SIZE_BASED_WRAP, before training, and LoRA on `lm_head` (TRL >= 1.15).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import lad_kernels
-from integration.distributed import require_joined_ranks
+from integration.distributed import require_sound_ranks
 from integration.transformers import attach_fused_head
 from lad_kernels import LinearLogprobs, LossOutput, lad_loss, linear_lad_loss, linear_logprobs
 
@@ -34,8 +34,8 @@ try:
     from packaging.version import Version
     from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
-    supported = Version(trl.__version__) >= Version("1.14") and trl.__version__ != "1.15.0"
-    unusable = None if supported else f"TRL {trl.__version__}"
+    known = Version("1.14") <= Version(trl.__version__) < Version("1.17") and trl.__version__ != "1.15.0"
+    unusable = None if known else f"TRL {trl.__version__}"
     trl_has_fused_head = hasattr(trl.trainer.utils, "add_fused_lm_head")  # since 1.15
 except (ImportError, RuntimeError) as error:  # RuntimeError: TRL lacks a package of its own
     GRPOConfig = GRPOTrainer = RLOOTrainer = object
@@ -74,7 +74,7 @@ TRL_NAMES = {"entropy": "entropy", "kl_ref": "kl"}  # the others are logged as l
 def require_trl() -> None:
     """Raise ImportError unless a supported TRL is installed."""
     if unusable is not None:
-        raise ImportError(f"trl: expected >= 1.14 and not 1.15.0, got {unusable}; install one, e.g. pip install trl")
+        raise ImportError(f"trl: expected 1.14 to 1.16 and not 1.15.0, got {unusable}; pip install 'trl<1.17'")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -159,7 +159,7 @@ class FusedHeadMixin:
                 "in float32 without it, or load the model in bfloat16 and set bf16=False"
             )
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
-        require_joined_ranks(self.accelerator.num_processes)
+        require_sound_ranks(self.accelerator, reference_model=self.ref_model is not None)
         if getattr(self, "aux_loss_enabled", False) and self._router_coefficient() == 0:
             raise ValueError(
                 "router_aux_loss_coef: expected a model whose own coefficient is not 0, got 0; set it in the model's "

@@ -27,10 +27,11 @@ from lad_kernels.testing import relative_error
 
 CONFIG = LADConfig(eta=0.5)
 MICRO_BATCHES, STEPS, LEARNING_RATE = 2, 2, 0.5
-# Largest relative error of a parameter's gradient; a lost reduction makes it 0.4 or more. Measured: 3e-6 in float32,
-# with LoRA 2.4e-5. In bfloat16 (parameters cast, gradients reduced in float32) 0.1 for the norms of queries and keys;
-# the head's is held against the same model in one process in bfloat16, of whose error it makes 0.93.
-FLOAT32, BFLOAT16, HEAD_MARGIN = 1e-4, 0.3, 2.0
+# A parameter's gradient, relative error; a lost reduction makes it 0.4 or more. Measured: 2.7e-6, with LoRA 7.3e-6.
+FLOAT32 = 2e-5
+# In bfloat16 (parameters cast, gradients reduced in float32): over the error of the same model in one process in
+# bfloat16, which is 0.09 at most; measured: 0.95 for the head, 1.9 elsewhere (a norm). Log-probs; measured: 4.3e-3.
+BFLOAT16_MARGIN, BFLOAT16_LOGPROBS = 3.0, 1e-2
 
 
 def tiny_model(tied: bool) -> Qwen3ForCausalLM:
@@ -98,11 +99,15 @@ def train(model: nn.Module, truth: nn.Module, defer: Callable, contract: nn.Modu
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     for _ in range(STEPS):
         normalizer = tokens_of_step()
+        weights = {n.removeprefix("module."): full(p) for n, p in model.named_parameters(remove_duplicate=False)}
+        for other in (truth,) if contract is None else (truth, contract):
+            other.load_state_dict(weights)  # rounding of one step is not an error of the next
         with torch.no_grad():
             ids = batch(rank, 0)["ids"]
             fn = lambda h, w, **head: linear_logprobs(h[:, :-1], w, ids[:, 1:], **head)  # noqa: B023, E731
             scored = model(input_ids=ids, fused_head=fn).result.logprobs
-            assert relative_error(scored, plain_logprobs(truth, ids)) < (FLOAT32 if contract is None else BFLOAT16)
+            error = relative_error(scored, plain_logprobs(truth, ids))
+            assert error < (FLOAT32 if contract is None else BFLOAT16_LOGPROBS)
         for micro in range(MICRO_BATCHES):
             data = batch(rank, micro)
             with defer(model, micro == MICRO_BATCHES - 1):
@@ -110,12 +115,10 @@ def train(model: nn.Module, truth: nn.Module, defer: Callable, contract: nn.Modu
                 (loss * ranks).backward()  # the wrapper averages
         found = {name.removeprefix("module."): full(g) for name, g in grads_and_step(model, optimizer).items()}
         expected = plain_step(truth, normalizer)
-        allowed = dict.fromkeys(expected, FLOAT32 if contract is None else BFLOAT16)
+        allowed = dict.fromkeys(expected, FLOAT32)
         if contract is not None:
             rounded = plain_step(contract, normalizer)
-            name = "lm_head.weight" if "lm_head.weight" in expected else "model.embed_tokens.weight"
-            allowed[name] = HEAD_MARGIN * relative_error(rounded[name], expected[name])
-            contract.load_state_dict(truth.state_dict())
+            allowed = {name: BFLOAT16_MARGIN * relative_error(rounded[name], x) for name, x in expected.items()}
         assert set(found) == set(expected)
         for name, x in expected.items():
             error = relative_error(found[name], x)

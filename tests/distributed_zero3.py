@@ -1,4 +1,4 @@
-"""A case of `distributed_worker.py`: DeepSpeed ZeRO-3 around a fused head, in two processes."""
+"""A case of `distributed_worker.py`: DeepSpeed ZeRO-3 around a fused head."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from lad_kernels.testing import relative_error
 
 
 def zero3() -> None:
-    os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank()), "WORLD_SIZE": "2"}
+    rank, ranks = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
     os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}  # looked at, not used
     for tied in (False, True):
         model = tiny_model(tied)

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("rich", reason="the command line needs the train extra: rich")
-pytest.importorskip("packaging", reason="the command line needs the train extra: packaging")
-pytest.importorskip("jsonargparse", reason="the command line needs the train extra: jsonargparse")
+pytest.importorskip("rich", reason="it needs the train extra: rich; lost: all tests of lad-kernels")
+pytest.importorskip("packaging", reason="it needs the train extra: packaging; lost: all tests of lad-kernels")
+pytest.importorskip("jsonargparse", reason="it needs the train extra: jsonargparse; lost: all tests of lad-kernels")
 
 from rich.console import Console
 
@@ -320,8 +320,8 @@ def test_a_missing_package_is_named(monkeypatch):
 @pytest.fixture
 def small_programs(tmp_path, monkeypatch):
     """A folder to run in, where the train extra is installed."""
-    pytest.importorskip("transformers", reason="train and profile need the train extra: transformers")
-    pytest.importorskip("reasoning_gym", reason="train and profile need the train extra: reasoning-gym")
+    pytest.importorskip("transformers", reason="needs the train extra: transformers; lost: tests of train, profile")
+    pytest.importorskip("reasoning_gym", reason="needs the train extra: reasoning-gym; lost: tests of train, profile")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

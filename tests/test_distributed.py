@@ -51,9 +51,10 @@ def needs(package: str, reason: str) -> pytest.MarkDecorator:
 
 
 @needs("peft", "gradients of wrapped models go unchecked (FSDP2, DDP, PEFT)")
-def test_wrapped_models(tmp_path):
+@pytest.mark.parametrize("world", [2, 3])
+def test_wrapped_models(world, tmp_path):
     """FSDP2, DDP and PEFT around a fused head, and rows on a tensor-parallel mesh."""
-    print(run_world(2, tmp_path, "distributed_wrappers"))
+    print(run_world(world, tmp_path, "distributed_wrappers"))
 
 
 @needs(
@@ -61,5 +62,6 @@ def test_wrapped_models(tmp_path):
     "ZeRO-3 goes unchecked; it is no extra because it is built on the spot: pip install wheel ninja, then "
     "DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed==0.19.8; the first run compiles for a minute",
 )
-def test_zero3(tmp_path):
-    print(run_world(2, tmp_path, "distributed_zero3"))
+@pytest.mark.parametrize("world", [2, 3])
+def test_zero3(world, tmp_path):
+    print(run_world(world, tmp_path, "distributed_zero3"))

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("matplotlib", reason="the plots of docs/ need the train extra: matplotlib")
-pytest.importorskip("rich", reason="the tables of docs/ need the train extra: rich")
+pytest.importorskip("matplotlib", reason="the plots need the train extra: matplotlib; lost: all checks of docs/")
+pytest.importorskip("rich", reason="the tables need the train extra: rich; lost: all checks of docs/")
 
 from matplotlib.figure import Figure
 
@@ -166,7 +166,7 @@ def test_quoted_measurements_stand_in_the_readme():
 @pytest.mark.filterwarnings("ignore:Error parsing type annotation")  # names imported for type checkers alone
 def test_the_api_reference_has_every_name_argument_and_word(tmp_path):
     """What `make docs` runs; pdoc imports the modules, so a docstring cannot be behind its page."""
-    pdoc = pytest.importorskip("pdoc", reason="the API reference needs the docs extra: pdoc")
+    pdoc = pytest.importorskip("pdoc", reason="needs the docs extra: pdoc; lost: checks of the API reference")
     command = re.search(r"-m (pdoc .*) -o docs/api (.*)", (DOCS.parent / "Makefile").read_text())
     assert command[1] == "pdoc -d google --no-show-source"
     pdoc.render.configure(docformat="google", show_source=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="the README's snippets need the train extra: transformers")
+pytest.importorskip("transformers", reason="needs the train extra: transformers; lost: the README's snippets")
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -60,7 +60,7 @@ def test_transformers_snippet():
 
 
 def test_trl_snippet(tmp_path, monkeypatch):
-    pytest.importorskip("trl", reason="the TRL section of the README needs the trl extra: trl")
+    pytest.importorskip("trl", reason="needs the trl extra: trl; lost: the snippet of the TRL section")
     from datasets import Dataset
 
     from integration.policy import build_policy

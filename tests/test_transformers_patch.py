@@ -81,7 +81,7 @@ def test_accelerate():
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # of another test's trainer
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     prepared = accelerator.prepare_model(model)
-    torch.testing.assert_close(fused_logprobs(prepared), own_logprobs(prepared), rtol=0, atol=0.3)
+    torch.testing.assert_close(fused_logprobs(prepared), own_logprobs(prepared), rtol=0, atol=0.02)  # 0.0085 seen
     compare(accelerator.unwrap_model(prepared, keep_fp32_wrapper=False))
     accelerator.state._reset_state(True)
 

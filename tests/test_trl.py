@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from trl_cases import (
 
 import integration.trl as adapter
 from integration import train_trl
+from integration.distributed import require_sound_ranks
 from integration.trl import FusedHeadMixin, LADConfig, LADTrainer
 
 pytestmark = ON_CPU
@@ -42,7 +44,9 @@ STOCK = {
         gradient_accumulation_steps=2, steps_per_generation=4, max_steps=3
     ),
     "grpo, reference": dict(loss_type="grpo", beta=0.1),
-    "grpo, sequence, iterations": dict(loss_type="grpo", importance_sampling_level="sequence", num_iterations=2),
+    "grpo, sequence, iterations": dict(
+        loss_type="grpo", importance_sampling_level="sequence", num_iterations=2, learning_rate=1e-5
+    ),
     "bnpo, delta, iterations": dict(loss_type="bnpo", delta=1.5, num_iterations=2, learning_rate=1e-2),
     "dr_grpo, accumulation": dict(loss_type="dr_grpo", gradient_accumulation_steps=2),
     "cispo, iterations": dict(loss_type="cispo", epsilon_high=5.0, num_iterations=2),
@@ -53,19 +57,27 @@ STOCK = {
 }
 
 
+def assert_off_policy_step_counts(rows):
+    """Where every ratio is clipped, the gradient is zero and says nothing."""
+    assert rows[1]["grad_norm"] > 1e-3 and abs(rows[1]["loss"]) > 1e-4
+
+
 @pytest.mark.parametrize("name", STOCK)
 def test_stock_trainer_logs_the_same_with_our_head(name, folder, tmp_path):
     config = trl.GRPOConfig(**options(tmp_path, **STOCK[name]))
     ours = history(build(FusedGRPOTrainer, config, load(folder)))
     theirs = history(build(trl.GRPOTrainer, config, load(folder)))
     assert_same_history(ours, theirs, rel=1e-5)
+    if config.num_iterations > 1:
+        assert_off_policy_step_counts(theirs)
 
 
 def test_rloo_logs_the_same_with_our_head(folder, tmp_path):
-    config = trl.RLOOConfig(**options(tmp_path, beta=0.1, num_iterations=2))
+    config = trl.RLOOConfig(**options(tmp_path, beta=0.1, num_iterations=2, learning_rate=1e-5))
     ours = history(build(FusedRLOOTrainer, config, load(folder)))
     theirs = history(build(trl.RLOOTrainer, config, load(folder)))
     assert_same_history(ours, theirs, rel=1e-5)
+    assert_off_policy_step_counts(theirs)
 
 
 def test_mixture_of_experts_loss_keeps_trl_coefficient(tmp_path):
@@ -102,6 +114,7 @@ def test_images_reach_the_model(folder, tmp_path):
     with pytest.raises(InterruptedError):
         trainer.compute_loss(model, inputs | images)
     assert seen.keys() - {"input_ids", "attention_mask", "use_cache", "fused_head"} == images.keys()
+    assert all(seen[name] is images[name] for name in images)
 
 
 def even_digits(completions, **_) -> list[float]:
@@ -209,7 +222,7 @@ def reloaded():
     return module
 
 
-@pytest.mark.parametrize("version", [None, "1.13.0", "1.15.0"])
+@pytest.mark.parametrize("version", [None, "1.13.0", "1.15.0", "1.17.0"])
 def test_imports_without_a_supported_trl_and_says_so_on_use(version, monkeypatch):
     if version is None:
         monkeypatch.setitem(sys.modules, "trl", None)
@@ -218,7 +231,7 @@ def test_imports_without_a_supported_trl_and_says_so_on_use(version, monkeypatch
     monkeypatch.delitem(sys.modules, "adapter_again", raising=False)
     module = reloaded()
     for use in (module.LADConfig, lambda: module.LADTrainer(None), lambda: module.FusedHeadMixin(None)):
-        with pytest.raises(ImportError, match=r"trl: expected >= 1\.14 and not 1\.15\.0") as caught:
+        with pytest.raises(ImportError, match=r"trl: expected 1\.14 to 1\.16 and not 1\.15\.0") as caught:
             use()
         assert (version or "cannot be imported") in str(caught.value)
 
@@ -240,6 +253,17 @@ def test_ranks_that_do_not_train_together_are_refused(folder, tmp_path, monkeypa
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="WORLD_SIZE: expected 2 processes that train together"):
         build(LADTrainer, args, load(folder))
+
+
+def test_a_reference_that_fsdp2_would_not_load_is_refused():
+    """TRL 1.16 with beta > 0: the second model stays uninitialised on all ranks but the first."""
+    plugin = SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=True)
+    accelerator = SimpleNamespace(num_processes=2, state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(RuntimeError, match="cpu_ram_efficient_loading: expected False with a reference model"):
+        require_sound_ranks(accelerator, reference_model=True)
+    require_sound_ranks(accelerator, reference_model=False)
+    plugin.cpu_ram_efficient_loading = False
+    require_sound_ranks(accelerator, reference_model=True)
 
 
 def test_the_example_refuses_an_evaluation_that_would_fail_at_the_end(tmp_path):

@@ -86,7 +86,14 @@ def joined(batches) -> dict[str, torch.Tensor]:
     return {n: torch.cat([row(n, b[n]) for b in batches]) for n in batches[0] if batches[0][n].ndim}
 
 
-def truth(trainer, model, batches, rollout=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def assert_scored_alike(padded, logprobs) -> None:
+    """Before anybody has stepped, what the rollout was scored with must be what the weights say, [B, T]."""
+    for name in padded.keys() & {"old_per_token_logps", "ref_per_token_logps"}:
+        apart = (padded[name] - logprobs.detach()) * padded["completion_mask"]
+        assert apart.abs().max() < 1e-5, name
+
+
+def truth(trainer, model, batches, rollout=None, untrained=False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss [] and metrics of a whole accumulation window, from the model's stored logits and the specification."""
     args, padded, whole = trainer.args, joined(batches), joined(rollout or batches)
     length = padded["completion_ids"].shape[1]
@@ -110,6 +117,8 @@ def truth(trainer, model, batches, rollout=None) -> tuple[torch.Tensor, dict[str
         advantages=padded.get("raw_advantages", padded["advantages"]).double(), loss_mask=mask,
         normalizer=normalizer.get(mode, count), config=config,
     )  # fmt: skip
+    if untrained:
+        assert_scored_alike(padded, logprobs)
     old = padded.get("old_per_token_logps")
     if args.target_norm is not None:
         given["group_ids"] = padded["group"]
@@ -198,7 +207,8 @@ def assert_equals_truth(trainer, steps, model):
             batches, rollout = gather_object(batches), gather_object(rollout)
         model.load_state_dict(weights)
         model.zero_grad()
-        loss, metrics = truth(trainer, model, batches, rollout)
+        untrained = row is trainer.state.log_history[0]
+        loss, metrics = truth(trainer, model, batches, rollout, untrained)
         loss.backward()
         metrics["loss"] = loss.item()
         comparable = metrics.keys() & row.keys() if single else ("loss", "lad/loss_above_start")
@@ -231,7 +241,8 @@ def test_two_ranks_equal_one(folder, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     root = str(Path(__file__).parent.parent)
     environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, folder, str(tmp_path)], env=environment, capture_output=True, text=True)
+    command += [folder, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

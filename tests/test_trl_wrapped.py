@@ -1,4 +1,4 @@
-"""integration/trl.py on two ranks, where TRL and accelerate wrap the model themselves: FSDP2, ZeRO-3, PEFT inside them.
+"""integration/trl.py on two ranks, where TRL and accelerate wrap the model: DDP, FSDP2, ZeRO-3, PEFT inside them.
 
 Gradients, losses and logs are compared with one process that reads the model's stored logits, in float64.
 """
@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("trl", reason="TRL is not installed; the trainers go untested under FSDP2 and ZeRO-3")
+pytest.importorskip("trl", reason="TRL is not installed; the trainers go untested under DDP, FSDP2 and ZeRO-3")
 
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, gather_object
 from test_distributed import needs
-from test_trl_loss import Recorder, TamperedTrainer, assert_equals_truth, joined, truth
+from test_trl_loss import Recorder, TamperedTrainer, assert_equals_truth, assert_scored_alike, joined, truth
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3Config
 from trl import GRPOConfig
 from trl_cases import ON_CPU, SIZES, FusedGRPOTrainer, build, load, options, save_model
@@ -111,22 +112,21 @@ def run_fsdp2(kind, config_kind, model, out, wrapping, extras=(), peft_config=No
 
 
 def lad(folder, out):
-    for tied, wrapping, given in FSDP2.values():
-        folder_of_model = f"{folder}/{tied}"
-        model = load(folder_of_model, torch.float64)
+    models = [load(f"{folder}/{tied}", torch.float64) for tied, *_ in FSDP2.values()]  # on all ranks: no config yet
+    for (tied, wrapping, given), model in zip(FSDP2.values(), models):
         trainer, steps = run_fsdp2(TamperedTrainer, LADConfig, model, out, wrapping, **given)
         units = [n for n, m in trainer.model.named_modules() if isinstance(m, FSDPModule)]
         assert ("model.layers.0" in units) == (wrapping is not NO_LAYERS)
         assert "lm_head" in units
-        assert_equals_truth(trainer, steps, load(folder_of_model, torch.float64))
+        assert_equals_truth(trainer, steps, load(f"{folder}/{tied}", torch.float64))
 
 
 def assert_gradients(steps, model, loss_of, allowed=1e-9):
-    """Every trainable parameter's gradient equals that of `loss_of(model, both ranks' micro-batches)`."""
-    for grads, weights, batches, _ in steps:
+    """Every trainable parameter's gradient equals that of `loss_of(model, both ranks' batches, untrained)`."""
+    for step, (grads, weights, batches, _) in enumerate(steps):
         model.load_state_dict(weights)
         model.zero_grad()
-        loss_of(model, gather_object(batches)).backward()
+        loss_of(model, gather_object(batches), step == 0).backward()
         trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         assert trained.keys() == grads.keys()
         for n, x in trained.items():
@@ -134,7 +134,11 @@ def assert_gradients(steps, model, loss_of, allowed=1e-9):
             assert x.count_nonzero(), n
 
 
-def grpo_loss(model, batches):
+def lad_loss(trainer, model, batches, untrained):
+    return truth(trainer, model, batches, untrained=untrained)[0]
+
+
+def grpo_loss(model, batches, untrained):
     """TRL's default loss where every ratio is 1: its gradient is that of the mean over tokens of -A log p."""
     batch = joined(batches)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)  # [B, L]
@@ -142,6 +146,8 @@ def grpo_loss(model, batches):
     length = batch["completion_ids"].shape[1]
     log_p = model(ids, attention_mask=attention).logits[:, -length - 1 : -1].log_softmax(-1)  # [B, T, V]
     log_p = log_p.gather(2, batch["completion_ids"][..., None])[..., 0]  # [B, T]
+    if untrained:
+        assert_scored_alike(batch, log_p)
     mask = batch["completion_mask"]
     return -(batch["advantages"][:, None] * log_p * mask).sum() / mask.sum()
 
@@ -159,8 +165,16 @@ def saved_head(folder, out):
         )
         head = trainer.model.get_base_model().lm_head
         assert isinstance(head, FSDPModule)
-        loss = grpo_loss if kind is FusedGRPOTrainer else lambda m, b, t=trainer: truth(t, m, b)[0]
+        loss = grpo_loss if kind is FusedGRPOTrainer else lambda *a, t=trainer: lad_loss(t, *a)
         assert_gradients(steps, same, loss)
+
+
+def ddp(folder, out):
+    """TRL's own loss with our head; LADTrainer under DDP is in test_trl_loss.py."""
+    config = GRPOConfig(**options(out, **PLAIN, gradient_accumulation_steps=2))
+    trainer, steps = run(FusedGRPOTrainer, config, load(f"{folder}/untied", torch.float64), Recorder())
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+    assert_gradients(steps, load(f"{folder}/untied", torch.float64), grpo_loss)
 
 
 def zero3(folder, out):
@@ -182,11 +196,11 @@ def zero3(folder, out):
         config = config_kind(**options(out, deepspeed=zero, **PLAIN | given))
         trainer, steps = run(kind, config, load(f"{folder}/{name}"), ZeroRecorder(), extras, lora)
         assert trainer.model_wrapped.zero_optimization_stage() == 3
-        loss = grpo_loss if kind is FusedGRPOTrainer else lambda m, b, t=trainer: truth(t, m, b)[0]
+        loss = grpo_loss if kind is FusedGRPOTrainer else lambda *a, t=trainer: lad_loss(t, *a)
         assert_gradients(steps, same, loss, FLOAT32)
 
 
-CASES = {f.__name__: f for f in (lad, saved_head, zero3)}
+CASES = {f.__name__: f for f in (lad, saved_head, ddp, zero3)}
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +212,11 @@ def folder(tmp_path_factory) -> str:
     return str(root)
 
 
+ACCELERATE = ["accelerate.commands.launch", "--num_processes=2", "--main_process_port=0"]
+
+
 def launch(arguments: list[str], *given: str) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--main_process_port=0"]
-    command += [*arguments, __file__, *given]
+    command = [sys.executable, "-m", *arguments, __file__, *given]
     root = str(Path(__file__).parent.parent)
     environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
@@ -209,12 +225,16 @@ def launch(arguments: list[str], *given: str) -> None:
 
 @needs("peft", "the trainers go unchecked under FSDP2, with and without PEFT")
 def test_fsdp2(folder, tmp_path):
-    launch(["--use_fsdp", "--fsdp_version=2"], folder, str(tmp_path), "lad", "saved_head")
+    launch([*ACCELERATE, "--use_fsdp", "--fsdp_version=2"], folder, str(tmp_path), "lad", "saved_head")
+
+
+def test_ddp(folder, tmp_path):
+    launch(["torch.distributed.run", "--standalone", "--nproc-per-node=2"], folder, str(tmp_path), "ddp")
 
 
 @needs("deepspeed", "the trainers go unchecked under ZeRO-3; see test_distributed.py for what its installation takes")
 def test_zero3(folder, tmp_path):
-    launch(["--use_deepspeed", "--zero_stage=3"], folder, str(tmp_path), "zero3")
+    launch([*ACCELERATE, "--use_deepspeed", "--zero_stage=3"], folder, str(tmp_path), "zero3")
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ def test_chunks_of_the_one_pass():
     """As few as fit the budget and the room of a 16-bit dW, of one size."""
     assert Work(16_384, 4096, 131_072, 2, "cuda").chunk_rows() == 4096
     assert Work(16_384, 896, 151_936, 2, "cuda").chunk_rows() == 2432
+    assert min(Work(2048, d, v, 2, "cuda").chunk_rows() for d, v in ((896, 152_064), (1152, 262_144))) == 2048
     assert Work(100, 4096, 131_072, 2, "cuda").chunk_rows() == 128
     assert Work(0, 4096, 131_072, 2, "cuda").chunk_rows() == 128
     assert Work(2048, 896, 151_936, 4, "cpu").chunk_rows() * 151_936 * 4 <= 128 << 20

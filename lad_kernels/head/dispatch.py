@@ -132,18 +132,15 @@ class Work:
         s = SPEEDS[self.device]
         chunks = -(-self.tokens // self.chunk_rows())
         traffic = (8 * chunks + self.itemsize * (self.itemsize == 2)) * self.vocab_size * self.hidden_size
-        traffic *= self.need_weight
-        return (
-            (1 + self.products) * self._product(self.tokens)
-            + 2 * s.element * self.tokens * self.vocab_size
-            + traffic / s.bytes
-        )
+        sums = traffic * self.need_weight / s.bytes
+        return (1 + self.products) * self._product(self.tokens) + 2 * s.element * self.tokens * self.vocab_size + sums
 
     def chunk_rows(self) -> int:
         """Tokens whose logits are kept at once by the one-pass path.
 
-        On an accelerator all of BUDGET and the room of a 16-bit dW, which is rounded when the logits are gone. That is
-        2,048 tokens or more wherever V D >= 2^26; fewer make the float32 dW, read and written once a chunk, dear.
+        On an accelerator all of BUDGET and the room of a 16-bit dW, which is rounded when the logits are gone. There is
+        room for about 2,048 tokens from D = 896 at V = 152,064 and from D = 1,152 at V = 262,144. With fewer the float32 dW,
+        read and written once a chunk, is dear.
         """
         if self.device == "cpu":
             return max(64, CPU_LOGITS // (self.itemsize * self.vocab_size) // 8 * 8)

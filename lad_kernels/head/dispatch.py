@@ -138,8 +138,8 @@ class Work:
     def chunk_rows(self) -> int:
         """Tokens whose logits are kept at once by the one-pass path.
 
-        On an accelerator all of BUDGET and the room of a 16-bit dW, which is rounded when the logits are gone. There is
-        room for about 2,048 tokens from D = 896 at V = 152,064 and from D = 1,152 at V = 262,144. With fewer the float32 dW,
+        On an accelerator all of BUDGET and the room of a 16-bit dW, which is rounded when the logits are gone: about
+        2,048 tokens or more from D = 896 at V = 152,064 and from D = 1,152 at V = 262,144. With fewer the float32 dW,
         read and written once a chunk, is dear.
         """
         if self.device == "cpu":

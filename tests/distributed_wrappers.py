@@ -31,7 +31,7 @@ MICRO_BATCHES, STEPS, LEARNING_RATE = 2, 2, 0.5
 FLOAT32 = 2e-5
 # In bfloat16 (parameters cast, gradients reduced in float32): over the error of the same model in one process in
 # bfloat16, which is 0.09 at most; measured: 0.95 for the head, 1.9 elsewhere (a norm). Log-probs; measured: 4.3e-3.
-BFLOAT16_MARGIN, BFLOAT16_LOGPROBS = 3.0, 1e-2
+HEAD_MARGIN, BFLOAT16_MARGIN, BFLOAT16_LOGPROBS = 2.0, 3.0, 1e-2
 
 
 def tiny_model(tied: bool) -> Qwen3ForCausalLM:
@@ -118,7 +118,8 @@ def train(model: nn.Module, truth: nn.Module, defer: Callable, contract: nn.Modu
         allowed = dict.fromkeys(expected, FLOAT32)
         if contract is not None:
             rounded = plain_step(contract, normalizer)
-            allowed = {name: BFLOAT16_MARGIN * relative_error(rounded[name], x) for name, x in expected.items()}
+            margin = {name: HEAD_MARGIN if "lm_head" in name else BFLOAT16_MARGIN for name in expected}
+            allowed = {name: margin[name] * relative_error(rounded[name], x) for name, x in expected.items()}
         assert set(found) == set(expected)
         for name, x in expected.items():
             error = relative_error(found[name], x)

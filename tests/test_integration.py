@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="integration needs the train extra: transformers")
-pytest.importorskip("reasoning_gym", reason="integration needs the train extra: reasoning-gym")
+pytest.importorskip("transformers", reason="needs the train extra: transformers; lost: trainer, demo, bandit")
+pytest.importorskip("reasoning_gym", reason="needs the train extra: reasoning-gym; lost: trainer, demo, bandit")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config, GraniteConfig
 

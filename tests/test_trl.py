@@ -257,7 +257,9 @@ def test_ranks_that_do_not_train_together_are_refused(folder, tmp_path, monkeypa
 
 def test_a_reference_that_fsdp2_would_not_load_is_refused():
     """TRL 1.16 with beta > 0: the second model stays uninitialised on all ranks but the first."""
-    plugin = SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=True)
+    from accelerate import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=True)
     accelerator = SimpleNamespace(num_processes=2, state=SimpleNamespace(fsdp_plugin=plugin))
     with pytest.raises(RuntimeError, match="cpu_ram_efficient_loading: expected False with a reference model"):
         require_sound_ranks(accelerator, reference_model=True)

@@ -186,10 +186,11 @@ def backward(
     """
     N, D = hidden.shape
     need_bias = need_bias and bias is not None
+    if N == 0 and into is not None:
+        return into._replace(hidden=hidden.float() if need_hidden else None)
     if N == 0:
         wanted = ((hidden, need_hidden), (weight, need_weight), (bias, need_bias))
-        zeros = HeadGradients(*(torch.zeros_like(x) if need else None for x, need in wanted))
-        return zeros if into is None else into._replace(hidden=zeros.hidden)
+        return HeadGradients(*(torch.zeros_like(x) if need else None for x, need in wanted))
     hidden, weight = configs.by_rows(hidden), configs.by_rows(weight)
     targets, lse, bias = (None if x is None else x.contiguous() for x in (targets, lse, bias))
     gradient, down = scaled(gradient, transform, hidden.dtype)

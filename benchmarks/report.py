@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import predicted
+from benchmarks import expected, predicted
 from benchmarks.providers import EAGER, JOBS
 
 HERE = Path(__file__).resolve().parent
@@ -34,9 +34,12 @@ class Results:
         self.tables.setdefault(table, []).append(row)
 
     def save(self, path: Path) -> None:
+        """Whoever is killed while saving leaves the file as it was."""
         path.parent.mkdir(parents=True, exist_ok=True)
         record = {"machine": self.machine, "missing": self.missing, "tables": self.tables}
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        beside = path.with_suffix(".part")
+        beside.write_text(json.dumps(record, indent=1) + "\n")
+        beside.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Results:
@@ -138,8 +141,56 @@ def render(runs: list[Results]) -> str:
     return "\n".join(lines)
 
 
-def short(run: Results) -> str:
-    """What fits a terminal: ceilings, the claim, totals of the head and the losses, the status of experiments."""
+def published(entry: dict) -> str:
+    return "; ".join(f"{number(p['value'])}: [{p['what']}]({p['source']}), {p['device']}" for p in entry["published"])
+
+
+def miss(row: expected.Compared) -> str:
+    """How far off a prediction is, marked where it is far."""
+    return "" if row.off is None else f"{100 * row.off:+.0f} %" + " **off**" * row.marked
+
+
+def beside(entries: list[dict], runs: list[Results]) -> list[str]:
+    """What these runs measured on a GPU, beside what was predicted and what peers publish."""
+    if not entries or not any(map(expected.on_gpu, runs)):
+        return []
+    found = expected.compare(entries, runs)
+    lines = ["### Measured beside predicted and published", "", found.counts(), ""]
+    header = ["experiment", "what", "quantity", "measured", "predicted", "off by", "published (not measured here)"]
+    cells = []
+    for row in found.rows:
+        e, guess = row.entry, row.entry["predicted"]
+        cells.append(
+            [e["experiment"], expected.what(e), e["quantity"], number(row.measured), "" if guess is None else
+             number(guess), miss(row), published(e)]
+        )  # fmt: skip
+    return lines + (markdown(header, cells) if cells else [])
+
+
+EXPECTED = """## GPUs, predicted and published, **not measured**
+
+What `benchmarks/gpu.sh` is compared with. The predictions of time count what the section above leaves out: epilogues
+of the kernels, the choice of pairs, launches. "Three products" are the bare library products of a forward and backward;
+a quantity without a card is a ratio, a share or a size that should hold on any.
+"""
+
+
+def expectations(entries: list[dict]) -> list[str]:
+    """All entries, each with its sources."""
+    if not entries:
+        return []
+    sources = list(dict.fromkeys(e["source"] for e in entries if e["predicted"] is not None))
+    header = ["experiment", "what", "quantity", "card", "predicted", "how", "published"]
+    cells = []
+    for e in entries:
+        guess = ["", ""] if e["predicted"] is None else [number(e["predicted"]), str(sources.index(e["source"]) + 1)]
+        cells.append([e["experiment"], expected.what(e), e["quantity"], e.get("device", "any"), *guess, published(e)])
+    how = [f"{i}. {source}" for i, source in enumerate(sources, 1)]
+    return [EXPECTED, *markdown(header, cells), "How each was predicted:", "", *how, ""]
+
+
+def short(run: Results, entries: list[dict] | None = None) -> str:
+    """What fits a terminal: ceilings, the claim, totals, the status of experiments, and which predictions are off."""
     lines = [run.machine["device"], *run.machine.get("notes", []), ""]
     for r in run.tables.get("ceilings", [])[:10]:
         lines.append(f"{r['what']}: " + (f"{r['tflops']:.0f} TFLOP/s" if r["tflops"] else f"{r['gb_per_s']:.0f} GB/s"))
@@ -157,15 +208,32 @@ def short(run: Results) -> str:
             f"{r['tiles']}, {r['shape']}: {r['tflops']:.3g} TFLOP/s, {r['of_library_product']:.2f} of the library"
         )
     lines += [f"{r['experiment']}: {r['status']}" for r in run.tables.get("experiments", [])]
-    return "\n".join(lines)
+    return "\n".join(lines + marked(run, expected.load(RESULTS) if entries is None else entries))
+
+
+def marked(run: Results, entries: list[dict], most: int = 20) -> list[str]:
+    """The predictions that a run misses by far, one a line."""
+    if not expected.on_gpu(run):
+        return []
+    found = expected.compare(entries, [run])
+    lines = ["", found.counts()]
+    for row in [row for row in found.rows if row.marked][:most]:
+        e = row.entry
+        claims = "".join(f"; published {number(p['value'])} ({p['what']}, {p['device']})" for p in e["published"])
+        lines.append(
+            f"{100 * row.off:+.0f} % {e['experiment']}, {expected.what(e)}: {e['quantity']} measured "
+            f"{number(row.measured)}, predicted {number(e['predicted'])}{claims}"
+        )
+    return lines
 
 
 def document(results: Path) -> str:
     """All of RESULTS.md: every machine's folder under `results`."""
-    lines = [PREFACE]
+    lines, entries = [PREFACE], expected.load(results)
     for folder in sorted(p for p in results.iterdir() if p.is_dir()):
-        lines += [f"## {folder.name}", "", render([Results.load(p) for p in sorted(folder.glob("*.json"))])]
-    lines += predicted.lines()
+        runs = [Results.load(p) for p in sorted(folder.glob("*.json"), key=expected.age)]
+        lines += [f"## {folder.name}", "", *beside(entries, runs), render(runs)]
+    lines += predicted.lines() + expectations(entries)
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -1,11 +1,13 @@
-"""The GPU experiments that check (E1) or compare whole providers (E5, LAD against GRPO); see `experiments.py`."""
+"""The GPU experiments that check, or compare whole providers (peers, LAD against GRPO); see `experiments.py`."""
 
 from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +16,8 @@ import torch
 
 from benchmarks import gate
 from benchmarks.data import Batch, make_batch
-from benchmarks.measure import Rounds, claim, describe, peak_bytes_cuda, ratio, summary
+from benchmarks.head_shapes import ROUNDS, Gate, peak_mib, timed
+from benchmarks.measure import claim, describe, peak_bytes_cuda, ratio, summary
 from benchmarks.providers import EAGER, PROMISE, TAIL_MASS, Provider, all_providers, our_loss, split_available
 from benchmarks.shapes import TINY, Shape
 from lad_kernels import (
@@ -41,7 +44,7 @@ MIB = 2**20
 
 
 def correctness(run: Run) -> None:
-    """E1. Uninitialised memory is NaN throughout. The exit status is that of our own functions."""
+    """Uninitialised memory is NaN throughout. The exit status is that of our own functions."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the library is first used
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -56,7 +59,7 @@ def gates(run: Run) -> Iterator[str]:
     for dtype in dtypes:
         for data in ("flat",) if run.dry_run else ("flat", "peaked"):
             batch = gate.gate_batch(data, dtype, run.device)
-            providers, missing = split_available([*all_providers(), *forced_providers()], batch)
+            providers, missing = split_available([*all_providers(), *forced_providers(run.paths)], batch)
             if dtype is torch.bfloat16:  # another dtype's reason would hide that a peer takes this one
                 run.missing(missing)
             for provider in sorted(providers, key=lambda p: not p.ours):
@@ -76,7 +79,7 @@ def gates(run: Run) -> Iterator[str]:
                     yield f"{provider.name} {provider.job} {dtype} {data}"
 
 
-def forced_providers() -> list[Provider]:
+def forced_providers(paths: list[str]) -> list[Provider]:
     """Our loss on each path, which the model of dispatch.py would not choose for inputs as small as the gate's."""
     loss = our_loss(linear_lad_loss, "triton", config=LADConfig(tail_mass=TAIL_MASS))
 
@@ -87,7 +90,7 @@ def forced_providers() -> list[Provider]:
 
         return Provider(f"{path}, forced", "lad", forward, ours=True, promise=PROMISE * (path == "routed"))
 
-    return [provider(path) for path in dispatch.PATHS]
+    return [provider(path) for path in paths]
 
 
 def head_options(run: Run) -> Iterator[str]:
@@ -164,7 +167,7 @@ def repeats(run: Run) -> Iterator[str]:
         found = torch.autograd.grad(out.loss, (b.hidden, b.weight))
         return [out.loss.detach(), out.logprobs, *found, out.metrics["head_flops"]]
 
-    for loss, path in itertools.product((linear_lad_loss, linear_grpo_loss), dispatch.PATHS):
+    for loss, path in itertools.product((linear_lad_loss, linear_grpo_loss), run.paths):
         first, check = whole(loss, path), f"{loss.__name__} twice, {path}"
         same = all(torch.equal(x, y) for x, y in zip(first, whole(loss, path)))
         passes = 2 * first[-1].item() / shape.flops
@@ -182,28 +185,37 @@ def repeats(run: Run) -> Iterator[str]:
         yield "batch invariance"
 
 
+TESTS = (
+    "test_head_kernels.py", "test_one_pass_kernels.py", "test_routed_kernels.py", "test_objective_kernel.py",
+    "test_head.py", "test_loss.py", "test_paths.py", "test_divergences.py", "test_mutants.py",
+)  # fmt: skip
+
+
 def test_suite(run: Run) -> None:
-    """The repository's tests, which use the GPU when there is one."""
-    files = [
-        "test_one_pass_kernels.py", "test_routed_kernels.py", "test_head_kernels.py", "test_head.py", "test_loss.py",
-        "test_divergences.py", "test_mutants.py",
-    ]  # fmt: skip
-    arguments = ["-n", "12", *(f"tests/{f}" for f in files)]
+    """The repository's tests of everything that launches a kernel; a cut keeps the verdicts so far."""
+    # Compiling ahead of time for other architectures needs no GPU.
+    arguments = ["-n", "12", "-k", "not test_compiles", *(f"tests/{f}" for f in TESTS)]
     if run.dry_run:
         arguments = ["-n", "0", "tests/test_head.py", "-k", "test_parity_with_float64 and float32 and one"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *arguments]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=run.time_left())
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+            timeout=run.time_left() - 2,
+        )  # fmt: skip
+        said, code = done.stdout, done.returncode
     except subprocess.TimeoutExpired as cut:
-        run.add("test suite", line=f"cut: {(cut.stdout or b'').decode()[-180:]}")
-        raise
-    print(done.stdout[-20_000:], done.stderr[-2000:])
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    last = done.stdout.strip().splitlines()[-1:] or ["no output"]
-    for line in [*lines[:30], *last]:
-        run.add("test suite", line=line[:200])
-    if done.returncode:
-        raise SystemExit(f"pytest: exit status {done.returncode}")
+        said, code = (cut.stdout or b"").decode(errors="replace"), None
+    verdicts = Counter(re.findall(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b(?= tests/|\s+\[)", said))
+    failed = dict.fromkeys(re.findall(r"(?:FAILED|ERROR) (tests/\S+)", said))
+    at = said.find("= FAILURES =")
+    print(said[at:][:60_000] if at >= 0 else said[-20_000:])
+    outcome = "cut" if code is None else f"exit status {code}"
+    run.add("test suite", outcome=outcome, **{word.lower(): verdicts[word] for word in ("PASSED", "FAILED", "ERROR")})
+    for name in failed:
+        run.add("failed tests", test=name[:200])
+    if code != 0:
+        raise SystemExit(f"pytest: {outcome}")
 
 
 def lad_against_grpo(run: Run) -> None:
@@ -214,7 +226,7 @@ def lad_against_grpo(run: Run) -> None:
             ours = "lad_kernels (triton)"
             lad, grpo = (next(p for p in all_providers(job) if p.name == ours) for job in ("lad", "grpo"))
             eager = next(p for p in all_providers("grpo") if p.name == EAGER)
-            row = claim(lad, grpo, eager, batches, 2 if run.dry_run else 40)
+            row = claim(lad, grpo, eager, batches, 2 if run.dry_run else 30)
             if run.device == "cuda":
                 peaks = [peak_bytes_cuda(p, batches[0]) for p in (lad, grpo, eager)]
                 row |= {"memory_ratio": peaks[0] / peaks[1], "lad_to_eager_grpo_memory": peaks[0] / peaks[2]}
@@ -225,36 +237,28 @@ def lad_against_grpo(run: Run) -> None:
 
 
 def peers(run: Run, *, slow: bool = False) -> None:
-    """E5: everything that is installed, on the same inputs in turns."""
-    for shape in run.shapes[:1] if slow or run.dry_run else run.shapes:
+    """Everything that is installed, on the same inputs in turns, the most telling shapes first."""
+    verdicts = Gate(run)
+    for shape in run.shapes[:1] if slow or run.dry_run else (run.shapes[i] for i in (0, 1, 4, 8, 6, 7, 3, 5, 2)):
         for data in ("flat",) if run.dry_run else ("flat", "peaked"):
             batches = run.batches(shape, data)
             available, missing = split_available(all_providers(), batches[0])
             run.missing(missing)
-            for job in ("head", "grpo", "lad", "ce"):
-                if run.time_left() < 10:
+            for job in ("head", "lad", "grpo", "ce"):
+                if run.time_left() < 6:
                     return
-                chosen = [p for p in available if p.job == job]
+                chosen = [p for p in available if p.job == job and p.name != "lad_kernels (torch)"]
                 chosen = [p for p in chosen if ("compiled" in p.tags) == slow or p.name == EAGER]
-                if slow and len(chosen) < 2:
-                    continue
-                compare(run, chosen, job, shape, data, batches)
+                if not slow or len(chosen) > 1:
+                    compare(run, verdicts(chosen, data), job, shape, data, batches)
+            del batches
 
 
-def compare(run: Run, providers: list[Provider], job: str, shape: Shape, data: str, batches: list[Batch]) -> None:
-    """Gate, then rounds until the time is up, then memory; one row per provider."""
-    verdicts = {}
-    for provider in providers:
-        try:
-            verdicts[provider] = gate.check(provider, gate.gate_batch(data, torch.bfloat16, run.device))
-        except Exception as error:  # named in the table of what was not measured
-            run.missing({provider.name: f"gate {describe(error)}"})
-    rounds = Rounds(list(verdicts), batches)
-    rounds.warm()
-    for count in range(run.repeats):
-        if count >= 5 and run.time_left() < 8:
-            break
-        rounds()
+def compare(
+    run: Run, verdicts: dict[Provider, gate.Verdict], job: str, shape: Shape, data: str, batches: list[Batch]
+) -> None:
+    """Rounds, then memory; one row per provider. Our PyTorch path takes true float32 products, seconds on CUDA."""
+    rounds = timed(list(verdicts), batches, min(ROUNDS, run.repeats), run.time_left)
     run.missing(rounds.failed)
     baseline = next((s for p, s in rounds.samples.items() if p.name == EAGER), None)
     for provider, samples in rounds.samples.items():
@@ -264,20 +268,15 @@ def compare(run: Run, providers: list[Provider], job: str, shape: Shape, data: s
             vs_eager=ratio(samples, baseline) if baseline else None, errors=verdicts[provider].errors,
             outside=verdicts[provider].failed,
         )  # fmt: skip
-        if run.device == "cuda" and data == "flat":
-            try:
-                peak = peak_bytes_cuda(provider, batches[0])
-            except RuntimeError as error:  # out of memory: a result
-                run.missing({f"{provider.name}, memory": describe(error)})
-                continue
+        if data == "flat" and (beyond := peak_mib(run, provider, batches[0])) is not None:
             run.add(
-                "memory", job=job, shape=str(shape), provider=provider.name, ours=provider.ours, peak_mib=peak / MIB,
-                beyond_gradients_mib=max(peak - batches[0].gradient_bytes, 0) / MIB,
+                "memory", job=job, shape=str(shape), provider=provider.name, ours=provider.ours,
+                peak_mib=beyond + batches[0].gradient_bytes / MIB, beyond_gradients_mib=beyond,
             )  # fmt: skip
 
 
 def slow_peers(run: Run) -> None:
-    """E5 for torch.compile and other providers that take long to start."""
+    """Peers for torch.compile and other providers that take long to start."""
     if run.dry_run:
         run.missing({"providers that compile for long": "not run dry"})
         return

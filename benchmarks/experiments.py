@@ -1,45 +1,42 @@
 """The GPU experiments, each a function of (Run): `python -m benchmarks.experiments NAME RESULTS [--dry-run]`.
 
-Every row is saved as soon as it is measured. Times are CUDA events, medians of at least 20 runs with quartiles; inputs
-rotate among copies that the L2 cannot hold. TFLOP/s count 2 N D V per product that the path launches.
+After its imports the process waits for a line on standard input: when it ends, and paths that it shall leave out. Every
+row is saved as soon as it is measured. Times are CUDA events, medians of 20 runs with quartiles (fewer where a time
+limit says so); inputs rotate among copies that the L2 cannot hold. TFLOP/s count 2 N D V per product that the path
+launches.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks import device_checks, machine, report, sparse_experiments
+from benchmarks import device_checks, gpu_smoke, gpu_tools, head_shapes, machine, report, sparse_experiments
 from benchmarks.data import Batch, make_batches
 from benchmarks.measure import describe, quartiles
 from benchmarks.shapes import GPU, TINY, Shape
-from lad_kernels import LADConfig, linear_lad_loss, linear_logprobs
 from lad_kernels.head import dispatch
 
-ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
-KERNELS = "_exponentials_kernel|_partials_kernel|_logit_gradient_kernel|pairs_kernel|weight_kernel|hidden_kernel"
 
 
 class Run:
     """One experiment's device, shapes, clock and results."""
 
-    def __init__(self, path: Path, dry_run: bool):
+    def __init__(self, path: Path, dry_run: bool, end: float | None = None, without: Sequence[str] = ()):
         self.path, self.dry_run = path, dry_run
         self.device = "cpu" if dry_run else "cuda"
         self.shapes = TINY if dry_run else GPU
         self.repeats = 2 if dry_run else 20
-        self.end = time.monotonic() + float(os.environ.get("LAD_KERNELS_SECONDS", "600"))
+        self.end = end or time.monotonic() + 600  # of time.monotonic(), one clock for all processes
+        self.paths = [path for path in dispatch.PATHS if path not in without]  # those found right
         notes = ["Dry run on CPU in Triton's interpreter: the numbers mean nothing."] if dry_run else []
         self.results = report.Results({**machine.describe(self.device, "benchmarks/gpu.sh"), "notes": notes})
         self.results.save(path)
@@ -55,12 +52,13 @@ class Run:
     def time_left(self) -> float:
         return self.end - time.monotonic()
 
-    def time(self, function: Callable[[int], object]) -> list[float]:
+    def time(self, function: Callable[[int], object], repeats: int | None = None) -> list[float]:
         """Quartiles in ms of function(i), i counting the calls. Launches queue up, so their own cost is hidden."""
+        repeats = min(repeats or self.repeats, self.repeats)
         for i in range(1 if self.dry_run else 3):
             function(i)
         if self.device == "cuda":
-            marks = [torch.cuda.Event(enable_timing=True) for _ in range(self.repeats + 1)]
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
             marks[0].record()
             for i, mark in enumerate(marks[1:]):
                 function(i)
@@ -68,7 +66,7 @@ class Run:
             marks[-1].synchronize()
             return quartiles([start.elapsed_time(stop) / 1e3 for start, stop in itertools.pairwise(marks)])
         seconds = []
-        for i in range(self.repeats):
+        for i in range(repeats):
             begin = time.perf_counter()
             function(i)
             seconds.append(time.perf_counter() - begin)
@@ -84,7 +82,7 @@ def rate(flops: float, milliseconds: list[float]) -> float:
 
 
 def ceilings(run: Run) -> None:
-    """E0: what the library and the memory of this device reach."""
+    """What the library and the memory of this device reach."""
     side, buffer = (64, 1 << 16) if run.dry_run else (8192, 4 << 30)
     squares = [torch.randn(side, side, device=run.device).bfloat16() for _ in range(4)]
     ms = run.time(lambda i: squares[i % 2] @ squares[2 + i % 2])
@@ -99,25 +97,25 @@ def ceilings(run: Run) -> None:
             return
 
 
-def three_products(run: Run, shape: Shape) -> dict[str, list[float]]:
+def three_products(run: Run, shape: Shape, repeats: int | None = None) -> dict[str, list[float]]:
     """Bare library products of a head's forward and backward."""
     n, d, v = shape.tokens, shape.hidden_size, shape.vocab_size
     hidden = [torch.randn(n, d, device=run.device).bfloat16() for _ in range(2)]  # [N, D]
     weight = [torch.randn(v, d, device=run.device).bfloat16() for _ in range(2)]  # [V, D]
     dz = torch.randn(n, v, device=run.device, dtype=torch.bfloat16)  # [N, V]
     found = {
-        "logits = h W^T": run.time(lambda i: hidden[i % 2] @ weight[i % 2].T),
-        "dH = dZ W": run.time(lambda i: dz @ weight[i % 2]),
-        "dW = dZ^T h": run.time(lambda i: dz.T @ hidden[i % 2]),
+        "logits = h W^T": run.time(lambda i: hidden[i % 2] @ weight[i % 2].T, repeats),
+        "dH = dZ W": run.time(lambda i: dz @ weight[i % 2], repeats),
+        "dW = dZ^T h": run.time(lambda i: dz.T @ hidden[i % 2], repeats),
     }
     if run.device == "cuda":
         mixed = {"out_dtype": torch.float32}
-        found["logits, fp32 output"] = run.time(lambda i: torch.mm(hidden[i % 2], weight[i % 2].T, **mixed))
+        found["logits, fp32 output"] = run.time(lambda i: torch.mm(hidden[i % 2], weight[i % 2].T, **mixed), repeats)
     return found
 
 
 def forward_tiles(run: Run) -> None:
-    """E2: tile shapes of the forward; all at the first shape, then the best three at the others and with entropy."""
+    """Tile shapes of the forward; all at the first shape, then the best three at the others and with entropy."""
     from lad_kernels.head.kernels import forward
     from lad_kernels.head.logits import LogitTransform
 
@@ -189,7 +187,7 @@ def tile_variants(dry_run: bool) -> list:
 
 
 def slabs(run: Run) -> None:
-    """E4: the two-pass backward against its workspace."""
+    """The two-pass backward against its workspace."""
     from lad_kernels.head.kernels import dense, forward
     from lad_kernels.head.logits import LogitGradient, LogitTransform
 
@@ -216,7 +214,7 @@ def slabs(run: Run) -> None:
 
 
 def single_pass(run: Run) -> None:
-    """E3: coefficients known in advance, rows in chunks: three library products and row operations, dW in float32."""
+    """Coefficients known in advance, rows in chunks: three library products and row operations, dW in float32."""
     for shape in run.shapes[:1] if run.dry_run else (run.shapes[0], run.shapes[3], run.shapes[1]):
         batches = run.batches(shape)
         for rows in (32, 64) if run.dry_run else (4096, 2048, 8192, 1024):
@@ -250,75 +248,6 @@ def single_pass_step(batch: Batch, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     return logprobs, dh, dw.to(batch.weight.dtype)
 
 
-def one_step(run: Run) -> None:
-    """What the profiler and the checker watch: forward and backward of the head and of the whole loss."""
-    watched = os.environ.get("LAD_KERNELS_STEP", "small")
-    dtypes = (torch.bfloat16,) if watched == "large" else (torch.bfloat16, torch.float32)
-    for dtype in dtypes:
-        b = run.batches(run.shapes[0] if watched == "large" else TINY[0], "peaked", dtype=dtype)[0]
-        if watched == "large":
-            step_paths(b)
-        linear_logprobs(b.hidden, b.weight, b.targets, impl="triton").logprobs.backward(b.upstream)
-        if watched == "small":
-            step_paths(b)
-    if run.device == "cuda":
-        torch.cuda.synchronize()
-
-
-def step_paths(b: Batch) -> None:
-    """The whole loss once on every path."""
-    for path in dispatch.PATHS:
-        with dispatch.force(path):
-            padded = b.hidden.view(*b.padded, -1), b.weight, b.targets.view(b.padded), b.old_logprobs
-            config = LADConfig(tail_mass=3e-4)
-            linear_lad_loss(*padded, advantages=b.advantages, impl="triton", config=config).loss.backward()
-
-
-def tool(run: Run, name: str, arguments: list[str], step: str) -> subprocess.CompletedProcess | None:
-    """Run `one_step` under a CUDA tool; None, and a reason, where the tool is absent."""
-    if shutil.which(name) is None:
-        run.missing({name: f"{name} is not on the path"})
-        return None
-    target = [sys.executable, "-m", "benchmarks.experiments", "one_step", str(run.path.with_suffix(".step"))]
-    environment = {**os.environ, "LAD_KERNELS_STEP": step}
-    if step == "small":
-        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor an allocation: its bounds are then watched
-    return subprocess.run(
-        [name, *arguments, *target], cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-        timeout=max(run.time_left(), 1),
-    )  # fmt: skip
-
-
-def sanitizer(run: Run) -> None:
-    """E10: out-of-bounds accesses and races of the kernels on small shapes."""
-    for kind in ("memcheck", "racecheck"):
-        done = tool(run, "compute-sanitizer", ["--tool", kind, "--error-exitcode", "9"], "small")
-        if done is None:
-            return
-        print(done.stdout[-4000:], done.stderr[-2000:])
-        lines = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
-        run.add("sanitizer", tool=kind, exit_status=done.returncode, summary=lines[-1] if lines else "no summary")
-
-
-def counters(run: Run) -> None:
-    """E9: what limits each large kernel, the first launches of all paths; the text goes to ncu.txt."""
-    sections = (
-        "SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "WarpStateStats", "LaunchStats",
-        "Occupancy",
-    )  # fmt: skip
-    arguments = ["--clock-control", "none", "-k", f"regex:{KERNELS}", "-c", "8"]
-    done = tool(run, "ncu", [*arguments, *(x for s in sections for x in ("--section", s))], "large")
-    if done is None:
-        return
-    (Path(os.environ.get("LAD_KERNELS_OUT", run.path.parent)) / "ncu.txt").write_text(done.stdout + done.stderr)
-    wanted = ("_kernel", "Duration", "Compute (SM) Throughput", "Memory Throughput", "L2 Cache Throughput", "Registers")
-    for line in done.stdout.splitlines():
-        if any(word in line for word in wanted):
-            run.add("counters", line=" ".join(line.split())[:160])
-    if done.returncode:
-        run.missing({"ncu": f"exit status {done.returncode}: {(done.stdout + done.stderr)[-200:]}"})
-
-
 def trl_steps(run: Run) -> None:
     """GRPO and LAD in TRL's trainers, with TRL's head and with ours."""
     from benchmarks import trl_step  # imports TRL: many seconds that no other experiment should pay
@@ -327,21 +256,25 @@ def trl_steps(run: Run) -> None:
 
 
 EXPERIMENTS: dict[str, Callable[[Run], None]] = {
-    **{f.__name__: f for f in (ceilings, forward_tiles, slabs, single_pass, one_step, sanitizer, counters, trl_steps)},
+    **{f.__name__: f for f in (ceilings, forward_tiles, slabs, single_pass, trl_steps)},
     **device_checks.EXPERIMENTS,
+    **gpu_smoke.EXPERIMENTS,
+    **gpu_tools.EXPERIMENTS,
+    **head_shapes.EXPERIMENTS,
     **sparse_experiments.EXPERIMENTS,
 }
 
 
 def main() -> None:
     name, path, *flags = sys.argv[1:]
-    torch.manual_seed(0)
     if "--dry-run" in flags:
         from tests import interpreter
 
         torch.set_num_threads(1)
         interpreter.install()
-    EXPERIMENTS[name](Run(Path(path), "--dry-run" in flags))
+    end, *without = sys.stdin.readline().split() or ["0"]
+    torch.manual_seed(0)
+    EXPERIMENTS[name](Run(Path(path), "--dry-run" in flags, float(end), without))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,16 @@
-"""Run every GPU experiment in a process of its own, within one deadline: `benchmarks/gpu.sh [--dry-run]`.
+"""Run the GPU experiments, each in a process of its own, within a deadline: `benchmarks/gpu.sh [A] [B] [C]`.
 
-Each experiment (`benchmarks/experiments.py`) is a function that adds rows to a file as it goes, so a crash, a hang or a
-cut loses at most the row in progress. Experiments run in the order of PLAN; each has its own limit, and when the global
-deadline nears, the later ones are cut and named. `results.json` (all tables), `log.txt` (the end of every
-experiment's output) and `ncu.txt` are all that is written. This process never touches the GPU.
+    A   380 s: is every kernel right, how fast is it against the library, what do peers take at the same shape
+    B   180 s: peers by shape, a TRL step, the memory checker, the race checker, hardware counters
+    C   for another day: workspaces, chunks, planted routings, providers that compile for long
+
+Without arguments A runs, then B. An experiment (`benchmarks/experiments.py`) adds rows to a file as it goes: a crash, a
+hang or a cut loses at most the row in progress. Experiments run in the order of PLAN, the ones that time nothing beside
+each other; each stage has its limit, and a part's limits add up to its deadline. The next stage's processes
+import their libraries while the present one runs, and wait. Each part writes `PART-TIME.json` (all tables) and
+`PART-TIME.log` (the end of every experiment's output), B also `PART-TIME-counters.txt`: a second call never overwrites
+the first. A path that the smoke test finds wrong is named, and the experiments behind it go on without it.
+This process never touches the GPU.
 
 --dry-run runs the same code on CPU tensors, tiny shapes and Triton's interpreter: its numbers mean nothing.
 """
@@ -19,40 +26,76 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DEADLINE = 525  # seconds in all
+DEADLINE = {"A": 380, "B": 180, "C": 400}  # seconds of a part
+DRY_FACTOR = 5  # more time for the interpreter
+GRACE = 3  # seconds between an experiment's own limit, at which it should stop, and its end
+CLOSING = 8  # seconds of a part for merging and the table
 LOG_BYTES = 1 << 20  # of each experiment's output that is kept
 
 
 @dataclass(frozen=True)
 class Experiment:
     name: str  # a function of experiments.py
+    part: str
     seconds: int  # its own limit
     what: str
+    lost: str  # what nobody knows if it is cut
+    beside: bool = False  # times nothing: starts together with the one before
 
 
 PLAN = (
-    Experiment("ceilings", 30, "E0: cuBLAS products and copy bandwidth, the denominators"),
-    Experiment("correctness", 100, "E1: the gate for every provider, run twice bitwise, poisoned memory"),
-    Experiment("test_suite", 90, "E1: the repository's own tests on the device"),
-    Experiment("lad_against_grpo", 40, "the paper's claim: the ratio of LAD to GRPO in time and memory"),
-    Experiment("forward_tiles", 50, "E2: tile shapes of the forward, with and without entropy"),
-    Experiment("one_pass", 45, "E3: one pass against two, rows of a chunk"),
-    Experiment("routed_kernels", 45, "E6: the routed backward against planted hot shares, and its tiles"),
-    Experiment("routed", 70, "E7: every path end to end on peaked and flat data, error beside bound"),
-    Experiment("step_parts", 20, "E7: the parts of a routed call, each by itself"),
-    Experiment("slabs", 20, "E4: workspace of the two-pass backward"),
-    Experiment("single_pass", 15, "E3: the same in library products and row operations"),
-    Experiment("peers", 75, "E5: time, memory and error of every provider that is installed"),
-    Experiment("trl_steps", 100, "GRPO and LAD micro-batches of a 0.5B model in TRL, with its head and with ours"),
-    Experiment("sanitizer", 45, "E10: memcheck and racecheck on small shapes"),
-    Experiment("counters", 30, "E9: hardware counters of the two large kernels"),
-    Experiment("slow_peers", 45, "E5: providers that compile for long"),
-)
-NOT_BUILT = ("E8, fp8 screening forward",)
+    Experiment("smoke", "A", 40, "every path once, a process each, against impl='torch'; first-call time",
+               "which path traps, so that the others can go on"),
+    Experiment("ceilings", "A", 15, "library products and copy bandwidth, the denominators",
+               "every ratio to the library, the cost model's constants"),
+    Experiment("correctness", "A", 90, "the gate for every provider, runs twice bitwise, objectives, poisoned memory",
+               "errors against float64, bitwise promises"),
+    Experiment("test_suite", "A", 90, "the tests that touch kernels, compiled",
+               "edges of tiles, layouts, features; the verdicts so far are kept", beside=True),
+    Experiment("head_shapes", "A", 55, "N = 8,192, D = 4,096, V = 151,936 and 128,256: ours, eager, peers",
+               "the comparison with what others publish"),
+    Experiment("lad_against_grpo", "A", 20, "the ratio of LAD to GRPO in time and memory", "the paper's claim"),
+    Experiment("routed", "A", 35, "every path end to end on peaked and flat data, error beside bound",
+               "what routing saves"),
+    Experiment("one_pass", "A", 20, "one pass against two, rows of a chunk", "the choice between the two"),
+    Experiment("forward_tiles", "A", 25, "tile shapes of the forward, with and without entropy", "tuning"),
+    Experiment("kernels", "A", 25, "time, registers, spills and shared memory of every kernel, two shapes",
+               "where the time of a path goes"),
+    Experiment("step_parts", "A", 15, "the parts of a routed call, the device's time beside the host's",
+               "what routing costs"),
+    Experiment("peers", "B", 42, "time, memory and error of every provider that is installed", "tables by shape"),
+    Experiment("trl_steps", "B", 45, "GRPO and LAD micro-batches of a 0.5B model in TRL, with its head and with ours",
+               "what a trainer sees"),
+    Experiment("memcheck", "B", 25, "accesses out of bounds, on small shapes", "proof of none"),
+    Experiment("racecheck", "B", 20, "races in shared memory, on small shapes", "proof of none"),
+    Experiment("counters", "B", 25, "hardware counters, one launch of each kernel", "why a kernel is slow"),
+    Experiment("slabs", "C", 30, "workspace of the two-pass backward", "tuning"),
+    Experiment("single_pass", "C", 20, "one pass in library products and row operations", "a bound for one pass"),
+    Experiment("routed_kernels", "C", 60, "the routed backward against planted shares, and its tiles", "tuning"),
+    Experiment("slow_peers", "C", 120, "providers that compile for long", "torch.compile"),
+)  # fmt: skip
+NOT_BUILT = {"fp8 forward that only screens": "not built yet"}
+
+
+def stages(plan: Sequence[Experiment]) -> list[list[Experiment]]:
+    """The plan in the groups that run at once."""
+    found: list[list[Experiment]] = []
+    for experiment in plan:
+        if experiment.beside and found:
+            found[-1].append(experiment)
+        else:
+            found.append([experiment])
+    return found
+
+
+def longest(plan: Sequence[Experiment]) -> int:
+    """Seconds that the plan takes if every experiment meets its limit."""
+    return sum(max(e.seconds for e in stage) + GRACE for stage in stages(plan)) + CLOSING
 
 
 def command(experiment: Experiment, rows: Path, dry_run: bool) -> list[str]:
@@ -61,48 +104,121 @@ def command(experiment: Experiment, rows: Path, dry_run: bool) -> list[str]:
     ]  # fmt: skip
 
 
-def run(experiment: Experiment, folder: Path, limit: float, dry_run: bool) -> tuple[str, str]:
-    """(status in words, the end of its output); the experiment's whole process group ends with it."""
-    environment = {**os.environ, "LAD_KERNELS_SECONDS": str(limit), "LAD_KERNELS_OUT": str(folder)}
-    if dry_run:
-        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    start, log = time.monotonic(), folder / f"{experiment.name}.log"
-    with log.open("w") as out:
-        child = subprocess.Popen(
-            command(experiment, folder / f"{experiment.name}.json", dry_run), cwd=ROOT, env=environment, stdout=out,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        try:
-            code = child.wait(timeout=limit + 5)
-            status = "done" if code == 0 else f"failed with exit status {code}"
-        except subprocess.TimeoutExpired:
-            status = f"cut after {limit + 5:.0f} s"
+class Process:
+    """One experiment. It imports its libraries, then waits for a line on its standard input: when it shall be done."""
+
+    def __init__(self, experiment: Experiment, folder: Path, dry_run: bool):
+        self.experiment, self.log = experiment, folder / f"{experiment.name}.log"
+        environment = {**os.environ, "LAD_KERNELS_OUT": str(folder)}
+        if dry_run:
+            environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        with self.log.open("w") as out:
+            self.child = subprocess.Popen(
+                command(experiment, folder / f"{experiment.name}.json", dry_run), cwd=ROOT, env=environment,
+                stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            )  # fmt: skip
+
+    def go(self, seconds: float, without: set[str]) -> None:
+        self.begin = time.monotonic()
+        self.end = self.begin + seconds + GRACE
+        with contextlib.suppress(OSError):  # it died while it imported: `ended` reports that
+            self.child.stdin.write(f"{self.begin + seconds} {' '.join(sorted(without))}\n")
+            self.child.stdin.close()
+
+    def ended(self) -> str | None:
+        """Its status in words once it has ended or met its limit; its whole process group ends with it."""
+        code, now = self.child.poll(), time.monotonic()
+        if code is None and now < self.end:
+            return None
+        self.stop()
+        status = "cut" if code is None else "done" if code == 0 else f"failed with exit status {code}"
+        return f"{status}, {now - self.begin:.0f} s"
+
+    def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # whatever it left running would disturb the next one
-        child.wait()
-    return f"{status}, {time.monotonic() - start:.0f} s", log.read_text(errors="replace")[-LOG_BYTES:]
+            os.killpg(self.child.pid, signal.SIGKILL)  # whatever it left running would disturb the next one
+        self.child.wait()
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")[-LOG_BYTES:]
 
 
-def merge(folder: Path, statuses: dict[str, str]) -> dict:
+def rows_of(path: Path) -> dict | str:
+    """What an experiment has written, or what is wrong with it."""
+    try:
+        found = json.loads(path.read_text())
+        parts = found["machine"], found["missing"], found["tables"]
+        if not all(isinstance(part, dict) for part in parts):
+            raise TypeError("not a record of tables")
+    except FileNotFoundError:
+        return "no rows"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"rows unreadable: {type(error).__name__}"
+    return found
+
+
+def merge(folder: Path, plan: Sequence[Experiment], statuses: dict[str, str], arguments: str) -> dict:
     """One record of all experiments so far, in the layout of `report.Results`."""
-    record: dict = {"machine": {}, "missing": {}, "tables": {}}
-    for experiment in PLAN:
-        path = folder / f"{experiment.name}.json"
-        if path.exists():
-            found = json.loads(path.read_text())
-            record["machine"] = found["machine"] or record["machine"]
-            record["missing"] |= found["missing"]
-            for name, rows in found["tables"].items():
-                record["tables"].setdefault(name, []).extend(rows)
+    record: dict = {"machine": {}, "missing": dict(NOT_BUILT), "tables": {}}
+    notes = {}
+    for experiment in plan:
+        found = rows_of(folder / f"{experiment.name}.json")
+        if isinstance(found, str):
+            notes[experiment.name] = found
+            continue
+        record["machine"] = found["machine"] or record["machine"]
+        record["missing"] |= found["missing"]
+        for name, rows in found["tables"].items():
+            record["tables"].setdefault(name, []).extend(rows)
     record["machine"] = {
-        "device": "unknown", "versions": {}, "commit": "unknown", **record["machine"], "command": "benchmarks/gpu.sh"
+        "device": "unknown", "versions": {}, "commit": "unknown", **record["machine"],
+        "command": f"benchmarks/gpu.sh {arguments}".strip(),
     }  # fmt: skip
     record["tables"]["experiments"] = [
-        {"experiment": e.name, "what": e.what, "status": statuses.get(e.name, "not run: not reached, or not asked for")}
-        for e in PLAN
-    ]
-    record["missing"] |= dict.fromkeys(NOT_BUILT, "not built yet")
+        {
+            "experiment": e.name, "what": e.what,
+            "status": statuses.get(e.name, "not run: not reached, or not asked for"), "rows": notes.get(e.name, ""),
+        }
+        for e in plan
+    ]  # fmt: skip
     return record
+
+
+def wrong_paths(folder: Path) -> set[str]:
+    """Paths that the smoke test found wrong, or that never answered."""
+    found = rows_of(folder / "smoke.json")
+    rows = [] if isinstance(found, str) else found["tables"].get("smoke", [])
+    return {row["path"] for row in rows if row.get("path") and row.get("verdict") != "right"}
+
+
+def run(
+    plan: Sequence[Experiment], deadline: float, folder: Path, dry_run: bool, save=lambda statuses, logs: None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """({experiment: status}, {experiment: output}); `save` is told both after every stage."""
+    end, statuses, logs, without = time.monotonic() + deadline - CLOSING, {}, {}, set()
+    todo = stages(plan)
+    waiting = [Process(e, folder, dry_run) for e in todo[0]] if todo else []
+    for i in range(len(todo)):
+        left = end - time.monotonic() - GRACE
+        if left < 5:
+            break
+        present, waiting = waiting, []
+        for process in present:
+            process.go(min(process.experiment.seconds * (DRY_FACTOR if dry_run else 1), left), without)
+        waiting = [Process(e, folder, dry_run) for e in todo[i + 1]] if i + 1 < len(todo) else []
+        while present:
+            time.sleep(0.05)
+            for process in list(present):
+                if (status := process.ended()) is not None:
+                    present.remove(process)
+                    name = process.experiment.name
+                    statuses[name], logs[name] = status, process.output()
+                    print(f"{name}: {status}", flush=True)
+        without |= wrong_paths(folder)
+        save(statuses, logs)
+    for process in waiting:
+        process.stop()
+    return statuses, logs
 
 
 def output_folder(dry_run: bool) -> Path:
@@ -116,35 +232,49 @@ def output_folder(dry_run: bool) -> Path:
     return ROOT / "benchmarks" / "results" / "-".join(name.lower().split())
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--only", nargs="*", choices=[e.name for e in PLAN], default=[])
-    parser.add_argument("--deadline", type=int, default=DEADLINE, help="seconds in all")
-    options = parser.parse_args()
-    out = output_folder(options.dry_run)
-    out.mkdir(parents=True, exist_ok=True)
-    end, statuses, logs = time.monotonic() + options.deadline, {}, {}
+def run_part(part: str, plan: Sequence[Experiment], deadline: float, out: Path, options: argparse.Namespace) -> bool:
+    """Run and save one part; print its table; whether everything that ran is done."""
+    stem = out / f"{part}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+    arguments = " ".join([part, *(["--dry-run"] if options.dry_run else [])])
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        for experiment in [e for e in PLAN if not options.only or e.name in options.only]:
-            left = end - time.monotonic() - 5
-            if left < 10:
-                break
-            statuses[experiment.name], logs[experiment.name] = run(
-                experiment, folder, min(experiment.seconds, left), options.dry_run
-            )
-            print(f"{experiment.name}: {statuses[experiment.name]}", flush=True)
-            (out / "results.json").write_text(json.dumps(merge(folder, statuses), indent=1) + "\n")
-            (out / "log.txt").write_text("".join(f"==== {n}: {statuses[n]}\n{log}\n" for n, log in logs.items()))
-        if (folder / "ncu.txt").exists():
-            (out / "ncu.txt").write_text((folder / "ncu.txt").read_text()[: 4 * LOG_BYTES])
-    show = [sys.executable, "-m", "benchmarks.report", "--short", str(out / "results.json")]
+
+        def save(statuses: dict[str, str], logs: dict[str, str]) -> None:
+            record = merge(folder, plan, statuses, arguments)
+            stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+            stem.with_suffix(".log").write_text("".join(f"==== {n}: {statuses[n]}\n{log}\n" for n, log in logs.items()))
+            if (folder / "counters.txt").exists():
+                text = (folder / "counters.txt").read_text(errors="replace")
+                Path(f"{stem}-counters.txt").write_text(text[: 4 * LOG_BYTES])
+
+        statuses, _ = run(plan, deadline, folder, options.dry_run, save)
+    show = [sys.executable, "-m", "benchmarks.report", "--short", f"{stem}.json"]
     done = subprocess.run(show, cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout or done.stderr)
     bad = [name for name, status in statuses.items() if not status.startswith("done")]
-    print(f"results in {out}; " + (f"not done: {', '.join(bad)}" if bad else "every experiment that ran is done"))
-    return 1 if bad else 0
+    print(f"{stem}.json; " + (f"not done: {', '.join(bad)}" if bad else "every experiment that ran is done"))
+    return not bad
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="A, B or C; default A, then B")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--only", nargs="*", choices=[e.name for e in PLAN], default=[], help="these, of any part")
+    parser.add_argument("--deadline", type=int, help="seconds of each part")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(DEADLINE):
+        parser.error(f"PART: expected {', '.join(DEADLINE)}, got {', '.join(sorted(unknown))}")
+    parts = options.parts or (list(DEADLINE) if options.only else ["A", "B"])
+    out = output_folder(options.dry_run)
+    out.mkdir(parents=True, exist_ok=True)
+    good, factor = True, DRY_FACTOR if options.dry_run else 1
+    for part in parts:
+        plan = [e for e in PLAN if e.part == part and (not options.only or e.name in options.only)]
+        if plan:
+            good &= run_part(part, plan, options.deadline or DEADLINE[part] * factor, out, options)
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# The experiments of benchmarks/gpu.py on this machine's own Python, offline: no installation, no network.
-# Results go to $OUT, or to benchmarks/results/<name of the GPU>. Peers: put a folder of installed wheels into SITE.
-#   benchmarks/gpu.sh             about nine minutes on one CUDA device
-#   benchmarks/gpu.sh --dry-run   the same code on tiny shapes in Triton's interpreter, without a GPU
+# The experiments of benchmarks/gpu.py on this machine's own Python, offline: no network, nothing installed for good.
+# Results go to $OUT, or to benchmarks/results/<name of the GPU>. Peers are taken from the wheels that
+# benchmarks/carry.sh put into .carry/, or from a folder of installed packages named by SITE.
+#   benchmarks/gpu.sh              parts A and B: at most 560 s on one CUDA device
+#   benchmarks/gpu.sh A            one part
+#   benchmarks/gpu.sh --dry-run    the same code on tiny shapes in Triton's interpreter, without a GPU
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${SITE:+:$SITE}${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1

@@ -1,4 +1,4 @@
-"""The GPU experiments on the paths of a loss: one pass (E3), routed kernels (E6), routed end to end (E7), its parts.
+"""The GPU experiments on the paths of a loss: one pass, routed kernels, routed end to end, its parts.
 
 Flops are those that the package counts where it launches a product (`metrics["head_flops"]`). `of_three_products` is
 time over the sum of three bare library products of the shape, so 1 is a forward and backward that costs nothing else.
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks import sparse
 from benchmarks.data import Batch
+from benchmarks.gpu_tools import device_times
 from benchmarks.measure import describe, peak_bytes_cuda
 from benchmarks.providers import Provider
 from benchmarks.shapes import TINY, Shape
@@ -51,7 +52,7 @@ def library_ms(run: Run, shape: Shape) -> float:
     """The sum of the three bare library products of a head's forward and backward."""
     from benchmarks.experiments import three_products
 
-    return sum(ms[1] for what, ms in three_products(run, shape).items() if "fp32" not in what)
+    return sum(ms[1] for what, ms in three_products(run, shape, repeats=10).items() if "fp32" not in what)
 
 
 def loss(
@@ -105,13 +106,15 @@ def measure(
 
 
 def one_pass(run: Run) -> None:
-    """E3: one pass against two, and the rows of its chunks."""
+    """One pass against two, and the rows of its chunks."""
     for shape in large(run):
         library, batches = library_ms(run, shape), run.batches(shape)
         for rows in (None, 32) if run.dry_run else (None, 2048, 4096, 8192, 1024):
             if rows is not None and rows // 2 >= shape.tokens:
                 continue  # one chunk already
             path = "two_pass" if rows is None else "one_pass"
+            if path not in run.paths:
+                continue
             row, _ = measure(run, shape, batches, library, partial(loss, path=path, rows=rows))
             run.add("one pass", shape=str(shape), path=path, rows=rows or "", **row)
             if run.time_left() < 8:
@@ -183,7 +186,7 @@ def routed_backward(
 
 
 def routed_kernels(run: Run) -> None:
-    """E6: the routed backward alone, at shares and skew that are planted; then its tiles at a share of 2 %."""
+    """The routed backward alone, at shares and skew that are planted; then its tiles at a share of 2 %."""
     shapes = run.shapes[: 1 if run.dry_run else 2]
     for shape in shapes:
         bench = RoutedBench(run, shape)
@@ -239,11 +242,11 @@ def routed_cases(run: Run) -> list[tuple[Shape, str, str]]:
     ]  # fmt: skip
 
 
-def routed_entries(case: str, *, exact: bool) -> dict[str, dict]:
+def routed_entries(case: str, paths: list[str], *, exact: bool) -> dict[str, dict]:
     """{name: options of `loss`}; the two tails are compared where the error is known."""
     found: dict[str, dict] = {"as chosen": {"path": None}}
-    found |= {path: {"path": path} for path in ("routed", "two_pass", "one_pass")}
-    if exact:
+    found |= {path: {"path": path} for path in paths[::-1]}
+    if exact and "routed" in paths:
         found["routed, tail dropped"] = {"path": "routed", "config": replace(sparse.SPARSE, tail="drop")}
     if case == "zero groups":
         found["as chosen, no log-probs"] = {"path": None, "return_logprobs": False}
@@ -251,7 +254,7 @@ def routed_entries(case: str, *, exact: bool) -> dict[str, dict]:
 
 
 def routed(run: Run) -> None:
-    """E7: every path of `linear_lad_loss`, and what routing leaves out: error beside bound, where float64 can tell.
+    """Every path of `linear_lad_loss`, and what routing leaves out: error beside bound, where float64 can tell.
 
     The bounds are those of what is dropped; rounding to 16 bits, the error of the two passes, comes on top.
     """
@@ -263,7 +266,7 @@ def routed(run: Run) -> None:
             for b in batches:
                 b.advantages[: shape.sequences * sparse.ZERO // 32] = 0
         true = sparse.truth(batches[0], case) if shape.tokens <= TRUTH_TOKENS else None
-        for name, options in routed_entries(case, exact=true is not None).items():
+        for name, options in routed_entries(case, run.paths, exact=true is not None).items():
             row, found = measure(run, shape, batches, library, partial(loss, case=case, **options))
             if true is not None:
                 row |= {f"error {k}": e for k, e in sparse.errors(*found, *true, batches[0].targets).items()}
@@ -319,11 +322,14 @@ def step_parts(run: Run) -> None:
     }
     total = None
     for part, function in parts.items():
-        ms = run.time(function)
-        total = total or ms[1]
+        ms = run.time(function, repeats=10)
+        total, busy = total or ms[1], {}
+        if run.device == "cuda":  # `ms` over what the device worked is the share of waiting for the host
+            times = device_times(partial(function, 0))
+            busy = {"device_ms": sum(t.ms for t in times.values()), "launches": sum(t.calls for t in times.values())}
         run.add(
             "step parts", shape=str(shape), part=part, ms=ms, of_whole_call=ms[1] / total, kept_share=kept,
-            dense_tokens=len(routing.dense),
+            dense_tokens=len(routing.dense), **busy,
         )  # fmt: skip
 
 

@@ -1,0 +1,123 @@
+"""The shapes at which others publish: N = 8,192 tokens of a 7B or 8B model, forward and backward, beside bare products.
+
+V = 151,936 is what TRL's maintainers ask about, V = 128,256 what Liger's and QuACK's tables show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from benchmarks import gate
+from benchmarks.data import Batch
+from benchmarks.measure import Rounds, describe, peak_bytes_cuda, ratio, summary
+from benchmarks.providers import EAGER, Provider, all_providers, split_available
+from benchmarks.shapes import TINY, Shape
+
+if TYPE_CHECKING:
+    from benchmarks.experiments import Run
+
+MIB = 2**20
+ROUNDS = 7
+SHAPES = (
+    Shape("TRL request", 8, 1024, 4096, 151_936, "what TRL's maintainers ask a fused loss head to do"),
+    Shape("Llama-3-8B vocabulary", 8, 1024, 4096, 128_256, "the shape of Liger's published table"),
+)
+CASES = (  # shape, data, jobs; most telling first
+    (0, "flat", ("lad", "ce")),
+    (0, "peaked", ("lad", "grpo")),
+    (1, "flat", ("ce", "lad")),
+    (1, "peaked", ("lad",)),
+    (0, "flat", ("grpo", "head")),
+)
+
+
+class Gate:
+    """Verdicts of gate.py, one for each provider and data set of a process, as they do not depend on the shape."""
+
+    def __init__(self, run: Run):
+        self.run, self.known = run, {}
+
+    def __call__(self, providers: list[Provider], data: str) -> dict[Provider, gate.Verdict]:
+        """The providers that may be timed; why the others may not stands among what is missing."""
+        for p in providers:
+            if (p.name, p.job, data) not in self.known:
+                try:
+                    verdict = gate.check(p, gate.gate_batch(data, torch.bfloat16, self.run.device))
+                except Exception as error:
+                    self.run.missing({f"{p.name}, {p.job}": f"gate {describe(error)}"})
+                    verdict = None
+                self.known[p.name, p.job, data] = verdict
+        found = {p: self.known[p.name, p.job, data] for p in providers}
+        return {p: verdict for p, verdict in found.items() if verdict is not None}
+
+
+def timed(providers: list[Provider], batches: list[Batch], rounds: int, time_left: Callable[[], float]) -> Rounds:
+    """Rounds in turns. A provider that takes 5 times the eager step is left out after its third."""
+    found = Rounds(providers, batches)
+    found.warm()
+    for count in range(rounds):
+        if count >= 3 and time_left() < 6:
+            break
+        found()
+        eager = next((sum(s[-1]) for p, s in found.samples.items() if p.name == EAGER), None)
+        if count == 2 and eager is not None:
+            found.providers = [p for p in found.providers if sum(found.samples[p][-1]) < 5 * eager]
+    return found
+
+
+def peak_mib(run: Run, provider: Provider, batch: Batch) -> float | None:
+    """MiB of a step beyond inputs and gradients; None off CUDA or where memory ran out."""
+    if run.device != "cuda":
+        return None
+    try:
+        return max(peak_bytes_cuda(provider, batch) - batch.gradient_bytes, 0) / MIB
+    except RuntimeError as error:  # out of memory: a result
+        run.missing({f"{provider.name}, memory": describe(error)})
+        torch.cuda.empty_cache()
+        return None
+
+
+def head_shapes(run: Run) -> None:
+    """Rows: three bare products, then every provider of a job, its time over theirs, its memory beyond gradients."""
+    from benchmarks.sparse_experiments import library_ms
+
+    shapes = TINY if run.dry_run else SHAPES
+    verdicts, products = Gate(run), {}
+    for at, data, jobs in CASES[:1] if run.dry_run else CASES:
+        shape = shapes[at]
+        if at not in products:
+            products[at] = library_ms(run, shape)
+            run.add(
+                "head shapes", shape=str(shape), data="", job="products", provider="three bare products",
+                ms=[products[at]] * 3, of_three_products=1.0, beyond_gradients_mib=None, vs_eager=None, note="",
+            )  # fmt: skip
+        batches = run.batches(shape, data)
+        for job in jobs:
+            if run.time_left() < 8:
+                return
+            available, missing = split_available(all_providers(job), batches[0])
+            run.missing(missing)
+            wanted = [p for p in available if "compiled" not in p.tags and p.name != "lad_kernels (torch)"]
+            allowed = verdicts(wanted, data)
+            rounds = timed(list(allowed), batches, min(ROUNDS, run.repeats), run.time_left)
+            run.missing(rounds.failed)
+            baseline = next((s for p, s in rounds.samples.items() if p.name == EAGER), None)
+            memory = partial(peak_mib, run)
+            for p, samples in rounds.samples.items():
+                ms = summary(samples)["total_ms"]
+                run.add(
+                    "head shapes", shape=str(shape), data=data, job=job, provider=p.name, ms=ms,
+                    of_three_products=ms[1] / products[at], beyond_gradients_mib=memory(p, batches[0]),
+                    vs_eager=ratio(samples, baseline) if baseline else None, rounds=len(samples),
+                    note=", ".join([p.note] * bool(p.note) + [f"outside the rule: {x}" for x in allowed[p].failed]),
+                )  # fmt: skip
+        del batches
+        if run.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+EXPERIMENTS: dict[str, Callable[[Run], None]] = {"head_shapes": head_shapes}

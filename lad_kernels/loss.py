@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lad_kernels import checks
+from lad_kernels.autocast import without_autocast
 from lad_kernels.head import flops
 from lad_kernels.head.autograd import Head, shaped
 from lad_kernels.head.logprobs import head_kind, prepare
@@ -168,7 +169,7 @@ def _linear_policy_loss(
         from lad_kernels import reference
 
         loss: Any = reference.linear_lad_loss if isinstance(config, LADConfig) else reference.linear_grpo_loss
-        return loss(
+        return without_autocast(loss)(
             hidden, weight, target_ids.long(), bias=bias, temperature=temperature, logit_scale=logit_scale,
             softcap=softcap, config=config, return_entropy=return_entropy, return_logprobs=return_logprobs, **objective,
         )  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lad_kernels import checks
+from lad_kernels.autocast import without_autocast
 from lad_kernels.head import dispatch
 from lad_kernels.head.autograd import Head
 from lad_kernels.head.logits import BLOCK, LogitGradient
@@ -140,17 +141,25 @@ def profile_sparsity(
     triton = checks.use_triton(impl, hidden.device, hidden.dtype)
     rows, tokens = packing.source(hidden)
     head = Head(rows, weight, targets, bias, transform, triton, tokens)
+    c = None if coefficients is None else packing.take(coefficients)  # [M]
+    return _measure(head, c, tail_mass, tail, buckets)
+
+
+@without_autocast
+def _measure(head: Head, c: Tensor | None, tail_mass: float, tail: str, buckets: int) -> SparsityProfile:  # [M]
+    """Forward and routing; c None: 1 for every token."""
     out = head.forward(want_entropy=True, want_block_lse=True)
-    c = torch.ones_like(out.lse) if coefficients is None else packing.take(coefficients).to(out.lse.dtype)  # [M]
+    c = torch.ones_like(out.lse) if c is None else c.to(out.lse.dtype)  # [M]
     work = dispatch.Work(
-        len(targets), weight.shape[1], len(weight), hidden.dtype.itemsize, dispatch.kind(hidden.device, triton)
-    )
-    live, kept = c.nonzero()[:, 0], torch.zeros_like(targets)  # [A] the others have nothing to drop, [M]
+        len(head.targets), head.weight.shape[1], len(head.weight), head.hidden.dtype.itemsize,
+        dispatch.kind(head.hidden.device, head.triton),
+    )  # fmt: skip
+    live, kept = c.nonzero()[:, 0], torch.zeros_like(head.targets)  # [A] the others have nothing to drop, [M]
     dense, certificate = live, Certificate(*[out.lse.new_zeros(())] * 5)
     if len(live):
         part = head.take(live)
         routing, certificate = route(
-            part.hidden, weight, part.targets, part.transform, out.lse[live], out.logprobs[live],
+            part.hidden, part.weight, part.targets, part.transform, out.lse[live], out.logprobs[live],
             out.block_lse[:, live], LogitGradient(c[live], -c[live]), tail_mass, tokens=part.tokens,
             dense_share=dispatch.SPEEDS[work.device].gathered, unbiased=tail == "unbiased",
         )  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lad_kernels.autocast import without_autocast
 from lad_kernels.head import dispatch
 from lad_kernels.head.autograd import Head, live_tokens, take, take_gradient
 from lad_kernels.head.logits import HeadForward, HeadGradients, LogitGradient, Routing
@@ -47,6 +48,7 @@ class Step:
     def objective(self, logprobs: Tensor, entropy: Tensor | None = None) -> PolicyTerms:  # [M], [M]
         return compute_terms(logprobs, entropy, self.inputs, self.packing, self.config, self.impl)
 
+    @without_autocast
     def run(self) -> None:
         """Fill logprobs, entropy, terms, metrics and what `backward` needs."""
         grad, show = any(self.needs), self.want_logprobs or self.want_entropy
@@ -172,6 +174,7 @@ class Step:
             "dweight_bound": certificate.dweight_bound,
         }
 
+    @without_autocast
     def backward(self, head: Head, upstream: Tensor) -> HeadGradients:
         """Gradients of the hidden states [N, D], weight and bias, times `upstream` []."""
         ready, self.ready = self.ready, None

@@ -14,17 +14,18 @@ FILE_LINES, FUNCTION_LINES, KERNEL_LINES, KERNEL_PARAMETERS = 400, 60, 150, 30
 
 # Which modules of the package each part may import. A longer prefix wins.
 MAY_IMPORT = {
+    "autocast": set(),
     "outputs": set(),
     "checks": set(),
     "packing": set(),
     "reference": {"outputs", "objective.config"},
     "testing": {"reference"},
-    "head": {"head", "checks", "outputs", "packing"},
+    "head": {"head", "autocast", "checks", "outputs", "packing"},
     "head.kernels": {"head.kernels", "head.logits", "head.flops"},
-    "objective": {"objective", "checks", "outputs", "packing"},
-    "step": {"head", "objective", "packing"},
-    "loss": {"step", "head", "objective", "checks", "outputs"},
-    "profile": {"head", "checks"},
+    "objective": {"objective", "autocast", "checks", "outputs", "packing"},
+    "step": {"head", "objective", "autocast", "packing"},
+    "loss": {"step", "head", "objective", "autocast", "checks", "outputs"},
+    "profile": {"head", "autocast", "checks"},
     "": {"profile", "head", "objective", "loss", "outputs"},
 }
 # Functions return the specification by name; it is imported where it is used.

@@ -140,6 +140,37 @@ def test_a_step_keeps_to_its_budget(case, device, monkeypatch):
         assert relative_error(ours, whole.double()) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("kind", "n", "d", "frozen"),
+    [
+        ("bfloat16", 128, 256, False),
+        ("bfloat16", 400, 64, False),
+        ("bfloat16", 128, 256, True),
+        ("float32", 128, 256, False),
+    ],
+)
+def test_what_two_passes_take_is_predicted(kind, n, d, frozen, device, monkeypatch):
+    """With a budget that is never filled: logits of all tokens, a 16-bit dW in float32, dH in float32.
+
+    The prediction is above what is measured, by up to a rounded dH, which does not exist at the peak.
+    """
+    if device != "cpu":
+        pytest.skip("counts the interpreter's allocations")
+    monkeypatch.setattr(dispatch, "BUDGET", 32 << 20)
+    x = make_inputs(n, d, V, dtype=getattr(torch, kind), masked=0.0)
+    leaves = [x.hidden.requires_grad_(), x.weight.requires_grad_(not frozen)]
+    config = GRPOConfig(policy_loss="reinforce", tail_mass=0.0)
+    with dispatch.force("two_pass"), Allocations() as meter:
+        out = linear_grpo_loss(*leaves, x.targets, advantages=torch.ones(n), config=config, impl="triton")
+        found = torch.autograd.grad(out.loss, leaves[: 2 - frozen])
+    taken = meter.peak - sum(g.nbytes for g in found)
+    work = dispatch.Work(n, d, V, x.hidden.element_size(), "cuda", need_weight=not frozen)
+    predicted, float32_dw = dispatch.peak_bytes(work, "two_pass")
+    print(f"{kind}, N {n}, D {d}: {taken / predicted:.2f} of the prediction")
+    assert not float32_dw
+    assert 0.8 * predicted <= taken <= predicted
+
+
 PIECED = ("two_pass", "routed")
 
 

@@ -13,6 +13,7 @@ room is counted from the start: block masses, freed before there are gradients, 
 | dZ | rounded once to the input dtype for the matrix units (Triton); float32 (PyTorch) |
 | dH, dW, dbias | accumulated in float32, rounded once; twice if one pass made them and the loss is scaled afterwards |
 | tf32 | only if PyTorch is told to use it |
+| torch.autocast | casts hidden states and weight at the door; off inside, forward and backward |
 
 Deterministic: fixed order of every sum and no atomics, unless `dispatch.allow_atomics` asks for them. Gradients are
 computed for what needs them alone: a frozen head costs no dW, a frozen body no dH.
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from lad_kernels import checks
+from lad_kernels.autocast import without_autocast
 from lad_kernels.head import dispatch, torch_ops
 from lad_kernels.head.logits import HeadForward, HeadGradients, LogitGradient, LogitTransform, Routing, gather
 from lad_kernels.packing import Packing
@@ -219,6 +221,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
     """(hidden, weight, bias) -> log-probs, entropy, lse, each [M], with any upstream gradient."""
 
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, packing: Packing,
         transform: LogitTransform, want_entropy: bool, triton: bool, new_head: Callable[..., Head],
@@ -232,6 +235,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
         return out.logprobs, out.entropy, out.lse
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None, g_lse: Tensor | None) -> tuple:
         checks.refuse_double_backward()
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lad_kernels import checks
+from lad_kernels.autocast import without_autocast
 from lad_kernels.head.autograd import Head, LinearLogprobsFunction
 from lad_kernels.head.logits import LogitTransform
 from lad_kernels.outputs import LinearLogprobs
@@ -37,7 +38,8 @@ def linear_logprobs(
     """Token log-probabilities of z = softcap(logit_scale (h W^T + b)) / temperature, without storing logits.
 
     Differentiable in hidden_states, lm_head_weight and bias through log-probs, entropy and lse. Under torch.compile
-    the call is a graph break. Under torch.autocast hidden states, weight and bias are cast to the autocast dtype.
+    the call is a graph break. Under torch.autocast hidden states and weight are cast to its dtype, and it changes
+    nothing else.
 
     Args:
         hidden_states: [N, D] or [B, T, D], bfloat16, float16, float32 or float64; after the final norm.
@@ -75,7 +77,7 @@ def linear_logprobs(
     if impl == "reference":
         from lad_kernels import reference
 
-        return reference.linear_logprobs(
+        return without_autocast(reference.linear_logprobs)(
             hidden, weight, target_ids.long(), bias=bias, temperature=temperature, logit_scale=logit_scale,
             softcap=softcap, loss_mask=loss_mask, return_entropy=return_entropy,
         )  # fmt: skip

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from lad_kernels import checks
+from lad_kernels.autocast import without_autocast
 from lad_kernels.objective.config import ADVANTAGE_SCALES, check_choice
 
 EPSILON = 1e-4  # added to the standard deviation, as TRL does
 
 
+@without_autocast
 def group_advantages(
     rewards: Tensor,  # [B]
     *,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lad_kernels import checks
+from lad_kernels.autocast import without_autocast
 from lad_kernels.objective.advantages import advantages_of, group_log_mean_exp
 from lad_kernels.objective.config import GRPOConfig, LADConfig
 from lad_kernels.objective.divergences import grpo_terms, lad_terms
@@ -132,6 +133,7 @@ def grpo_loss(
     return _policy_loss(logprobs, inputs, config, impl)
 
 
+@without_autocast
 def _policy_loss(logprobs: Tensor, inputs: PolicyInputs, config: Config, impl: str) -> LossOutput:
     checks.impl(impl)
     checks.plain_tensor("logprobs", logprobs)
@@ -162,6 +164,7 @@ class _AttachGradient(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
+    @without_autocast
     def backward(ctx, grad):  # []
         checks.refuse_double_backward()
         dlogprobs, dentropy = ctx.saved_tensors

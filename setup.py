@@ -16,7 +16,10 @@ trl = ["trl>=1.14,<1.17,!=1.15.0", "accelerate>=1.10", "datasets>=4.7", "peft>=0
 test = [
     "pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "hypothesis>=6.100", *docs, *lint, *oracles, *trl,
 ]  # fmt: skip
-bench = ["pytest>=8", "pytest-timeout>=2.3", "pytest-benchmark>=5", "matplotlib>=3.8", *oracles, *trl]
+bench = [
+    "pytest>=8", "pytest-timeout>=2.3", "pytest-benchmark>=5", "matplotlib>=3.8", *oracles, *trl,
+    "nvidia-cutlass-dsl>=4.6; platform_system == 'Linux'",  # Liger's Hopper kernels
+]  # fmt: skip
 
 setup(
     name="lad_kernels",

@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
 # The experiments of benchmarks/gpu.py on this machine's own Python, offline: no network, nothing installed for good.
 # Results go to $OUT, or to benchmarks/results/<name of the GPU>. Peers are taken from the wheels that
-# benchmarks/carry.sh put into .carry/, or from a folder of installed packages named by SITE.
+# benchmarks/carry.sh put into .carry/peers, or from a folder of installed packages named by SITE.
 #   benchmarks/gpu.sh              parts A and B: at most 560 s on one CUDA device
 #   benchmarks/gpu.sh A            one part
 #   benchmarks/gpu.sh --dry-run    the same code on tiny shapes in Triton's interpreter, without a GPU
 set -uo pipefail
 cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+if [ -z "${SITE:-}" ] && compgen -G ".carry/peers/*.whl" >/dev/null; then
+  SITE=$(mktemp -d)
+  trap 'rm -rf "$SITE"' EXIT
+  "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$SITE" .carry/peers/*.whl
+fi
 export PYTHONPATH="$PWD${SITE:+:$SITE}${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-exec "${PYTHON:-python3}" -m benchmarks.gpu "$@"
+"$python" -m benchmarks.gpu "$@"

@@ -29,6 +29,7 @@ VOCABULARY, HIDDEN, CONTEXTS = 16_384, 64, 256
 PROMPTS, GROUP = 16, 8  # sampled contexts a step, tokens per context
 LEARNING_RATE = 5e-5
 TEMPERATURE = 0.5  # of the policy that is sampled and trained: peaked, as policies under reinforcement learning are
+LAST = 0.1  # share of a run, at its end, over which the means are taken
 VARIANTS = {
     "routed, tail dropped": LADConfig(tail_mass=3e-4, backward="routed", tail="drop"),  # first: it defines cold blocks
     "routed, unbiased tail": LADConfig(tail_mass=3e-4, backward="routed"),
@@ -53,7 +54,7 @@ class Policy(nn.Module):
 
 @dataclass
 class Outcome:
-    """Means over the last tenth of a run, and what became of the head's rows."""
+    """Means over the last steps of a run (`LAST`), and what became of the head's rows."""
 
     variant: str
     seed: int
@@ -146,7 +147,7 @@ def train(start: dict, variant: str, seed: int, steps: int, cold: Tensor | None)
         log.append(
             (rewards.mean().item(), norm, entropy, out.metrics["kept_share"].item())
         )  # fmt: skip
-    last = log[-max(1, steps // 10) :]
+    last = log[-max(1, round(LAST * steps)) :]
     mean_reward, norm, entropy, kept = (statistics.fmean(x) for x in zip(*last))
     cold = coldest(hot) if cold is None else cold  # [blocks]
     rows = cold.repeat_interleave(128)  # [V]

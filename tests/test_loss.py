@@ -176,9 +176,13 @@ def test_all_masked_is_a_differentiable_zero(impl, config, device):
 
 
 @pytest.mark.parametrize("mode", AGGREGATIONS)
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-12), (torch.float32, 5e-7)], ids=str)
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-12), (torch.float32, 4e-6)], ids=str)
 def test_gradient_accumulation_equals_one_large_batch(mode, dtype, allowed):
-    """Three micro-batches of two sequences with the global normalizer; float32 measured at 1.1e-7."""
+    """Three micro-batches of two sequences with the global normalizer.
+
+    float32 measured: 2.4e-7 with kernels that give a token the same logits whatever tokens stand beside it, 2.2e-6 with
+    others (SSE), as far as each side is from float64.
+    """
     kw, adv = batch(dtype), torch.randn(B, dtype=dtype)
     lengths = kw["loss_mask"].sum(1)
     total = {"token-mean": lengths.sum().item(), "seq-mean-token-sum-norm": B * T}.get(mode, (lengths > 0).sum().item())

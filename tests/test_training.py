@@ -1,4 +1,8 @@
-"""A short run of benchmarks/training.py: dense, routed and unbiased routed training go the same way."""
+"""A short run of benchmarks/training.py: dense, routed and unbiased routed training go the same way.
+
+Rounding decides which tokens are sampled, so runs part after some steps: what is compared are means over all steps,
+with margins above what was measured over two seeds and the kernels of three instruction sets.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ def outcomes():
         patch.setattr(training, "VOCABULARY", 2048)
         patch.setattr(training, "CONTEXTS", 32)
         patch.setattr(training, "LEARNING_RATE", 1e-3)
+        patch.setattr(training, "LAST", 1.0)  # by the last steps nearly all advantages are 0
         patch.setattr(training.warm_start, "__defaults__", (150,))
         yield {o.variant: o for o in training.compare(steps=60, seeds=1)}
 
@@ -20,13 +25,15 @@ def outcomes():
 def test_reward_and_held_out_loss_agree(outcomes):
     dense = outcomes["dense"]
     for variant, outcome in outcomes.items():
-        assert outcome.reward == pytest.approx(dense.reward, abs=0.05), variant
-        assert outcome.held_out_loss == pytest.approx(dense.held_out_loss, rel=0.02), variant
-        assert outcome.gradient_norm == pytest.approx(dense.gradient_norm, rel=0.1), variant
+        assert outcome.reward == pytest.approx(dense.reward, abs=0.03), variant  # 0.007 measured
+        assert outcome.held_out_loss == pytest.approx(dense.held_out_loss, rel=0.02), variant  # 0.005
+        assert outcome.gradient_norm == pytest.approx(dense.gradient_norm, rel=0.05), variant  # 0.009
 
 
 def test_cold_rows_are_left_alone_unless_dense(outcomes):
-    assert outcomes["dense"].cold_rows_hot > 0.5  # not in steps whose advantages are all zero
-    assert outcomes["routed, tail dropped"].cold_rows_hot < 0.1
-    assert outcomes["routed, tail dropped"].kept_share < outcomes["routed, unbiased tail"].kept_share
-    assert outcomes["routed, unbiased tail"].kept_share < 0.5 * outcomes["dense"].kept_share
+    dense, dropped = outcomes["dense"], outcomes["routed, tail dropped"]
+    unbiased = outcomes["routed, unbiased tail"]
+    assert dense.cold_rows_hot > 0.5  # not in steps whose advantages are all zero; 0.72 and 0.83 measured
+    assert dropped.cold_rows_hot < 0.1  # 0
+    assert unbiased.kept_share > 1.08 * dropped.kept_share  # 1.16 to 1.20
+    assert unbiased.kept_share < 0.2 * dense.kept_share  # 0.075 to 0.077

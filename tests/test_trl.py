@@ -15,7 +15,7 @@ from trl_cases import (
     TOKENIZER,
     FusedGRPOTrainer,
     FusedRLOOTrainer,
-    assert_same_history,
+    assert_same_runs,
     build,
     history,
     load,
@@ -65,19 +65,15 @@ def assert_off_policy_step_counts(rows):
 @pytest.mark.parametrize("name", STOCK)
 def test_stock_trainer_logs_the_same_with_our_head(name, folder, tmp_path):
     config = trl.GRPOConfig(**options(tmp_path, **STOCK[name]))
-    ours = history(build(FusedGRPOTrainer, config, load(folder)))
-    theirs = history(build(trl.GRPOTrainer, config, load(folder)))
-    assert_same_history(ours, theirs, rel=1e-5)
+    rows = assert_same_runs(FusedGRPOTrainer, trl.GRPOTrainer, config, folder)
     if config.num_iterations > 1:
-        assert_off_policy_step_counts(theirs)
+        assert_off_policy_step_counts(rows)
 
 
 def test_rloo_logs_the_same_with_our_head(folder, tmp_path):
     config = trl.RLOOConfig(**options(tmp_path, beta=0.1, num_iterations=2, learning_rate=1e-5))
-    ours = history(build(FusedRLOOTrainer, config, load(folder)))
-    theirs = history(build(trl.RLOOTrainer, config, load(folder)))
-    assert_same_history(ours, theirs, rel=1e-5)
-    assert_off_policy_step_counts(theirs)
+    rows = assert_same_runs(FusedRLOOTrainer, trl.RLOOTrainer, config, folder)
+    assert_off_policy_step_counts(rows)
 
 
 def test_mixture_of_experts_loss_keeps_trl_coefficient(tmp_path):
@@ -86,9 +82,8 @@ def test_mixture_of_experts_loss_keeps_trl_coefficient(tmp_path):
     experts = dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5)
     folder = save_model(tmp_path / "model", Qwen3MoeConfig(**SIZES, **experts))
     given = options(tmp_path, router_aux_loss_coef=0.2, gradient_accumulation_steps=2)
-    ours = history(build(FusedGRPOTrainer, trl.GRPOConfig(**given), load(folder)))
-    theirs = history(build(trl.GRPOTrainer, trl.GRPOConfig(**given), load(folder)))
-    assert_same_history(ours, theirs, rel=1e-5)
+    config = trl.GRPOConfig(**given)
+    theirs = assert_same_runs(FusedGRPOTrainer, trl.GRPOTrainer, config, folder)
     lad = history(build(LADTrainer, LADConfig(**given), load(folder)))
     with_more = history(build(LADTrainer, LADConfig(**given | {"router_aux_loss_coef": 0.7}), load(folder)))
     assert lad[0]["aux_loss"] == pytest.approx(theirs[0]["aux_loss"], rel=1e-5)
@@ -131,8 +126,9 @@ def test_a_run_raises_the_reward(folder, tmp_path):
     trainer = LADTrainer(load(folder), even_digits, args=config, train_dataset=PROMPTS, processing_class=TOKENIZER)
     trainer.train()
     rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
-    assert sum(rewards[:3]) / 3 < 0.4
-    assert sum(rewards[-10:]) / 10 > 0.9
+    first, last = sum(rewards[:3]) / 3, sum(rewards[-10:]) / 10
+    assert last > 0.9  # 0.98 measured
+    assert last - first > 0.4  # 0.63
 
 
 def resumed(kind, config, folder, tmp_path):

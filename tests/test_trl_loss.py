@@ -268,7 +268,7 @@ def test_gradient_under_bf16_autocast_is_no_worse_than_that_of_stored_logits(fol
 
         exact, eager = gradient(torch.float64, False), gradient(torch.float32, True)
         ours = torch.cat([g.double().flatten() for g in grads.values()])
-        assert (ours - exact).norm() <= 1.25 * (eager - exact).norm()
+        assert (ours - exact).norm() <= 1.25 * (eager - exact).norm()  # 0.82 to 1.001 of it on three instruction sets
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])

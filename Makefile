@@ -1,19 +1,26 @@
 # Two commands matter: `make demo` (the main job) and `make test`. The others are for who changes the package.
 PYTHON ?= python3
 VENV ?= .venv
-CONSTRAINTS := $(if $(wildcard /proc/driver/nvidia/version),constraints-cuda.txt,constraints-cpu.txt)
+CONSTRAINTS := constraints-$(if $(wildcard /proc/driver/nvidia/version)$(shell command -v nvidia-smi 2>/dev/null),cuda,cpu).txt
 BIN := $(VENV)/bin
 EXTRAS_train := train
 EXTRAS_test := test,train
 EXTRAS_bench := bench
 
-.PHONY: demo test lint bench docs test-verl test-trl-oldest test-zero3 clean
+.PHONY: demo test test-isa lint bench docs test-verl test-trl-oldest test-zero3 clean
 
 demo: $(VENV)/.train
 	$(BIN)/python -m integration.demo $(ARGS)
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# Again with the kernels of a CPU without AVX, which round otherwise: no verdict may hang on that. Without the tests whose
+# time goes into Triton's interpreter and compiler, whose numbers come from numpy or are none.
+INTERPRETED := triton or kernel or compiles or mutants or benchmarks or memory
+test-isa: $(VENV)/.test
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m pytest -n 2 -k 'not ($(INTERPRETED))' $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

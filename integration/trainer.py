@@ -207,7 +207,8 @@ def optimizer_step(
         out = through_head(policy, batch, loss)
         out.loss.backward()
         entropy = out.entropy.sum() / batch.loss_mask.sum()
-        records.append({"loss": out.loss, "entropy": entropy, **out.metrics})
+        records.append({"loss": out.loss.detach(), "entropy": entropy, **out.metrics})
+        del out  # and with it what the loss kept for its backward, before the next micro-batch
     norm = nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()

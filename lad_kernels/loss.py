@@ -215,6 +215,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return step.terms.loss.clone()
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor | None) -> tuple:  # []
         checks.refuse_double_backward()
         if grad is None:

@@ -85,6 +85,23 @@ def test_gradients_only_for_what_needs_them(impl, needs, device):
     assert (h.grad is not None, w.grad is not None) == needs
 
 
+@pytest.mark.parametrize("hidden_size", (64, 97))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_token_alone_has_the_log_prob_it_has_in_a_batch(dtype, hidden_size, device):
+    """Bitwise, in the Triton kernels; with an odd hidden size most tokens of the batch start off 16 bytes."""
+    i = make_inputs(35, hidden_size, 300, dtype=dtype, device=device, masked=0.0)
+    score = lambda rows, **mask: linear_logprobs(  # noqa: E731
+        i.hidden[rows], i.weight, i.targets[rows], return_entropy=True, impl="triton", **mask
+    )
+    mask = torch.arange(35, device=device) % 3 == 1
+    batch = torch.stack(score(slice(None)))  # [3, 35] log-probs, entropy, lse
+    assert torch.equal(torch.stack(score(slice(None), loss_mask=mask))[:, mask], batch[:, mask])  # gathered
+    for rows in (slice(0, 1), slice(1, 2), slice(34, 35), slice(3, 20)):
+        assert torch.equal(torch.stack(score(rows)), batch[:, rows])
+    off = [i.hidden[k:].data_ptr() % 16 != 0 for k in (1, 34)]
+    assert off == [hidden_size == 97] * 2
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_backward_twice_and_inputs_unchanged(impl, device):
     i = make_inputs(20, 16, 140, device=device, bias=True)

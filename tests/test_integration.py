@@ -7,6 +7,7 @@ import random
 import runpy
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -163,6 +164,23 @@ def test_micro_batches_do_not_change_the_update(task):
     assert moved[8].norm() > 0.1
     for size in (3, 16):
         assert (moved[size] - moved[8]).norm() <= 1e-5 * moved[8].norm()
+
+
+def test_a_micro_batch_is_freed_before_the_next(policy, task, monkeypatch):
+    """What a loss keeps for its backward (coefficients, pairs of a routing) outlives it while the loss does."""
+    steps, alive = [], []
+
+    def spied(*args, **options):
+        alive.append(sum(step() is not None for step in steps))
+        out = linear_lad_loss(*args, **options)
+        steps.append(weakref.ref(out.loss.grad_fn.step))
+        return out
+
+    monkeypatch.setattr(trainer, "linear_lad_loss", spied)
+    config = replace(TINY, micro_batch=4, updates_per_rollout=1)
+    run = rollout(policy, task, task.train[:4], 4, config, torch.Generator().manual_seed(1))
+    update(policy, torch.optim.SGD(policy.model.parameters(), lr=1.0), run, config)
+    assert alive == [0, 0, 0, 0]
 
 
 def test_resume_continues_bit_for_bit(task, tmp_path):

@@ -43,8 +43,8 @@ done
 
 find "$folder" -type f | sort | while read -r file; do echo "took $(mib "$(bytes "$file")")  ${file#"$folder"/}"; done
 echo "left out  quack-kernels: 0.6.5 does not import with $dsl, 0.6.0 is tied to another version of it"
-echo "left out  verl: 'import verl' needs ray (75 MB), tensordict, hydra-core and transformers below 5.11"
-echo "left out  flash-attn: no wheel for this torch"
+echo "left out  verl: importing it needs ray, tensordict, hydra-core and transformers below 5.11"
+echo "left out  flash-attn: its package has no wheel"
 for call in "$folder/peers $folder/dsl.1" "$folder/dsl.2"; do
   read -ra paths <<<"$call"
   [ -e "${paths[-1]}" ] || paths=("${paths[@]::${#paths[@]}-1}")

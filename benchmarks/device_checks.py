@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks import gate
+from benchmarks import gate, verdicts
 from benchmarks.data import Batch, make_batch
 from benchmarks.head_shapes import ROUNDS, Gate, peak_mib, timed
 from benchmarks.measure import claim, describe, peak_bytes_cuda, ratio, summary
@@ -185,37 +184,65 @@ def repeats(run: Run) -> Iterator[str]:
         yield "batch invariance"
 
 
+# A cut loses the last files: the objectives are also checked above, and so is the head in the gate.
 TESTS = (
-    "test_head_kernels.py", "test_one_pass_kernels.py", "test_routed_kernels.py", "test_objective_kernel.py",
-    "test_head.py", "test_loss.py", "test_paths.py", "test_divergences.py", "test_mutants.py",
+    "test_one_pass_kernels.py", "test_head_kernels.py", "test_routed_kernels.py", "test_route_kernels.py",
+    "test_paths.py", "test_loss.py", "test_mutants.py", "test_objective_kernel.py", "test_head.py",
+    "test_divergences.py",
 )  # fmt: skip
+# Compiling ahead of time for other architectures needs no GPU; neither does impl="torch".
+WITH_KERNELS = "not test_compiles and not ([torch] or [torch- or -torch] or -torch-)"
+WORKERS = 16
+SHOWN = 100_000  # characters of tracebacks
 
 
 def test_suite(run: Run) -> None:
-    """The repository's tests of everything that launches a kernel; a cut keeps the verdicts so far."""
-    # Compiling ahead of time for other architectures needs no GPU.
-    arguments = ["-n", "12", "-k", "not test_compiles", *(f"tests/{f}" for f in TESTS)]
+    """The repository's tests of everything that launches a kernel; a cut keeps verdicts and tracebacks so far."""
     if run.dry_run:
-        arguments = ["-n", "0", "tests/test_head.py", "-k", "test_parity_with_float64 and float32 and one"]
-    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *arguments]
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-            timeout=run.time_left() - 2,
-        )  # fmt: skip
-        said, code = done.stdout, done.returncode
-    except subprocess.TimeoutExpired as cut:
-        said, code = (cut.stdout or b"").decode(errors="replace"), None
-    verdicts = Counter(re.findall(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b(?= tests/|\s+\[)", said))
-    failed = dict.fromkeys(re.findall(r"(?:FAILED|ERROR) (tests/\S+)", said))
-    at = said.find("= FAILURES =")
-    print(said[at:][:60_000] if at >= 0 else said[-20_000:])
-    outcome = "cut" if code is None else f"exit status {code}"
-    run.add("test suite", outcome=outcome, **{word.lower(): verdicts[word] for word in ("PASSED", "FAILED", "ERROR")})
-    for name in failed:
-        run.add("failed tests", test=name[:200])
+        run_tests(run, ["-n", "0", "tests/test_head.py", "-k", "test_parity_with_float64 and float32 and one"])
+    else:
+        run_tests(run, ["-n", str(WORKERS), "-k", WITH_KERNELS, *(f"tests/{f}" for f in TESTS)])
+
+
+def run_tests(run: Run, arguments: Sequence[str]) -> None:
+    record, output = run.path.with_suffix(".jsonl"), run.path.with_suffix(".txt")
+    plugins = ["-p", "no:cacheprovider", "-p", "benchmarks.verdicts"]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", *plugins, *arguments]
+    environment = {**os.environ, "VERDICTS": str(record)}
+    with output.open("w") as out:
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False,
+                timeout=run.time_left() - 3,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            code = None
+    rows = verdicts.read(record)
+    failed = [row for row in rows.values() if row["outcome"] in ("failed", "error")]
+    print("".join(f"==== {row['test']}\n{row['text']}\n" for row in failed)[:SHOWN])
+    print(output.read_text(errors="replace")[-5000:])
+    said = "cut" if code is None else f"exit status {code}"
+    counts = Counter(row["outcome"] for row in rows.values())
+    run.add("test suite", outcome=said, **{word: counts[word] for word in ("passed", "failed", "error", "skipped")})
+    for row in failed:
+        run.add("failed tests", test=row["test"], why=row["why"])
+    for file, spent in by_file(rows).items():
+        run.add("test files", file=file, **spent)
     if code != 0:
-        raise SystemExit(f"pytest: {outcome}")
+        raise SystemExit(f"pytest: {said}")
+
+
+def by_file(rows: dict[str, dict]) -> dict[str, dict]:
+    """How many tests of each file have ended, what they took in all, and the slowest."""
+    found: dict[str, list[dict]] = {}
+    for row in rows.values():
+        found.setdefault(row["test"].split("::")[0], []).append(row)
+    slowest = {file: max(group, key=lambda r: r["seconds"]) for file, group in found.items()}
+    return {
+        file: dict(ended=len(group), seconds=sum(r["seconds"] for r in group), slowest=slowest[file]["test"],
+                   its_seconds=slowest[file]["seconds"])
+        for file, group in found.items()
+    }  # fmt: skip
 
 
 def lad_against_grpo(run: Run) -> None:
@@ -247,7 +274,7 @@ def peers(run: Run, *, slow: bool = False) -> None:
             for job in ("head", "lad", "grpo", "ce"):
                 if run.time_left() < 6:
                     return
-                chosen = [p for p in available if p.job == job and p.name != "lad_kernels (torch)"]
+                chosen = [p for p in available if p.job == job and not p.name.startswith("lad_kernels (torch)")]
                 chosen = [p for p in chosen if ("compiled" in p.tags) == slow or p.name == EAGER]
                 if not slow or len(chosen) > 1:
                     compare(run, verdicts(chosen, data), job, shape, data, batches)

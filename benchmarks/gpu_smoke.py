@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.data import Batch, make_batch
+from benchmarks.gpu import SLOW
 from benchmarks.shapes import Shape
 from lad_kernels import LADConfig, linear_lad_loss, linear_logprobs
 from lad_kernels.head import dispatch
@@ -116,7 +117,7 @@ def smoke(run: Run) -> None:
             row = json.loads(out.splitlines()[-1])
             verdict = "right" if row["error"] <= LIMIT[case.dtype] else "WRONG"
         except subprocess.TimeoutExpired:
-            verdict = "no answer in time"
+            verdict = SLOW
         except (IndexError, ValueError):
             print(f"{name}: {err[-3000:]}")
             verdict = f"exit status {child.returncode}: {(err.strip().splitlines() or ['no message'])[-1][-200:]}"

@@ -81,12 +81,34 @@ def peak_mib(run: Run, provider: Provider, batch: Batch) -> float | None:
         return None
 
 
+@torch.no_grad()
+def logprob_errors(run: Run, shape: Shape, data: str, batch: Batch) -> None:
+    """Absolute errors of the first tokens' log-probs, in nats, against float64; one row per provider of the head."""
+    rows = slice(0, 64 if run.dry_run else 512)
+    hidden, targets = batch.hidden[rows].double(), batch.targets[rows]  # [R, D], [R]
+    logits = hidden @ batch.weight.double().T  # [R, V]
+    truth = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]  # [R]
+    largest = logits.abs().max().item()
+    del logits
+    providers = [p for p in split_available(all_providers("head"), batch)[0] if "compiled" not in p.tags]
+    for p in providers:
+        try:
+            error = (p.forward(batch)[rows].double() - truth).abs()  # [R]
+        except Exception as problem:
+            run.missing({f"{p.name}, log-prob error": describe(problem)})
+            continue
+        run.add(
+            "log-prob error", shape=str(shape), data=data, provider=p.name, tokens=len(truth),
+            largest_error=error.max().item(), mean_error=error.mean().item(), largest_logit=largest,
+        )  # fmt: skip
+
+
 def head_shapes(run: Run) -> None:
     """Rows: three bare products, then every provider of a job, its time over theirs, its memory beyond gradients."""
     from benchmarks.sparse_experiments import library_ms
 
     shapes = TINY if run.dry_run else SHAPES
-    verdicts, products = Gate(run), {}
+    verdicts, products, checked = Gate(run), {}, set()
     for at, data, jobs in CASES[:1] if run.dry_run else CASES:
         shape = shapes[at]
         if at not in products:
@@ -96,12 +118,15 @@ def head_shapes(run: Run) -> None:
                 ms=[products[at]] * 3, of_three_products=1.0, beyond_gradients_mib=None, vs_eager=None, note="",
             )  # fmt: skip
         batches = run.batches(shape, data)
+        if (at, data) not in checked:
+            logprob_errors(run, shape, data, batches[0])
+            checked.add((at, data))
         for job in jobs:
             if run.time_left() < 8:
                 return
             available, missing = split_available(all_providers(job), batches[0])
             run.missing(missing)
-            wanted = [p for p in available if "compiled" not in p.tags and p.name != "lad_kernels (torch)"]
+            wanted = [p for p in available if "compiled" not in p.tags and not p.name.startswith("lad_kernels (torch)")]
             allowed = verdicts(wanted, data)
             rounds = timed(list(allowed), batches, min(ROUNDS, run.repeats), run.time_left)
             run.missing(rounds.failed)

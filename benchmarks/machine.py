@@ -39,7 +39,12 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit of the working tree, with a mark if files differ from it."""
+    """LAD_KERNELS_COMMIT, else the commit of the working tree, with a mark if files differ from it.
+
+    A copy of the tree on another machine may have no history, or another one.
+    """
+    if given := os.environ.get("LAD_KERNELS_COMMIT"):
+        return given
 
     def git(*arguments: str) -> str | None:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -51,7 +56,7 @@ def commit() -> str:
     except OSError:
         head, changed = None, None
     if head is None:
-        return os.environ.get("LAD_KERNELS_COMMIT", "none (not a git checkout, or no commit yet)")
+        return "none (not a git checkout, or no commit yet)"
     return f"{head} with uncommitted changes in lad_kernels" if changed else head
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.data import Batch
 from benchmarks.providers import (
+    CPU_COMPILES,
     EPSILON,
     SLOW_START,
     Provider,
@@ -51,6 +52,15 @@ def liger_scaled_ce(batch: Batch) -> Tensor:  # [N]
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
 
     return -LigerFusedLinearScaledCrossEntropyFunction.apply(batch.hidden, batch.weight, batch.targets)
+
+
+def liger_scaled_missing(batch: Batch) -> str | None:
+    reason = package_missing("liger_kernel")
+    if reason or not on_cuda(batch) or torch.cuda.get_device_capability(batch.hidden.device) != (9, 0):
+        return reason
+    if batch.hidden.dtype != torch.bfloat16:
+        return "its Hopper kernels take bfloat16 alone"
+    return package_missing("cutlass")  # of nvidia-cutlass-dsl
 
 
 def liger_linear_ce(reduction: str):
@@ -133,12 +143,12 @@ def peer_providers() -> list[Provider]:
     return [
         Provider("TRL fused head", "head", trl_logprobs, trl_missing),
         Provider("TRL fused head, eager loss", "grpo", trl_grpo, trl_missing),
-        Provider("Liger scaled CE", "head", liger_scaled_ce, liger),
+        Provider("Liger scaled CE", "head", liger_scaled_ce, liger_scaled_missing),
         Provider("Liger fused linear CE, none", "head", liger_linear_ce("none"), liger_cuda),
         Provider("Liger fused linear CE", "ce", liger_linear_ce("mean"), liger_cuda),
         Provider("Liger fused GRPO", "grpo", liger_grpo, liger, tags=SLOW_START),
-        Provider("Cut Cross-Entropy", "head", cce("none"), cce_missing, note="filters gradients", tags=SLOW_START),
-        Provider("Cut Cross-Entropy", "ce", cce("mean"), cce_missing, note="filters gradients", tags=SLOW_START),
+        Provider("Cut Cross-Entropy", "head", cce("none"), cce_missing, note="filters gradients", tags=CPU_COMPILES),
+        Provider("Cut Cross-Entropy", "ce", cce("mean"), cce_missing, note="filters gradients", tags=CPU_COMPILES),
         Provider("flash-attn cross entropy", "head", flash_attn_logprobs, needs("flash_attn", cuda=True),
                  note="stores logits"),
         Provider("verl linear_cross_entropy", "head", verl_logprobs, verl_missing),

@@ -33,6 +33,7 @@ JOBS = {
 }
 EAGER = "eager torch"
 SLOW_START = frozenset({"compiled"})  # compiles for seconds before its first step
+CPU_COMPILES = frozenset({"compiled on a CPU"})
 SLOW = frozenset({"slow"})  # takes seconds a step where it is not at home
 CHUNK = 512  # rows of the checkpointed baseline
 EPSILON, ETA = 0.2, 0.25  # as in the default GRPOConfig and LADConfig
@@ -54,7 +55,7 @@ class Provider:
     unavailable: Callable[[Batch], str | None] = anywhere
     ours: bool = False
     note: str = ""
-    tags: frozenset[str] = field(default_factory=frozenset)  # SLOW_START or SLOW
+    tags: frozenset[str] = field(default_factory=frozenset)  # one of the three above
     promise: float = 0.0  # relative gradient error that it allows itself beyond the rule, on peaked data
 
     def unavailable_reason(self, batch: Batch) -> str | None:

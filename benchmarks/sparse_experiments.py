@@ -297,7 +297,7 @@ def step_parts(run: Run) -> None:
         share = dispatch.SPEEDS[dispatch.kind(b.hidden.device, True)].gathered
         return route(
             b.hidden, b.weight, b.targets, PLAIN, out.lse, out.logprobs, out.block_lse, gradient, sparse.TAIL_MASS,
-            dense_share=share, unbiased=sparse.SPARSE.tail == "unbiased",
+            dense_share=share, unbiased=sparse.SPARSE.tail == "unbiased", triton=True,
         )[0]  # fmt: skip
 
     def backward(i: int, options: dict) -> HeadGradients:

@@ -161,7 +161,7 @@ def _measure(head: Head, c: Tensor | None, tail_mass: float, tail: str, buckets:
         routing, certificate = route(
             part.hidden, part.weight, part.targets, part.transform, out.lse[live], out.logprobs[live],
             out.block_lse[:, live], LogitGradient(c[live], -c[live]), tail_mass, tokens=part.tokens,
-            dense_share=dispatch.SPEEDS[work.device].gathered, unbiased=tail == "unbiased",
+            dense_share=dispatch.SPEEDS[work.device].gathered, unbiased=tail == "unbiased", triton=part.triton,
         )  # fmt: skip
         dense = live[routing.dense]  # tokens that keep every block
         kept[live] = torch.bincount(routing.rows, minlength=len(live))

@@ -42,6 +42,7 @@ class Step:
         self.live: Tensor | None = None  # [A] tokens with a gradient; None: all
         self.routing: Routing | None = None
         self.ready: HeadGradients | None = None  # of one pass
+        self.settled: PolicyTerms | None = None  # terms that one pass has computed already
         self.kept: float | None = None  # share of pairs that a routing keeps, as one pass saw it
         self.metrics: dict[str, Tensor] = {}
 
@@ -63,7 +64,7 @@ class Step:
             route = grad and dispatch.may_route(self._work(part), self.theta, backward=self.config.backward)
             out = part.forward(want_entropy=self.want_entropy, want_block_lse=route)
         self._place(out, show)
-        self.terms = self.objective(self.logprobs, self.entropy)
+        self.terms = self.settled or self.objective(self.logprobs, self.entropy)
         if grad:
             self._prepare(out)
 
@@ -87,8 +88,15 @@ class Step:
             return None
         ahead = take(self.terms.dlogprobs, live) if self.known else None  # [A]
 
+        all_at_once: list[PolicyTerms] = []  # those of the whole call, met on the way
+
         def coefficients(rows: slice, logprobs: Tensor) -> Tensor:  # [A] -> [C]
-            return (self.objective(logprobs).dlogprobs if ahead is None else ahead)[rows]
+            if ahead is not None:
+                return ahead[rows]
+            terms = self.objective(logprobs)
+            if len(chunks) == 1 and not self.want_entropy:
+                all_at_once.append(terms)
+            return terms.dlogprobs[rows]
 
         seen: list[Tensor] = []  # [2] for each chunk with tokens in its sample: c != 0, and that times their kept share
 
@@ -107,6 +115,7 @@ class Step:
             alive, kept = torch.stack(seen).nansum(0).tolist()
             self.kept = kept / alive if alive else None
         out, self.ready = (None, None) if found is None else found
+        self.settled = all_at_once[0] if found is not None and all_at_once else None
         return out
 
     def _rule(self) -> dict[str, Any]:
@@ -152,7 +161,7 @@ class Step:
             most = dispatch.most_pairs(work) if backward == "auto" else None
             routing, certificate = route(
                 part.hidden, part.weight, part.targets, part.transform, lse, logprobs, block_lse, gradient, self.theta,
-                tokens=part.tokens, most_pairs=most, **self._rule(),
+                tokens=part.tokens, most_pairs=most, triton=part.triton, **self._rule(),
             )  # fmt: skip
             dense, pairs = len(routing.dense), sum(routing.counts) + len(routing.dense) * work.blocks
             self.kept = pairs / (tokens * work.blocks)
@@ -174,14 +183,11 @@ class Step:
             "dweight_bound": certificate.dweight_bound,
         }
 
-    @without_autocast
     def backward(self, head: Head, upstream: Tensor) -> HeadGradients:
         """Gradients of the hidden states [N, D], weight and bias, times `upstream` []."""
         ready, self.ready = self.ready, None
         if ready is not None:  # the memory is handed on; a second backward computes again
-            if upstream.device.type != "cpu" or upstream != 1:
-                ready = HeadGradients(*(None if x is None else x.mul_(upstream) for x in ready))
-            return ready
+            return head.scale(ready, upstream)
         g = self.gradient
         scaled = LogitGradient(*(None if x is None else upstream * x for x in (g.onehot, g.prob, g.entropy)))
         return head.take(self.live).backward(self.lse, scaled, self.routing, self.needs)

@@ -5,6 +5,7 @@ truncates float32 -> bfloat16 instead of rounding to nearest even, and does arit
 numpy >= 2.4 refuses a runtime scalar as a bound of range(). `install()`
 
 - lets a runtime scalar bound a loop,
+- rounds `tl.fma` once,
 - makes `tl.dot` multiply values of bfloat16, sum in an order that is the same for every row, and casts to and from
   bfloat16 round as a GPU does,
 - turns every other operation on a bfloat16 value into an error that asks for a cast to float32,
@@ -77,7 +78,7 @@ def _repair_scalars(stock) -> None:
 
 def _repair_casts(stock, tl) -> None:
     builder, handle = stock.InterpreterBuilder, stock.TensorHandle
-    cast, convert = builder.cast_impl, builder.create_fp_to_fp
+    cast, convert, fma = builder.cast_impl, builder.create_fp_to_fp, builder.create_fma
 
     def create_dot(self, a, b, d, *rest):
         # In float64 a product of tiles is exact for 16-bit factors. A float32 BLAS sums in an order that depends on
@@ -98,6 +99,13 @@ def _repair_casts(stock, tl) -> None:
             return cast_impl(self, source, dtype)
         return convert(self, source, dtype, rounding)
 
+    def create_fma(self, a, b, c):  # rounded once: float64 holds the product of two float32 exactly
+        if a.data.dtype != np.float32:
+            return fma(self, a, b, c)
+        wide = a.data.astype(np.float64) * b.data.astype(np.float64) + c.data.astype(np.float64)
+        return handle(wide.astype(np.float32), c.dtype.scalar)
+
+    builder.create_fma = create_fma
     builder.create_dot, builder.cast_impl, builder.create_fp_to_fp = create_dot, cast_impl, create_fp_to_fp
     builder.get_bf16 = lambda self, value: handle(to_bfloat16(np.array([value], dtype=np.float32)), tl.bfloat16)
 

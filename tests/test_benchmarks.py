@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import experiments, gate, gpu, predicted, report
+from benchmarks import device_checks, experiments, gate, gpu, predicted, report
 from benchmarks.data import make_batch
 from benchmarks.measure import Rounds, quartiles, ratio, ratio_interval, summary
 from benchmarks.providers import EAGER, JOBS, Provider, all_providers, eager_logprobs, split_available
 from benchmarks.shapes import SETS, TINY
+from lad_kernels import reference
 from lad_kernels.head import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +52,34 @@ BUGS = {
     "a lost last word": lambda b: eager_logprobs(dataclasses.replace(b, weight=b.weight[:-1], targets=b.targets % 599)),
     "rounded logits": lambda b: (b.hidden.bfloat16() @ b.weight.bfloat16().T).float().log_softmax(-1)[:, 0],
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("job", tuple(JOBS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gate_stops_a_small_factor_where_log_probs_nearly_vanish(job, dtype):
+    def value(b):
+        return (
+            gate.specification(job, dataclasses.replace(b, hidden=b.hidden.float(), weight=b.weight.float())) * 1.0001
+        )
+
+    verdict = gate.measure(Provider("planted", job, value), gate.gate_batch("peaked", dtype, "cpu"))
+    error, allowed = verdict.report["value"]
+    assert 1.9 * allowed < error == pytest.approx(1e-4, rel=0.2)
+
+
+@pytest.mark.parametrize("job", ["head", "ce", "grpo"])
+@pytest.mark.parametrize(("units", "fails"), [(2.5, False), (-2.5, False), (5.0, True), (-5.0, True)])
+def test_gate_knows_what_rounding_leaves_of_a_log_prob(job, units, fails):
+    """Errors that stand in a fixed ratio to lse, all of one sign; the GRPO loss has slopes of both signs."""
+
+    def value(b):
+        out = reference.linear_logprobs(b.hidden.double(), b.weight.double(), b.targets)
+        logprobs = out.logprobs.requires_grad_()
+        (slope,) = torch.autograd.grad(gate.from_logprobs(job, logprobs, b).sum(), logprobs, retain_graph=True)
+        return gate.from_logprobs(job, logprobs + units * 2**-24 * (out.lse * slope.sign()).detach(), b)
+
+    batch = gate.gate_batch("peaked", torch.float32, "cpu")
+    assert ("value" in gate.measure(Provider("rounded", job, value), batch).failed) == fails
 
 
 @pytest.mark.parametrize("bug", BUGS)
@@ -286,3 +315,66 @@ def test_dry_run_of_the_gpu_script(tmp_path):
     assert {"one pass", "forward tiles", "kernels", "step parts", "speed", "experiments"} <= set(tables)
     assert {row["verdict"] for row in tables["smoke"]} == {"right"}
     assert len(list(tmp_path.iterdir())) == 4
+
+
+SUITE = """
+import time
+import pytest
+
+@pytest.mark.parametrize("case", ["no prior-float32", "two"])
+def test_wrong(case):
+    found, allowed = 2.1e-6, 2e-6
+    assert found <= allowed, "logprobs"
+
+def test_right():
+    pass
+
+@pytest.fixture
+def broken():
+    raise RuntimeError("no device")
+
+def test_error(broken):
+    pass
+
+@pytest.mark.skip(reason="not here")
+def test_skipped():
+    pass
+
+def test_last():
+    time.sleep({})
+"""
+
+
+@pytest.mark.parametrize(("workers", "hangs"), [(0, False), (2, True)])
+def test_a_test_run_keeps_verdicts_and_tracebacks(tmp_path, capsys, workers, hangs):
+    """Whole names and tracebacks of what failed, also when the run is cut."""
+    (tmp_path / "test_planted.py").write_text(SUITE.format(1000 if hangs else 0))
+    run = experiments.Run(tmp_path / "rows.json", dry_run=True, end=time.monotonic() + (30 if hangs else 100))
+    with pytest.raises(SystemExit, match="cut" if hangs else "exit status 1"):
+        device_checks.run_tests(run, ["-n", str(workers), str(tmp_path / "test_planted.py")])
+    tables = json.loads(run.path.read_text())["tables"]
+    (counts,) = tables["test suite"]
+    assert counts == dict(outcome="cut" if hangs else "exit status 1", passed=1 + (not hangs), failed=2, error=1,
+                          skipped=1)  # fmt: skip
+    failed = {row["test"].split("::")[1]: row["why"] for row in tables["failed tests"]}
+    assert set(failed) == {"test_wrong[no prior-float32]", "test_wrong[two]", "test_error"}
+    assert failed["test_wrong[two]"] == "AssertionError: logprobs\nassert 2.1e-06 <= 2e-06"
+    assert failed["test_error"] == "RuntimeError: no device"
+    (spent,) = tables["test files"]
+    assert (spent["ended"], spent["file"].endswith("test_planted.py")) == (5 + (not hangs), True)
+    shown = capsys.readouterr().out
+    assert "test_wrong[no prior-float32]\n" in shown
+    assert "assert found <= allowed" in shown
+
+
+def test_the_suite_of_a_gpu_leaves_out_only_what_launches_no_kernel(monkeypatch):
+    asked = []
+    monkeypatch.setattr(device_checks, "run_tests", lambda run, arguments: asked.extend(arguments))
+    device_checks.test_suite(argparse.Namespace(dry_run=False))
+    assert all((ROOT / x).exists() for x in asked if x.startswith("tests/"))
+    others = ["-k", f"not ({asked[asked.index('-k') + 1]})", "-n", "0"]
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *asked, *others]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    lost = [line for line in done.stdout.splitlines() if "::" in line and "test_compiles" not in line]
+    assert len(lost) > 50
+    assert all("torch" in line.split("[")[1].strip("]").split("-") for line in lost)

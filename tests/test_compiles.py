@@ -11,6 +11,7 @@ of 16 elements, which TMA reads and pointers must not assume.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -33,6 +34,7 @@ ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 SPILLED = 0 if version("triton").startswith("3.6.") else 32
 TILED = ("_partials_kernel", "_logit_gradient_kernel")
 ROUTED = ("pairs_kernel", "weight_kernel", "hidden_kernel")
+CHOICE = ("_token_kernel", "_mark_kernel", "_count_kernel", "_list_kernel")
 
 
 def compile_all(arch: str) -> None:
@@ -59,14 +61,40 @@ def compile_all(arch: str) -> None:
             needs = {"need_hidden": True, "need_weight": False, "need_bias": bias is not None}
             arguments = (hidden, weight, targets, bias, transform, numbers, gradient)
             dense.backward(*arguments, **needs)
-            counts = [n] + [0] * ((v - 1) // BLOCK)
-            routing = Routing(torch.arange(n), numbers if entropy else None, counts, torch.arange(0))
             needs["need_weight"] = True
-            for atomics, workspace in ((False, 512 << 20), (True, 1)):  # and a block in pieces
-                routed.backward(*arguments, routing, **needs, atomics=atomics, workspace_bytes=workspace)
+            for whole, joint in ((0, 0), (64, 64), (64, 0)):  # dense tokens: none, with the pairs, by the library
+                routed._JOINT, counts = joint, [n - whole] + [0] * ((v - 1) // BLOCK)
+                scale = numbers[whole:] if entropy else None  # [P]
+                routing = Routing(torch.arange(whole, n), scale, counts, torch.arange(whole))
+                for atomics, workspace in ((False, 512 << 20), (True, 1)):  # and a block in pieces
+                    routed.backward(*arguments, routing, **needs, atomics=atomics, workspace_bytes=workspace)
         for name, kernel in compiled.values():
             found = vars(aot.resources(name, kernel, arch))
             print(json.dumps({"dtype": dtype, "layout": layout, "features": features, **found}), flush=True)
+
+
+def compile_choice(arch: str) -> None:
+    """Print the rows of the kernels that choose pairs, in all their forms: with 0 pairs allowed only sums are left."""
+    import aot
+    import torch
+
+    from lad_kernels.head.kernels import route
+    from lad_kernels.head.logits import LogitGradient
+
+    numbers, tolist = torch.ones(256), torch.Tensor.tolist
+    torch.Tensor.tolist = lambda self: [1] * len(self)  # of counts that no kernel has written
+    for entropy, unbiased in itertools.product((False, True), repeat=2):
+        gradient, masses = LogitGradient(numbers, numbers, numbers if entropy else None), torch.ones(1187, 256)
+        targets, longest = torch.zeros(256, dtype=torch.int64), torch.ones(1187)
+        given = (targets, numbers, numbers, masses, gradient, 0.1, longest, numbers)
+        with aot.compiling(arch) as compiled:
+            for most in (None, 0):
+                route.choose(*given, dense_share=0.3, unbiased=unbiased, most_pairs=most)
+        features = "+".join(n for n, on in (("entropy", entropy), ("unbiased", unbiased)) if on) or PLAIN
+        for name, kernel in compiled.values():
+            found = vars(aot.resources(name, kernel, arch))
+            print(json.dumps({"dtype": "float32", "layout": "choice", "features": features, **found}), flush=True)
+    torch.Tensor.tolist = tolist
 
 
 @functools.cache
@@ -102,6 +130,8 @@ def test_no_spills_and_shared_memory_within_the_device(arch):
         "_target_kernel",
         "_finalize_kernel",
         *ROUTED,
+        *CHOICE,
+        "items_kernel",
         "bias_kernel",
         "token_kernel",
     }
@@ -138,3 +168,4 @@ def test_asynchronous_copies(arch):
 
 if __name__ == "__main__":
     compile_all(sys.argv[1])
+    compile_choice(sys.argv[1])

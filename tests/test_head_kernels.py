@@ -1,10 +1,10 @@
 """The head's kernels against the formula in float64: forward, block masses, dense backward.
 
 Truth is the formula in float64 on inputs already rounded to the working dtype, differentiated by autograd. float32
-outputs must lie within 2e-6 of it in relative Frobenius norm (measured in the interpreter: forward 4e-8 to 1e-7,
-float32 gradients 2e-7 to 5e-7). 16-bit gradients may have twice the error of the same formula in float32 cast once to
-the promised dtype (measured: up to 1.5 times), per region, so that no region hides behind another: dH, rows of dW that
-are targets, rows that are not, db. What must not round is compared bitwise.
+outputs must lie within 2e-6 of it in relative Frobenius norm (measured: forward 1e-7, gradients 5e-7). Gradients may
+have twice the error of the same formula in float32 cast once to the promised dtype (measured: up to 1.5 times; in
+float32 this counts where products cancel, PTX for sm_90: 2.3e-6 of 4.8e-6), per region, so that no region hides behind
+another: dH, rows of dW that are targets, rows that are not, db. What must not round is compared bitwise.
 
 Shapes cross what they must at the default tiles: 261 tokens = two tiles of 128 + 5; 521 words, a prime, = two tiles of
 256 + 9; 80 features = two steps of 32 + 16. Smaller tiles appear where the edge is the point.
@@ -135,9 +135,9 @@ def check_gradients(gradients: HeadGradients, inputs: Inputs) -> None:
     dtype = inputs.hidden.dtype
     for name, actual in regions(gradients, inputs.targets).items():
         assert actual.dtype == dtype
-        allowed = FLOAT32_LIMIT
-        if dtype != torch.float32:
-            allowed = CONTRACT_FACTOR * error(contract[name].to(dtype), truth[name])
+        allowed = CONTRACT_FACTOR * error(contract[name].to(dtype), truth[name])
+        if dtype == torch.float32:
+            allowed = max(allowed, FLOAT32_LIMIT)
         found = error(actual, truth[name])
         print(f"{name}: {found:.1e} of {allowed:.1e}")
         assert found <= allowed, name
@@ -259,10 +259,10 @@ def test_unaligned(device):
     check(inputs)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_token_does_not_depend_on_its_batch(device, dtype, monkeypatch):
-    """Bitwise: alone, among others, at another place, in another run of rows, on another grid."""
-    inputs = make(device, DTYPES[dtype], ("temperature",), n=133)
+@pytest.mark.parametrize(("dtype", "d"), [(dtype, d) for dtype in ("bfloat16", "float32") for d in (D, 97)])
+def test_a_token_does_not_depend_on_its_batch(device, dtype, d, monkeypatch):
+    """Bitwise: alone, among others, elsewhere (for an odd D off 16 bytes), in another run of rows, on another grid."""
+    inputs = make(device, DTYPES[dtype], ("temperature",), n=133, d=d)
     whole = run(inputs)
 
     def part(rows) -> Inputs:

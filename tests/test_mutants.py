@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import test_memory
 import test_paths
+import test_route_kernels
 import test_routed_kernels
 import torch
 
 from lad_kernels import LADConfig, checks, linear_logprobs, reference
 from lad_kernels.head import autograd, dispatch, kernels, torch_ops
-from lad_kernels.head.kernels import dense, forward  # noqa: F401  (bound as attributes of the folder)
+from lad_kernels.head.kernels import dense, forward, routed_runs, routed_work  # noqa: F401  (bound in the folder)
 from lad_kernels.objective import divergences, policy
 from lad_kernels.testing import check_head, make_inputs
 
@@ -227,8 +228,12 @@ ROUTED_KERNELS = {
     "pair scale forgotten": ("routed_kernels.py", "g *= tl.load(pair_scale + pairs)[:, None]", "g *= 1.0"),
     "dW of the wrong tokens": ("routed_kernels.py", "start = tl.maximum(tl.load(offsets + block), pair0)",
                                "start = tl.maximum(tl.load(offsets + block), pair0) + 1"),
-    "a token's first pair left out": ("routed_kernels.py", "for place in range(start, stop):",
-                                       "for place in range(start + 1, stop):"),
+    "a token's first pair left out": ("routed_kernels.py", "for place in range(start, stop, _READ):",
+                                       "for place in range(start + 1, stop, _READ):"),
+    "a token's last pair left out": ("routed_kernels.py", "there = place + i < stop", "there = place + i < stop - 1"),
+    "an item short": ("routed_kernels.py", "tl.minimum(stop - pair, BLOCK_N)", "tl.minimum(stop - pair - 1, BLOCK_N)"),
+    "a whole token left out of dW": ("routed_kernels.py", "for row in range(0, wholes, BLOCK_N):",
+                                     "for row in range(1, wholes, BLOCK_N):"),
 }  # fmt: skip
 
 
@@ -242,9 +247,44 @@ def test_bug_in_the_routed_kernels_is_caught(bug, monkeypatch, tmp_path, device)
     source, old, new = ROUTED_KERNELS[bug]
     mutant = mutate(f"head/kernels/{source}", old, new, tmp_path)
     for name in [n for n in vars(mutant) if n.endswith("_kernel")]:
-        monkeypatch.setattr(test_routed_kernels.routed, name, getattr(mutant, name))
+        place = routed_work if name == "items_kernel" else routed_runs
+        monkeypatch.setattr(place, name, getattr(mutant, name))
     with pytest.raises(AssertionError):
         test_routed_kernels.check(inputs, routing)
+
+
+ROUTE_KERNELS = {
+    "NaN dropped": ("keep = ((norm <= limit) == 0) & valid", "keep = (norm > limit) & valid"),
+    "one draw for all blocks": ("(blocks.to(tl.uint32) * 0x27D4EB2F + 0x165667B1)", "(blocks.to(tl.uint32) * 0)"),
+    "target's piece judged by its mass": ("(y >= 0), own, norm)", "(y >= 0), norm, norm)"),
+    "entropy's piece forgotten": ("norm += tl.abs(tl.load(entropy", "norm += 0.0 * tl.abs(tl.load(entropy"),
+    "pairs of dense tokens": ("(pair & (many == 0))", "pair"),
+    "expected pairs of the last blocks": ("total += tl.load(expected", "total = tl.load(expected"),
+    "lists in the wrong order": ("tl.cumsum(one, axis=1) - 1", "tl.sum(one, axis=1)[:, None] - tl.cumsum(one, axis=1)"),
+    "scale forgotten": ("tl.maximum(tl.div_rn(limit, norm), 1.0,", "tl.maximum(0.0 * norm, 1.0,"),
+    "rows of W taken as short": ("tl.sum(e * w[:, None], axis=0)", "tl.sum(e, axis=0)"),
+    "random pairs not bounded": ("tl.maximum(limit - norm, 0.0, propagate_nan=_ALL), dropped)", "0.0, dropped)"),
+    "dense tokens in the bound": ("(inside & (many == 0))[None, :]", "inside[None, :]"),
+}
+
+
+def check_choice(path, device: str) -> None:
+    """Two inputs on which every mutant shows."""
+    x = test_route_kernels.case(70, 66, device, entropy=True)
+    x.block_lse[5, 65] = torch.nan
+    test_route_kernels.check(x, path, dense_share=0.12)
+    test_route_kernels.check(x, path, dense_share=2.0, unbiased=False)
+    test_route_kernels.check(test_route_kernels.case(3, 33 * 64 + 1, device), path, dense_share=0.005)
+
+
+@pytest.mark.parametrize("bug", [None, *ROUTE_KERNELS])
+def test_bug_in_the_choice_of_pairs_is_caught(bug, tmp_path, device):
+    if bug is None:
+        check_choice(test_route_kernels.kernels, device)
+        return
+    mutant = mutate("head/kernels/route.py", *ROUTE_KERNELS[bug], tmp_path)
+    with pytest.raises((AssertionError, IndexError, RuntimeError)):
+        check_choice(mutant, device)
 
 
 POLICY = {

@@ -3,10 +3,10 @@
 Coefficients are an advantage times the ratio to an old policy, so they depend on the log-probabilities that the pass
 itself finds; the truth takes them from the float64 log-probabilities.
 
-Rule, per region of lad_kernels/testing.py: float32 as there; 16-bit gradients at most PROMISE_MARGIN times the error
-of `rounded`, the formula in float64 with the roundings that the pass promises. That is 1.75 times the contract's error
-on most data, and up to 2.4 (5.5 for the bias) where coefficients of both signs cancel in a sum over tokens whose
-probabilities are alike, as in a flat policy.
+Rule, per region of lad_kernels/testing.py: float32 as there, log-probs included (peaked policy, PTX for sm_90: 2.1e-6
+of 3.9e-6); 16-bit gradients at most PROMISE_MARGIN times the error of `rounded`, the formula in float64 with the
+roundings that the pass promises. That is 1.75 times the contract's error on most data, and up to 2.4 (5.5 for the bias)
+where coefficients of both signs cancel in a sum over tokens whose probabilities are alike, as in a flat policy.
 
 Run as a script this file compiles the kernels for one architecture and prints one JSON row per kernel, as
 test_compiles.py does for the other kernels.
@@ -145,6 +145,10 @@ def check(case: Case, *, prior=True, **options) -> None:
         if x.dtype == torch.float32:
             contract_error = testing.relative_error(contract[name], truth[name])
             allowed = max(testing.CONTRACT_MARGIN * contract_error, testing.FP32_TOLERANCE)
+            if name == "logprobs":  # all tokens: none is masked
+                allowed = max(allowed, testing.cancellation(case.lse, truth[name]))
+            elif name[0] == "d":
+                allowed = max(allowed, testing.of_probabilities(case.lse))
         else:
             allowed = PROMISE_MARGIN * testing.relative_error(promised[name], truth[name])
         report[name] = (testing.relative_error(x, truth[name]), allowed)

@@ -1,8 +1,9 @@
 """The routed backward's kernels against the formula in float64 with the pieces of dropped pairs set to zero.
 
-Allowances are those of test_head_kernels.py, per region: 2e-6 in float32 (measured: 1e-7 to 8e-7, with a single feature
-1.4e-6), in 16 bits twice the error of the same formula in float32 cast once (measured: up to 1.7 times). 70 tokens = an
-item of 64 pairs and 6 more of every block; 521 words = four blocks and one of 9; 67 features = a step of 64 and 3.
+Allowances are those of test_head_kernels.py, per region: in float32 2e-6 (measured: 1e-7 to 8e-7, with a single feature
+1.4e-6) or, as in 16 bits, twice the error of the same formula in float32 cast once (measured: up to 1.9 times). 70
+tokens = an item of 64 pairs and 6 more of every block; 521 words = four blocks and one of 9; 67 features = a step of 64
+and 3.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def run(inputs: Inputs, routing: Routing, needs=(True, True, True), gradient=Non
     )  # fmt: skip
 
 
-def check(inputs: Inputs, routing: Routing, gradient=None, **options) -> HeadGradients:
+def check(inputs: Inputs, routing: Routing, gradient=None, limit=FLOAT32_LIMIT, **options) -> HeadGradients:
     """Every region within its allowance; tokens without pairs get exactly nothing."""
     gradients = run(inputs, routing, gradient=gradient, **options)
     gradient, targets = gradient or coefficients(inputs)[1], inputs.targets
@@ -114,9 +115,9 @@ def check(inputs: Inputs, routing: Routing, gradient=None, **options) -> HeadGra
     dtype = inputs.hidden.dtype
     for name, actual in regions(gradients, targets).items():
         assert actual.dtype == dtype
-        allowed = FLOAT32_LIMIT
-        if dtype != torch.float32:
-            allowed = CONTRACT_FACTOR * error(contract[name].to(dtype), truth[name])
+        allowed = CONTRACT_FACTOR * error(contract[name].to(dtype), truth[name])
+        if dtype == torch.float32:
+            allowed = max(allowed, limit)
         found = error(actual, truth[name])
         print(f"{name}: {found:.1e} of {allowed:.1e}")
         assert found <= allowed, name
@@ -142,6 +143,14 @@ def test_some_pairs_and_some_whole_tokens(device, dtype, dense):
     check(inputs, routing)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_library_multiplies_many_whole_tokens(device, dtype, monkeypatch):
+    """Their float32 dW is what the pairs' is added to, before it is rounded once."""
+    monkeypatch.setattr(routed, "_JOINT", 0)
+    inputs = inputs_of(device, dtype, FEATURES, d=67)
+    check(inputs, route(inputs, 0.4, 0.3, scaled=True))
+
+
 def test_no_entropy_gradient_and_one_temperature(device):
     inputs = inputs_of(device, n=37)
     inputs = dataclasses.replace(inputs, transform=dataclasses.replace(inputs.transform, temperature=0.8))
@@ -159,24 +168,49 @@ def test_small_vocabularies(device, d, v):
     check(inputs, route(inputs), tiles=SMALL)
 
 
-@pytest.mark.parametrize(("dtype", "dense"), [("float32", 0.0), ("bfloat16", 0.0), ("float16", 0.2)])
-def test_small_workspaces(device, dtype, dense):
+SHARED = [("float32", 0.0, 0), ("bfloat16", 0.0, 0), ("float16", 0.2, 99), ("float16", 0.2, 0), ("bfloat16", 0.2, 0)]
+
+
+@pytest.mark.parametrize(("dtype", "dense", "joint"), SHARED)
+def test_small_workspaces(device, dtype, dense, joint, monkeypatch):
     """Runs of some blocks, then pieces of a block, then single items; dH has the same bits in all of them."""
+    monkeypatch.setattr(routed, "_JOINT", joint)
     inputs = inputs_of(device, dtype, ("bias", "temperature"), n=37, d=130, v=300)
     routing = route(inputs, 0.9, dense)
-    expected = check(inputs, routing, tiles=SMALL)
+    # Logits up to 16, sums of 130: their error is relative in p. 3.3e-6 in PTX for sm_90, 1.8e-6 in PyTorch on a CPU.
+    options = dict(tiles=SMALL, limit=5e-6)
+    expected = check(inputs, routing, **options)
     for pairs in (64, 16):
-        found = check(inputs, routing, tiles=SMALL, workspace_bytes=1 + pairs * BLOCK * 8 * (2 if dense else 1))
+        found = check(inputs, routing, **options, workspace_bytes=1 + pairs * BLOCK * 8 * (2 if dense else 1))
         assert dense or torch.equal(found.hidden, expected.hidden)
 
 
+@pytest.mark.parametrize("joint", [99, 0])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_pairs_join_every_slab_of_the_whole_tokens(device, dtype):
+def test_pairs_join_every_slab_of_the_whole_tokens(device, dtype, joint, monkeypatch):
     """1,100 words in two slabs of the dense backward, and the pairs of each slab in several runs."""
+    monkeypatch.setattr(routed, "_JOINT", joint)
     inputs = inputs_of(device, dtype, ("bias", "temperature"), n=20, d=16, v=1100)
     routing = route(inputs, 0.5, 0.3)
     assert dense.split(len(routing.dense), 16, 1100, inputs.hidden.element_size(), 1)[1] == 1024
     check(inputs, routing, tiles=SMALL, workspace_bytes=1)
+
+
+def test_a_run_goes_on_in_the_next_slab(device, monkeypatch):
+    """One run of pairs, and the whole tokens in slabs of 256 words; also added to the sums of other tokens."""
+    monkeypatch.setattr(dense, "split", lambda n, *shape, **options: (n, 256))
+    inputs = inputs_of(device, "float16", ("bias", "temperature"), n=20, d=16, v=1100)
+    routing = route(inputs, 0.5, 0.3)
+    expected = check(inputs, routing, tiles=SMALL)
+    others = [torch.full(x.shape, 0.5, device=device) for x in (inputs.weight, inputs.bias)]
+    for joint in (99, 0):
+        monkeypatch.setattr(routed, "_JOINT", joint)
+        check(inputs, routing, tiles=SMALL)
+        into = HeadGradients(None, *(x.clone() for x in others))
+        found = run(inputs, routing, tiles=SMALL, into=into)
+        for sums, x, whole in zip(into[1:], others, expected[1:], strict=True):
+            assert error(sums - x, whole.double()) < 2e-3
+        assert torch.equal(found.hidden.half(), expected.hidden)
 
 
 @pytest.mark.parametrize("counts", [[0, 0, 0], [5], [0, 40, 0, 3, 100, 16, 0], [32, 32, 1]])

@@ -162,6 +162,18 @@ class Head:
                 total.add_(x)
         return into._replace(hidden=found.hidden)
 
+    def scale(self, found: HeadGradients, factor: Tensor) -> HeadGradients:
+        """`found` times factor [], in place and with one more rounding, unless it is 1."""
+        if self.triton:
+            from lad_kernels.head.kernels.scale import scale
+
+            scale(found, factor)
+        elif factor.device.type != "cpu" or factor != 1:
+            for x in found:
+                if x is not None:
+                    x.mul_(factor)
+        return found
+
     def no_gradient(self) -> Tensor:
         """Zeros [N, D]."""
         return self.hidden.new_zeros(self.hidden.shape[:-1].numel(), self.hidden.shape[-1])

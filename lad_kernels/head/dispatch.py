@@ -40,8 +40,8 @@ CPU_LOGITS = 128 << 20  # bytes of one chunk's logits in one pass without an acc
 PAIR_BYTES = 16  # of a kept pair in a Routing, and of what lists it
 TOKEN_BYTES = 128  # of one token's log-prob, lse, coefficients and the objective's work
 ROWS = 256  # tokens of a piece are a multiple
-MASS_BYTES = 5  # of a (token, block) pair while pairs are chosen: its mass in float32, and whether it is kept
-LIST_BYTES = 40  # of a kept pair while pairs are listed; 33 to 38 were measured
+MASS_BYTES = 5  # of a (token, block) pair while pairs are chosen: its mass in float32; a bit and sums take 0.6 more
+LIST_BYTES = 12  # of a kept pair while pairs are listed: its token and its scale
 FIRST_KEPT_SHARE = 0.02  # what a policy under reinforcement learning has; believed until the first call
 
 
@@ -128,29 +128,38 @@ class Work:
         return gathered + self.dense(dense) + self.itemsize * weight / s.bytes + pieces + s.block * self.blocks
 
     def one_pass(self) -> float:
-        """Seconds of forward and backward in one pass; every chunk reads and writes a float32 dW, rounded last."""
+        """Seconds of forward and backward in one pass.
+
+        Each of several chunks reads and writes a float32 dW, rounded last.
+        """
         s = SPEEDS[self.device]
         chunks = -(-self.tokens // self.chunk_rows())
-        traffic = (8 * chunks + self.itemsize * (self.itemsize == 2)) * self.vocab_size * self.hidden_size
-        sums = traffic * self.need_weight / s.bytes
+        each = 0 if chunks == 1 and self.itemsize == 2 else 8 * chunks + self.itemsize * (self.itemsize == 2)
+        sums = each * self.vocab_size * self.hidden_size * self.need_weight / s.bytes
         return (1 + self.products) * self._product(self.tokens) + 2 * s.element * self.tokens * self.vocab_size + sums
 
     def chunk_rows(self) -> int:
         """Tokens whose logits are kept at once by the one-pass path.
 
-        On an accelerator all of BUDGET and the room of a 16-bit dW, which is rounded when the logits are gone: about
-        2,048 tokens or more from D = 896 at V = 152,064 and from D = 1,152 at V = 262,144. With fewer the float32 dW,
-        read and written once a chunk, is dear.
+        On an accelerator all tokens, if their logits fit BUDGET and the room of a float32 dW, which is not needed then:
+        a 16-bit dW is rounded by the one product that makes it. Else BUDGET and the room of the rounded dW, which is
+        made when the logits are gone: about 2,048 tokens or more from D = 896 at V = 152,064 and from D = 1,152 at
+        V = 262,144. With fewer the float32 dW, read and written once a chunk, is dear.
         """
         if self.device == "cpu":
             return max(64, CPU_LOGITS // (self.itemsize * self.vocab_size) // 8 * 8)
-        room = BUDGET - TOKEN_BYTES * self.tokens
-        room += self.itemsize * self.vocab_size * self.hidden_size if self.itemsize == 2 and self.need_weight else 0
+        budget = BUDGET - TOKEN_BYTES * self.tokens
+        rounded = self.itemsize * self.vocab_size * self.hidden_size if self.itemsize == 2 and self.need_weight else 0
+        if self._tiles(budget + 2 * rounded) * 128 >= self.tokens:
+            return max(1, -(-self.tokens // 128)) * 128
+        chunks = max(1, -(-self.tokens // (128 * self._tiles(budget + rounded))))
+        return max(1, -(-self.tokens // (128 * chunks))) * 128  # as few chunks as possible, of about one size
+
+    def _tiles(self, room: int) -> int:
+        """Tiles of 128 tokens whose logits fit `room`, one at least."""
         logits = self.itemsize * self.blocks * BLOCK + 8 * self.blocks  # and two sums of each tile of BLOCK columns
         states = (3 * self.itemsize + 4) * self.hidden_size  # gathered, scaled, dH in float32 and rounded
-        most = max(1, (room - SAMPLE * logits) // (logits + states) // 128)  # tiles of 128 tokens
-        chunks = max(1, -(-self.tokens // (128 * most)))
-        return max(1, -(-self.tokens // (128 * chunks))) * 128  # as few chunks as possible, of about one size
+        return max(1, (room - SAMPLE * logits) // (logits + states) // 128)
 
 
 @dataclass
@@ -284,12 +293,15 @@ def piece(
 def peak_bytes(work: Work, path: str, pairs: int = 0) -> tuple[int, bool]:
     """(bytes that a step takes on an accelerator beyond inputs and gradients, whether a float32 dW comes on top).
 
+    Or what has its room: one pass over all tokens at once needs none.
+
     For all tokens live and none gathered; `pairs` are those that a routing keeps. By arithmetic, not measured.
     """
     item, dw = work.itemsize, work.itemsize * work.vocab_size * work.hidden_size
     if path == "one_pass":
         chunk = item * work.vocab_size + 8 * work.blocks + (2 * item + 4) * work.hidden_size
-        return max(work.chunk_rows() * chunk - dw, 0) + TOKEN_BYTES * work.tokens, True
+        room = 2 * dw if item == 2 and work.chunk_rows() >= work.tokens else dw  # of the float32 dW, else of dW
+        return max(work.chunk_rows() * chunk - room, 0) + TOKEN_BYTES * work.tokens, True
     listed = pairs if path == "routed" else 0
     rows, workspace = work.piece(work.tokens, pairs=listed)
     several = rows < work.tokens

@@ -10,6 +10,7 @@ from torch import Tensor
 
 BLOCK = 128  # vocabulary columns of a block: the unit of probability mass that the forward reports
 SAMPLE = 16  # tokens of a chunk, at most, whose pieces of the logit gradient the one pass reports
+SLACK = 32  # rounding steps by which 1 - p_y may be wrong: added to the norm of the target's piece
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,14 @@ class Routing(NamedTuple):
             torch.bincount(block, minlength=len(ends)).tolist(),
             dense - tokens.start,
         )
+
+
+class Dropped(NamedTuple):
+    """Norms of what a routing leaves out of dZ, as routing.py bounds them."""
+
+    mass: Tensor  # [A] L1 norm over |c| of what is dropped of a token, from 0 to 2
+    by_token: Tensor  # [A] bound on the norm of what its row of dZ / (dz/draw) W loses
+    by_block: Tensor  # [blocks] bound on the norm of what the block's rows of dW lose
 
 
 def gather(hidden: Tensor, tokens: Tensor | None) -> Tensor:

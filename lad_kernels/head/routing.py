@@ -19,10 +19,12 @@ An entropy term of the gradient adds |g_H| sum_{j in b} p_j |log p_j| <= |g_H| m
 `unbiased` keeps a pair below the threshold with probability q = norm / threshold and multiplies its piece by 1 / q:
 the expected gradient is exact, and such a pair is off by threshold - norm. At equal pairs it errs 2 to 3.5 times less
 in dH than dropping with a lower theta (benchmarks/RESULTS.md). Its draws are a hash of the token's lse, its number and
-the block: the same input gives the same bits, and the next step, with other weights, other draws.
+the block: the same input gives the same bits, and the next step, with other weights, other draws. The hash is of 32
+bits, those of a float64 lse folded, so that an accelerator needs no 64-bit products.
 
 The bound covers what is dropped, with masses as the forward computed them; the rounding of what is multiplied is that
 of the dense path. Tokens with more pairs than `dense_share` of the blocks are handed to the dense path whole.
+Here is the rule in PyTorch, the specification; kernels/route.py has it in Triton, with the same lists.
 Source: the rule and its bound are this package's own.
 """
 
@@ -30,15 +32,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lad_kernels.head.logits import BLOCK, LogitGradient, LogitTransform, Routing
+from lad_kernels.head.logits import BLOCK, SLACK, Dropped, LogitGradient, LogitTransform, Routing
 
 _SLICE = 1 << 20  # pairs looked at together: 4 MiB of float32, 8 MiB of int64
-_SLACK = 32  # rounding steps by which 1 - p_y may be wrong: added to the norm of the target's piece
+_WORD = (1 << 32) - 1
 
 
 class Certificate(NamedTuple):
@@ -69,7 +71,7 @@ class _Pieces:
         onehot, prob, entropy = gradient.onehot, gradient.prob, gradient.entropy  # [A] each
         rest = prob + onehot if entropy is None else prob + onehot - entropy * logprobs.clamp(min=-1e30)
         own = rest * logprobs.exp() - onehot * torch.expm1(logprobs)  # [A] dZ at the target, without cancellation
-        own = own.abs() + onehot.abs() * _SLACK * torch.finfo(lse.dtype).eps
+        own = own.abs() + onehot.abs() * SLACK * torch.finfo(lse.dtype).eps
         token = torch.arange(len(lse), device=lse.device)  # [A]
         others = ((block_lse[self.block, token] - lse).exp().clamp(max=1.0) - logprobs.exp()).clamp(min=0.0)  # [A]
         self.target_norm = _norm(others, prob, entropy) + own  # [A] of the block that holds the target
@@ -98,15 +100,23 @@ class _Pieces:
         return torch.where(blocks == self.block[tokens], self.target_norm[tokens], norm)
 
 
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of murmur3, a permutation of 32-bit words held in int64; no product reaches 2^63."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = ((x ^ (x >> shift)) * (factor - (1 << 32))) & _WORD
+    return x ^ (x >> 16)
+
+
 def _draws(lse: Tensor, blocks: slice) -> Tensor:
-    """Numbers in [0, 1) for pairs [b, A]: the finaliser of SplitMix64 over (bits of lse, token, block)."""
+    """Numbers in [0, 1) for pairs [b, A]: a hash of (bits of lse, token, block), 24 bits of it."""
     bits = lse.view(torch.int32 if lse.dtype == torch.float32 else torch.int64).long()  # [A]
+    if lse.dtype == torch.float64:
+        bits = bits ^ (bits >> 32)
     token = torch.arange(len(lse), device=lse.device)  # [A]
     block = torch.arange(blocks.start, blocks.stop, device=lse.device)  # [b]
-    x = (bits * 0x9E3779B1 + token * 0x165667B19E3779F9) ^ (block[:, None] * 0x27D4EB2F165667C5)  # [b, A], modulo 2^64
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        x = (x ^ ((x >> shift) & ((1 << 64 - shift) - 1))) * factor
-    return ((x >> 40) & 0xFFFFFF).to(lse.dtype) / 2**24
+    x = _mix(((bits & _WORD) + token * 0x9E3779B1) & _WORD)  # [A]
+    x = _mix(x ^ ((block * 0x27D4EB2F + 0x165667B1) & _WORD)[:, None])  # [b, A]
+    return (x >> 8).to(lse.dtype) / 2**24
 
 
 def block_norms(weight: Tensor) -> Tensor:
@@ -145,11 +155,43 @@ def route(
     dense_share: float = 1.0,
     unbiased: bool = False,
     most_pairs: int | None = None,
+    triton: bool = False,
 ) -> tuple[Routing, Certificate]:
-    """Choose the pairs of A tokens. Three host syncs on an accelerator: how many tokens and pairs, and per block.
+    """Choose the pairs of A tokens. Host syncs on an accelerator: three in PyTorch, one in Triton.
 
     With more than `most_pairs` kept pairs, those of dense tokens apart, all tokens are dense.
     """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    slope = abs(transform.scale) / transform.temperature  # [A] or a number
+    reach = torch.linalg.vector_norm(hidden, dim=-1, dtype=wide).flatten()  # [N]
+    reach = (reach if tokens is None else reach[tokens]) * slope  # [A]
+    choice: Any = choose
+    if triton:
+        from lad_kernels.head.kernels.route import choose as choice
+    routing, lost = choice(
+        targets, lse, logprobs, block_lse, gradient, theta, block_norms(weight), reach, dense_share=dense_share,
+        unbiased=unbiased, most_pairs=most_pairs,
+    )  # fmt: skip
+    pairs = torch.full((), sum(routing.counts) + len(routing.dense) * len(block_lse), device=lse.device)  # []
+    bounds = (lost.by_token * slope).norm(), lost.by_block.norm()  # [], []
+    return routing, Certificate(pairs, lost.mass.mean(), lost.mass.amax(), *bounds)
+
+
+def choose(
+    targets: Tensor,  # [A]
+    lse: Tensor,  # [A]
+    logprobs: Tensor,  # [A]
+    block_lse: Tensor,  # [blocks, A]
+    gradient: LogitGradient,
+    theta: float,
+    longest: Tensor,  # [blocks] w_b
+    reach: Tensor,  # [A] s_n ||h_n||
+    *,
+    dense_share: float,
+    unbiased: bool,
+    most_pairs: int | None,
+) -> tuple[Routing, Dropped]:
+    """The pairs that `route` keeps, and the sums over those that it does not."""
     pieces = _Pieces(block_lse, lse, logprobs, targets, gradient)
     threshold = theta * pieces.size.sum() / (pieces.size != 0).sum().clamp(min=1)  # []
     keep = torch.empty(block_lse.shape, dtype=torch.bool, device=lse.device)  # [blocks, A]
@@ -165,12 +207,7 @@ def route(
         dense, many, counts = torch.arange(len(lse), device=lse.device), torch.ones_like(many), [0] * len(counts)
         keep.zero_()
 
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    slope = abs(transform.scale) / transform.temperature  # [A] or a number
-    reach = torch.linalg.vector_norm(hidden, dim=-1, dtype=wide).flatten()  # [N]
-    reach = (reach if tokens is None else reach[tokens]) * slope  # [A]
-    longest, lost = block_norms(weight), torch.zeros_like(lse)  # [blocks], [A]
-    error, by_block = torch.zeros_like(lse), lse.new_empty(len(keep))  # [A], [blocks]
+    lost, error, by_block = torch.zeros_like(lse), torch.zeros_like(lse), lse.new_empty(len(keep))  # [A] x 2, [blocks]
     for part, norm in pieces:
         kept = keep[part] | many  # [b, A]
         lost += norm.masked_fill(kept, 0.0).sum(0)
@@ -180,10 +217,6 @@ def route(
             norm.masked_fill_(kept, 0.0)
         error += torch.mv(norm.T, longest[part])
         by_block[part] = torch.mv(norm, reach)
-    lost /= pieces.size
     blocks, rows = (x.contiguous() for x in keep.nonzero().unbind(1))  # [P], [P]
     scale = (threshold / pieces.at(blocks, rows)).clamp_(min=1.0) if unbiased else None  # [P]
-    routing = Routing(rows, scale, counts, dense)
-    pairs = torch.full((), sum(counts) + len(dense) * len(keep), device=lse.device)  # []
-    certificate = Certificate(pairs, lost.mean(), lost.amax(), (error * slope).norm(), by_block.norm())
-    return routing, certificate
+    return Routing(rows, scale, counts, dense), Dropped(lost / pieces.size, error, by_block)

@@ -71,6 +71,9 @@ _TABLE = {  # (arch, bytes per element)
     ("sm_100", 4): Row(_FLOAT32, _FLOAT32),
     ("gfx942", 4): Row(_FLOAT32, _FLOAT32),
 }
+# Compilers fuse a product and a sum where they please, in one row of a tile and not in the next, so that a token's bits
+# would depend on its place. What may be fused says so (tl.fma).
+SAME_BITS = {"enable_fp_fusion": False}
 _INTERPRETED = "sm_80"  # whose rows the interpreter runs
 
 

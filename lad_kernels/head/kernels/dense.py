@@ -36,7 +36,15 @@ from torch import Tensor
 
 from lad_kernels.head import flops
 from lad_kernels.head.kernels import configs
-from lad_kernels.head.kernels.blocks import inverse_temperatures, logits, product, tile_order
+from lad_kernels.head.kernels.blocks import (
+    LN_2,
+    LOG2_E,
+    exponents,
+    inverse_temperatures,
+    product,
+    row_levels,
+    tile_order,
+)
 from lad_kernels.head.kernels.configs import Tiles
 from lad_kernels.head.kernels.forward import inverse_temperature
 from lad_kernels.head.logits import BLOCK, HeadGradients, LogitGradient, LogitTransform
@@ -79,7 +87,7 @@ def _logit_gradient_kernel(
 ):
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_v = tl.cdiv(V, BLOCK_V)
-    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=TMA):
         tile_n, tile_v = tile_order(tile, tiles_n, tiles_v, GROUP_N)
         row, column = tile_n * BLOCK_N, tile_v * BLOCK_V
         raw = product(
@@ -91,16 +99,19 @@ def _logit_gradient_kernel(
         if bias is not None:
             raw += tl.load(bias + columns, mask=in_v, other=0.0).to(tl.float32)[None, :]
         inv_t = inverse_temperatures(inv_temperature, rows, N, PER_TOKEN)  # [BLOCK_N]
-        z, slope = logits(raw, scale, softcap, inv_t[:, None])  # [BLOCK_N, BLOCK_V], broadcastable to it
+        x, factor, slope = exponents(raw, scale, softcap, inv_t[:, None])  # [BLOCK_N, BLOCK_V], [BLOCK_N, 1] or like x
 
-        # Rows beyond N get p = 0, so that they add nothing to column sums; the bound keeps columns beyond V, which
-        # hold logits of no word and are never stored, from overflowing (a minimum would turn NaN into 0).
-        below = z - tl.load(lse + rows, mask=in_n, other=1e38)[:, None]  # [BLOCK_N, BLOCK_V]
-        below = tl.where(below > 0, 0.0, below)  # [BLOCK_N, BLOCK_V] log p
-        weight = tl.load(prob + rows, mask=in_n, other=0.0)[:, None]  # [BLOCK_N, 1]
+        # p = 2^(x f - level - r). Rows beyond N get p = 0, so that they add nothing to column sums; columns beyond V
+        # hold logits of no word, maybe infinite, and are never stored.
+        f = factor * LOG2_E  # [BLOCK_N, 1]
+        level, r = row_levels(tl.load(lse + rows, mask=in_n, other=0.0)[:, None], factor, f)  # [BLOCK_N, 1] each
+        d = tl.fma(x, f, -tl.where(in_n[:, None], level, 1e30))  # [BLOCK_N, BLOCK_V] log2 p + r
+        scaling = tl.exp2(-r)  # [BLOCK_N, 1]
+        weight = tl.load(prob + rows, mask=in_n, other=0.0)[:, None] * scaling  # [BLOCK_N, 1]
         if entropy is not None:
-            weight -= tl.load(entropy + rows, mask=in_n, other=0.0)[:, None] * below  # [BLOCK_N, BLOCK_V]
-        g = tl.exp(below) * weight  # [BLOCK_N, BLOCK_V] dZ without the target's term
+            g_entropy = tl.load(entropy + rows, mask=in_n, other=0.0)[:, None] * scaling * LN_2  # [BLOCK_N, 1]
+            weight = tl.fma(-g_entropy, d, tl.fma(g_entropy, r, weight))  # [BLOCK_N, BLOCK_V]
+        g = tl.exp2(d) * weight  # [BLOCK_N, BLOCK_V] dZ without the target's term
         y = (tl.load(targets + rows, mask=in_n, other=-1) - column0).to(tl.int32)  # [BLOCK_N] column in the slab
         at_target = tl.load(onehot + rows, mask=in_n, other=0.0)  # [BLOCK_N]
         g = tl.where(columns[None, :] == y[:, None], g + at_target[:, None], g) * slope  # [BLOCK_N, BLOCK_V] dR
@@ -128,18 +139,19 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         torch.addmm(out, a, b, out=out, **mixed)
 
 
-def split(N: int, D: int, V: int, itemsize: int, workspace_bytes: int) -> tuple[int, int]:
-    """(rows, columns) of a slab of dR that, with its float32 [columns, D] of dW, fits the workspace.
+def split(N: int, D: int, V: int, itemsize: int, workspace_bytes: int, *, staged: bool = True) -> tuple[int, int]:
+    """(rows, columns) of a slab of dR that, with its float32 [columns, D] of dW if `staged`, fits the workspace.
 
     Columns are a multiple of BLOCK and even out over the slabs; rows are N whenever _MIN_COLUMNS columns fit.
     """
     whole = triton.cdiv(V, BLOCK) * BLOCK
-    columns = min(workspace_bytes // (N * itemsize + 4 * D) // BLOCK * BLOCK, whole)
+    stage = 4 * D if staged else 0  # bytes of a column
+    columns = min(workspace_bytes // (N * itemsize + stage) // BLOCK * BLOCK, whole)
     if columns >= min(_MIN_COLUMNS, whole):
         slabs = triton.cdiv(whole, columns)
         return N, triton.cdiv(whole, slabs * BLOCK) * BLOCK
     columns = min(_MIN_COLUMNS, whole)
-    rows = (workspace_bytes - 4 * D * columns) // (columns * itemsize) // _ROW_STEP * _ROW_STEP
+    rows = (workspace_bytes - stage * columns) // (columns * itemsize) // _ROW_STEP * _ROW_STEP
     return min(max(rows, _ROW_STEP), N), columns
 
 
@@ -160,6 +172,17 @@ def scaled(
     return LogitGradient(*(x.contiguous() for x in vectors)), down
 
 
+class Handed(NamedTuple):
+    """What `then` of `backward` is handed of some columns of dZ, whole blocks but for the last."""
+
+    columns: slice
+    dr: Tensor | None  # [N, width] scaled, if its product with the hidden states is left to `then`
+    down: Tensor | None  # [] what undoes the scaling of dr
+    base: Tensor | None  # [width, D] float32, unscaled: what dW holds so far; None: nothing, or dW is not needed
+    out: Tensor | None  # [width, D] where all of dW goes, in its own dtype; maybe `base` itself
+    db: Tensor | None  # [width] float32, unscaled, may be added to
+
+
 @torch.no_grad()
 def backward(
     hidden: Tensor,  # [N, D]
@@ -175,14 +198,15 @@ def backward(
     need_bias: bool,
     workspace_bytes: int = 512 << 20,
     tiles: Tiles | None = None,
-    then: Callable[[slice, Tensor | None, Tensor | None], None] | None = None,
+    then: Callable[[Handed], None] | None = None,
+    leave_weight: bool = False,
     into: HeadGradients | None = None,
 ) -> HeadGradients:
     """Gradients with respect to hidden, weight and bias. `tiles` overrides the table of configs.py.
 
-    `then` is called for each slab of whole blocks with its finished dW [width, D] and db [width], both unscaled
-    float32 or None, and may add to them before they are cast. With `into` dW and db are added to its float32 tensors,
-    and dH stays float32.
+    `then` is called for each slab and writes its dW: what is in `base` and what else there is, rounded once. With
+    `leave_weight` it multiplies dR itself; the workspace has to hold 1,024 columns of all rows then. With `into` dW and
+    db are added to its float32 tensors, and dH stays float32.
     """
     N, D = hidden.shape
     need_bias = need_bias and bias is not None
@@ -198,7 +222,8 @@ def backward(
     dw, db = accumulators(weight, need_weight, need_bias, into)  # [V, D], [V]
     whole = _Slab(hidden, weight, targets, bias, lse, 0)
     tiles = tiles or configs.tiles_for(hidden, weight, bias, transform)
-    _slabs(whole, transform, gradient, down, HeadGradients(dh, dw, db), into is not None, workspace_bytes, tiles, then)
+    _slabs(whole, transform, gradient, down, HeadGradients(dh, dw, db), into is not None, workspace_bytes, tiles, then,
+           leave_weight)  # fmt: skip
     if down is not None and need_hidden:
         dh.mul_(down)
     if into is not None:
@@ -241,19 +266,23 @@ def _slabs(
     add: bool,  # to what dW holds, which is float32 then
     workspace_bytes: int,
     tiles: Tiles,
-    then: Callable[[slice, Tensor | None, Tensor | None], None] | None,
+    then: Callable[[Handed], None] | None,
+    leave_weight: bool,
 ) -> None:
     """All slabs; the workspace is free again before the caller rounds a result."""
     (N, D), V, item = whole.hidden.shape, whole.weight.shape[0], whole.hidden.element_size()
     dh, dw, db = out
-    rows, columns = split(N, D, V, item, workspace_bytes)
+    left = leave_weight and dw is not None
+    rows, columns = split(N, D, V, item, workspace_bytes, staged=not left)
+    assert rows == N or not left
     dr = whole.hidden.new_empty(rows, columns) if dh is not None or dw is not None else None  # [rows, columns]
-    staged = dw is not None and (dw.dtype != torch.float32 or (add and down is not None))
+    staged = dw is not None and not left and (dw.dtype != torch.float32 or (add and down is not None))
     stage = dw.new_empty(columns, D, dtype=torch.float32) if staged else None  # [columns, D]
     for v0 in range(0, V, columns):
         slab = slice(v0, min(v0 + columns, V))
         width = slab.stop - v0
-        dw_sum = stage[:width] if staged else None if dw is None else dw[slab]  # [width, D] float32
+        nothing = dw is None or (left and not add)
+        dw_sum = stage[:width] if staged else None if nothing else dw[slab]  # [width, D] float32
         db_sum = None if db is None else db.new_zeros(width)  # [width]
         for n0 in range(0, N, rows):
             run = slice(n0, min(n0 + rows, N))
@@ -262,17 +291,20 @@ def _slabs(
             tile = None if dr is None else dr[: run.stop - n0, :width]  # [rows, width]
             if dh is not None:
                 accumulate(dh[run], tile, part.weight, first=v0 == 0)
-            if dw is not None:
+            if dw is not None and not left:
                 accumulate(dw_sum, tile.t(), part.hidden, first=n0 == 0 and (staged or not add))
             if db is not None:
                 db_sum += column_sums
         if down is not None:
-            dw_sum, db_sum = (None if x is None else x.mul_(down) for x in (dw_sum, db_sum))
+            for x in (dw_sum if staged else None, db_sum):
+                if x is not None:
+                    x.mul_(down)
+        out = None if dw is None else dw_sum if staged and add else dw[slab]  # [width, D]
         if then is not None:
-            then(slab, dw_sum, db_sum)
+            then(Handed(slab, tile if left else None, down, dw_sum, out, db_sum))
         if staged and add:
             dw[slab] += dw_sum
-        elif staged:
+        elif staged and then is None:
             dw[slab] = dw_sum
         if db is not None:
             db[slab] += db_sum

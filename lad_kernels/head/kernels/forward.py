@@ -6,7 +6,10 @@ Three kernels.
 1. `_partials_kernel` (2 N D V flops): one tile of z at a time. Each block b of 128 columns leaves one number per token,
    L_b = log sum_{j in b} e^z_j, and if entropy is wanted H_b, the entropy of the softmax inside the block. L_b is both
    the partial of the log-sum-exp and the mass of the block that the routed backward needs.
-2. `_target_kernel`: z_y by a gathered dot product, so that the tiles have no target branch.
+2. `_target_kernel`: z_y, so that the tiles have no target branch. Rows of W are gathered and multiplied as the tiles
+   multiply them, step by step in the same matrix units, although of each product of 64 tokens with 64 targets only the
+   diagonal is wanted: z_y is then the very number that lse contains, and what the units round off cancels in logp.
+   (A Hopper's cut off what they add: at D = 4,096 logits of 50 lose 1e-4.)
 3. `_finalize_kernel`: blocks in ascending order, first their maximum, then
        lse = log sum_b e^L_b,   p_b = e^(L_b - lse),   H = sum_b p_b (H_b - log p_b)      (chain rule)
    Every term of H is non-negative, so peaked distributions do not cancel.
@@ -16,8 +19,8 @@ the caller wants them all, tokens pass in runs of rows whose partials, and hidde
 MiB; a run is a multiple of every block_n and only splits the grid, so it cannot change a result.
 Exact: nothing is dropped, no atomics, fixed order. Each token's numbers are bitwise independent of N and of its
 neighbours: the tile shape does not depend on N, and N is kept out of the specialisation of the kernels.
-Precision is lost in fp32 roundings only; the absolute error of lse grows with |z|, about 1e-7 |z|. z_y and lse come
-from two summation orders, hence the clamp of logp at 0.
+Precision is lost in fp32 roundings only; the absolute error of z and lse grows with |z| and D, that of logp with the
+distance of z_y from the largest z. What logp has above 0 is rounding, hence the clamp.
 A target outside [0, V) matches no column: its log-probability is -inf, and nothing out of bounds is read.
 Cost: 2 N D V flops; H is read V / block_v times and W N / block_n times, mostly from L2; 4 N V / 128 bytes of partials
 written and read twice (8 with entropy).
@@ -32,7 +35,16 @@ from torch import Tensor
 
 from lad_kernels.head import flops
 from lad_kernels.head.kernels import configs
-from lad_kernels.head.kernels.blocks import inverse_temperatures, logits, product, tile_order
+from lad_kernels.head.kernels.blocks import (
+    LN_2,
+    LOG2_E,
+    exponents,
+    inverse_temperatures,
+    levels,
+    logits,
+    product,
+    tile_order,
+)
 from lad_kernels.head.kernels.configs import Tiles
 from lad_kernels.head.logits import BLOCK, HeadForward, LogitTransform, gather
 
@@ -41,7 +53,7 @@ _RUN = 1024  # runs are multiples of this, hence of every block_n
 _LOWEST = tl.constexpr(-1e38)  # stands for -inf: finite, so that no inf - inf can arise
 
 _BLOCK = tl.constexpr(BLOCK)
-_TARGET_TOKENS, _TARGET_K = 16, 128  # tile of the gathered dot product
+_TARGET_TOKENS = 64  # of the gathered product
 _FINAL_BLOCKS, _FINAL_TOKENS = 64, 32  # tile of the reduction over blocks
 
 
@@ -67,13 +79,15 @@ def _partials_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    WHOLE_BLOCKS: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     TMA: tl.constexpr,
     PER_TOKEN: tl.constexpr,
 ):
     PARTS: tl.constexpr = BLOCK_V // _BLOCK
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_v = tl.cdiv(V, BLOCK_V)
-    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=TMA):
         tile_n, tile_v = tile_order(tile, tiles_n, tiles_v, GROUP_N)
         row, column = tile_n * BLOCK_N, tile_v * BLOCK_V
         raw = product(
@@ -84,22 +98,25 @@ def _partials_kernel(
         if bias is not None:
             raw += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
         inv_t = inverse_temperatures(inv_temperature, rows, N, PER_TOKEN)  # [BLOCK_N]
-        z, _ = logits(raw, scale, softcap, inv_t[:, None])  # [BLOCK_N, BLOCK_V]
-        z = tl.where(columns[None, :] < V, z, _LOWEST)
-
-        z = tl.reshape(z, (BLOCK_N, PARTS, _BLOCK))  # [BLOCK_N, PARTS, BLOCK]
-        top = tl.max(z, axis=2)  # [BLOCK_N, PARTS]
-        z -= top[:, :, None]
-        e = tl.exp(z)  # [BLOCK_N, PARTS, BLOCK]
-        total = tl.sum(e, axis=2)  # [BLOCK_N, PARTS], at least 1
-        log_total = tl.log(total)  # [BLOCK_N, PARTS]
+        x, factor, _ = exponents(raw, scale, softcap, inv_t[:, None])  # [BLOCK_N, BLOCK_V], [BLOCK_N, 1]
+        if not WHOLE_BLOCKS:  # else a block is complete, or beyond V and not stored
+            x = tl.where(columns[None, :] < V, x, 1e30 if NEGATIVE else -1e30)
+        x = tl.reshape(x, (BLOCK_N, PARTS, _BLOCK))  # [BLOCK_N, PARTS, BLOCK]
+        top = tl.min(x, axis=2) if NEGATIVE else tl.max(x, axis=2)  # [BLOCK_N, PARTS], the largest z over factor
+        f = factor * LOG2_E  # [BLOCK_N, 1]
+        level, r = levels(top, f)  # [BLOCK_N, PARTS] each
+        d = tl.fma(x, f[:, :, None], -level[:, :, None])  # [BLOCK_N, PARTS, BLOCK] (z - the largest) log2 e + r
+        e = tl.exp2(d)  # [BLOCK_N, PARTS, BLOCK]
+        total = tl.sum(e, axis=2)  # [BLOCK_N, PARTS], about 1 or more
+        log_total = tl.log2(total)  # [BLOCK_N, PARTS]
 
         parts = tile_v * PARTS + tl.arange(0, PARTS)  # [PARTS]
         valid = (rows[:, None] < N) & (parts[None, :] * _BLOCK < V)  # [BLOCK_N, PARTS]
         at = parts[None, :].to(tl.int64)  # [1, PARTS]
-        tl.store(block_lse + at * lse_stride + rows[:, None], top + log_total, mask=valid)
+        tl.store(block_lse + at * lse_stride + rows[:, None], tl.fma(log_total - r, LN_2, top * factor), mask=valid)
         if block_entropy is not None:
-            inside = log_total - tl.sum(e * z, axis=2) / total  # [BLOCK_N, PARTS]; both terms are >= 0
+            inside = (log_total - tl.sum(e * d, axis=2) / total) * LN_2  # [BLOCK_N, PARTS]; r cancels
+            inside = tl.where(inside < 0, 0.0, inside)  # [BLOCK_N, PARTS]; a maximum would turn NaN into 0
             tl.store(block_entropy + at * entropy_stride + rows[:, None], inside, mask=valid)
 
 
@@ -129,14 +146,15 @@ def _target_kernel(
     y = tl.where(known, y, 0)
     h += rows[:, None].to(tl.int64) * h_stride  # [TOKENS, 1]
     w += y[:, None] * w_stride  # [TOKENS, 1]
-    acc = tl.zeros((TOKENS, BLOCK_K), tl.float32)  # [TOKENS, BLOCK_K]
+    acc = tl.zeros((TOKENS, TOKENS), tl.float32)  # [TOKENS, TOKENS] every token with every target
     for k in range(0, D, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)[None, :]  # [1, BLOCK_K]
         mask = known[:, None] & (ks < D)  # [TOKENS, BLOCK_K]
-        acc += tl.load(h + ks, mask=mask, other=0.0).to(tl.float32) * tl.load(w + ks, mask=mask, other=0.0).to(
-            tl.float32
-        )
-    raw = tl.sum(acc, axis=1)  # [TOKENS]
+        a = tl.load(h + ks, mask=mask, other=0.0)  # [TOKENS, BLOCK_K]
+        b = tl.load(w + ks, mask=mask, other=0.0)  # [TOKENS, BLOCK_K]
+        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    own = tl.arange(0, TOKENS)[:, None] == tl.arange(0, TOKENS)[None, :]  # [TOKENS, TOKENS]
+    raw = tl.sum(tl.where(own, acc, 0.0), axis=1)  # [TOKENS]
     if bias is not None:
         raw += tl.load(bias + y, mask=known, other=0.0).to(tl.float32)
     inv_t = inverse_temperatures(inv_temperature, rows, N, PER_TOKEN)  # [TOKENS]
@@ -241,7 +259,7 @@ def forward(
             rows = hidden[start:stop] if tokens is None else gather(hidden, tokens[start:stop])  # [<= run, D]
             chosen = tiles or configs.tiles_for(rows, weight, bias, transform)
             _partials(rows, weight, bias, inv_temperature, transform, block_lse, run_entropy, chosen)
-            z_y = target_logits(rows, weight, targets[start:stop], bias, inv_temperature, transform)
+            z_y = target_logits(rows, weight, targets[start:stop], bias, inv_temperature, transform, chosen)
             _finalize_kernel[(triton.cdiv(stop - start, _FINAL_TOKENS),)](
                 block_lse,
                 run_entropy,
@@ -255,6 +273,7 @@ def forward(
                 run_entropy.stride(0) if want_entropy else 0,
                 BLOCKS=_FINAL_BLOCKS,
                 TOKENS=_FINAL_TOKENS,
+                **configs.SAME_BITS,
             )
     return HeadForward(logprobs, lse, entropy, all_lse)
 
@@ -293,10 +312,13 @@ def _partials(
         BLOCK_K=tiles.block_k,
         GROUP_N=tiles.group_n,
         EVEN_K=D % tiles.block_k == 0,
+        WHOLE_BLOCKS=V % BLOCK == 0,
+        NEGATIVE=transform.scale < 0 and transform.softcap is None,
         TMA=tiles.tma,
         PER_TOKEN=isinstance(inv_temperature, Tensor),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        **configs.SAME_BITS,
     )
 
 
@@ -307,6 +329,7 @@ def target_logits(
     bias: Tensor | None,  # [V]
     inv_temperature: Tensor | float,  # [N] or a number
     transform: LogitTransform,
+    tiles: Tiles,
 ) -> Tensor:
     (N, D), V = hidden.shape, weight.shape[0]
     z_y = torch.empty(N, dtype=torch.float32, device=hidden.device)  # [N]
@@ -325,7 +348,10 @@ def target_logits(
         float(transform.scale),
         None if transform.softcap is None else float(transform.softcap),
         TOKENS=_TARGET_TOKENS,
-        BLOCK_K=_TARGET_K,
+        BLOCK_K=tiles.block_k,
         PER_TOKEN=isinstance(inv_temperature, Tensor),
+        num_warps=4 if hidden.element_size() == 2 else 8,
+        num_stages=tiles.stages,
+        **configs.SAME_BITS,
     )
     return z_y

@@ -30,11 +30,12 @@ more than in dense.py: 1.75 times the error of the final cast alone where dense.
 which sums over rows of mixed signs can magnify; dense.py's has none. H subtracts terms of the size of |log S|: its
 absolute error is up to 6e-7 |log S| (measured) beside forward.py's; without a prior |log S| = |logp|.
 Cost: C V elements of F written once and read twice; 8 V D bytes of float32 dW per chunk, hence chunks as long as
-memory allows.
+memory allows. A single chunk needs no float32 dW.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -45,13 +46,23 @@ from torch import Tensor
 
 from lad_kernels.head import flops
 from lad_kernels.head.kernels import configs, dense
-from lad_kernels.head.kernels.blocks import inverse_temperatures, logits, product, tile_order
+from lad_kernels.head.kernels.blocks import (
+    LN_2,
+    LOG2_E,
+    exponents,
+    inverse_temperatures,
+    product,
+    row_levels,
+    tile_order,
+)
 from lad_kernels.head.kernels.configs import Tiles
 from lad_kernels.head.kernels.forward import inverse_temperature, target_logits
 from lad_kernels.head.logits import BLOCK, SAMPLE, HeadForward, HeadGradients, LogitTransform, gather
 
 _LARGEST_SUM = 2.0**64  # F, F W and r H stay far inside the exponents of bfloat16 and float32
+_BLOCK = tl.constexpr(BLOCK)
 _FINAL_TILES, _FINAL_TOKENS = 64, 32  # tile of the reduction over vocabulary tiles
+_library_flags = threading.Lock()  # the flags are the process's: threads take turns to set and restore them
 
 
 @triton.jit(do_not_specialize=["N", "sums_stride"])
@@ -61,7 +72,7 @@ def _exponentials_kernel(
     bias,  # [V] or None
     inv_temperature,  # [N] or a number
     shift,  # [N]
-    f,  # [N, >= V] out
+    out,  # [N, >= V] F
     sums,  # [vocabulary tiles, >= N] out
     moments,  # [vocabulary tiles, >= N] out, or None
     N,
@@ -69,7 +80,7 @@ def _exponentials_kernel(
     D,
     h_stride,
     w_stride,
-    f_stride,
+    out_stride,
     sums_stride,
     scale,
     softcap,
@@ -78,12 +89,14 @@ def _exponentials_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    WHOLE_BLOCKS: tl.constexpr,
     TMA: tl.constexpr,
     PER_TOKEN: tl.constexpr,
 ):
+    PARTS: tl.constexpr = BLOCK_V // _BLOCK
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_v = tl.cdiv(V, BLOCK_V)
-    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=TMA):
         tile_n, tile_v = tile_order(tile, tiles_n, tiles_v, GROUP_N)
         row, column = tile_n * BLOCK_N, tile_v * BLOCK_V
         raw = product(
@@ -95,18 +108,28 @@ def _exponentials_kernel(
         if bias is not None:
             raw += tl.load(bias + columns, mask=in_v, other=0.0).to(tl.float32)[None, :]
         inv_t = inverse_temperatures(inv_temperature, rows, N, PER_TOKEN)  # [BLOCK_N]
-        z, slope = logits(raw, scale, softcap, inv_t[:, None])  # [BLOCK_N, BLOCK_V], broadcastable to it
+        x, factor, slope = exponents(raw, scale, softcap, inv_t[:, None])  # [BLOCK_N, BLOCK_V], [BLOCK_N, 1] or like x
 
-        z -= tl.load(shift + rows, mask=in_n, other=0.0)[:, None]
-        z = tl.where(in_v[None, :], z, -1e38)  # finite, so that e z below is 0
-        e = tl.exp(z)  # [BLOCK_N, BLOCK_V]
+        f = factor * LOG2_E  # [BLOCK_N, 1]
+        level, r = row_levels(tl.load(shift + rows, mask=in_n, other=0.0)[:, None], factor, f)  # [BLOCK_N, 1] each
+        d = tl.fma(x, f, -tl.where(in_n[:, None], level, 1e30))  # [BLOCK_N, BLOCK_V] (z - shift) log2 e + r
+        e = tl.exp2(d)  # [BLOCK_N, BLOCK_V], 2^r too large
+        if not WHOLE_BLOCKS:  # else a block is complete, or beyond V
+            e = tl.where(in_v[None, :], e, 0.0)
+        parts = column + tl.arange(0, PARTS) * _BLOCK < V  # [PARTS]
+        scaling = tl.exp2(-r)  # [BLOCK_N, 1]
+        each = tl.sum(tl.reshape(e, (BLOCK_N, PARTS, _BLOCK)), axis=2)  # [BLOCK_N, PARTS]
+        each = tl.where(parts[None, :], each, 0.0) * scaling  # [BLOCK_N, PARTS]
         at = sums_stride * tile_v.to(tl.int64) + rows  # [BLOCK_N]
-        tl.store(sums + at, tl.sum(e, axis=1), mask=in_n)
+        tl.store(sums + at, tl.sum(each, axis=1), mask=in_n)
         if moments is not None:
-            tl.store(moments + at, tl.sum(e * z, axis=1), mask=in_n)
-        # The mask is as wide as a row of f, not as V: its bound divides by 16, so that the stores stay wide.
-        at = rows[:, None].to(tl.int64) * f_stride + columns[None, :]  # [BLOCK_N, BLOCK_V]
-        tl.store(f + at, (e * slope).to(f.dtype.element_ty), mask=in_n[:, None] & (columns < f_stride)[None, :])
+            moment = tl.sum(tl.reshape(e * d, (BLOCK_N, PARTS, _BLOCK)), axis=2)  # [BLOCK_N, PARTS]
+            moment = tl.where(parts[None, :], moment, 0.0) * scaling - each * r  # [BLOCK_N, PARTS]
+            tl.store(moments + at, tl.sum(moment, axis=1) * LN_2, mask=in_n)
+        # The mask is as wide as a row of out, not as V: its bound divides by 16, so that the stores stay wide.
+        at = rows[:, None].to(tl.int64) * out_stride + columns[None, :]  # [BLOCK_N, BLOCK_V]
+        mask = in_n[:, None] & (columns < out_stride)[None, :]  # [BLOCK_N, BLOCK_V]
+        tl.store(out + at, (e * (slope * scaling)).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(
@@ -193,7 +216,11 @@ def one_pass(
     outputs = HeadForward(torch.empty(M, **new), torch.empty(M, **new), entropy, None)
     row_sums = torch.empty(M, **new)  # [M]
     dh = hidden.new_zeros(hidden.shape[:-1].numel(), D) if need_hidden else None  # [N, D]
-    dw = (torch.empty if M else torch.zeros)(V, D, **new) if need_weight else None  # [V, D]
+    once = len(chunks) == 1 and hidden.element_size() == 2  # the library rounds the only product itself
+    dw = None  # [V, D]
+    if need_weight:
+        kind = hidden.dtype if once else torch.float32
+        dw = (torch.empty if M else torch.zeros)(V, D, dtype=kind, device=hidden.device)
     db = torch.zeros(V, 2, **new) if need_bias and bias is not None else None  # [V, 2]
     longest = max((rows.stop - rows.start for rows in chunks), default=0)
     workspace = hidden.new_empty(longest, _padded(V))  # [longest chunk, >= V]
@@ -215,7 +242,10 @@ def one_pass(
             del dh_chunk
         if need_weight:
             scaled = torch.mul(part.hidden, r[:, None], out=torch.empty_like(part.hidden))  # [C, D], from float32
-            dense.accumulate(dw, f.t(), scaled, first=rows.start == 0)
+            if once:
+                _product(dw, f.t(), scaled)
+            else:
+                dense.accumulate(dw, f.t(), scaled, first=rows.start == 0)
         if db is not None:
             high = r.to(f.dtype)  # [C]
             pair = torch.stack([high, (r - high).to(f.dtype)], dim=1)  # [C, 2]: two 16-bit numbers hold r to 2^-17
@@ -226,6 +256,19 @@ def one_pass(
     return outputs, HeadGradients(
         dh, None if dw is None else dw.to(weight.dtype), None if db is None else db.sum(1).to(bias.dtype)
     )
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out [R, C] = a [R, K] b [K, C] in 16 bits, every sum in float32 and rounded once."""
+    flops.product(a.shape[0], a.shape[1], b.shape[1])
+    library = torch.backends.cuda.matmul
+    with _library_flags:
+        before = library.allow_bf16_reduced_precision_reduction
+        library.allow_bf16_reduced_precision_reduction = False  # else parts of a sum may be added in 16 bits
+        try:
+            torch.mm(a, b, out=out)
+        finally:
+            library.allow_bf16_reduced_precision_reduction = before
 
 
 class _Chunk(NamedTuple):
@@ -257,7 +300,7 @@ def _exponentials(
     sums = torch.empty(tiles_v, C, dtype=torch.float32, device=device)  # [vocabulary tiles, C]
     moments = torch.empty_like(sums) if outputs.entropy is not None else None  # [vocabulary tiles, C]
     with configs.current(device):
-        raw = target_logits(part.hidden, part.weight, targets, part.bias, 1.0, LogitTransform())  # [C]
+        raw = target_logits(part.hidden, part.weight, targets, part.bias, 1.0, LogitTransform(), tiles)  # [C]
         z_y, slope = _transformed(raw, part.transform, part.inverse_temperature)  # [C], [C]
         shift = z_y if prior is None else z_y - prior[rows].float()  # [C]
         _launch(part, shift, f, sums, moments, tiles)
@@ -275,6 +318,7 @@ def _exponentials(
             C,
             TILES=_FINAL_TILES,
             TOKENS=_FINAL_TOKENS,
+            **configs.SAME_BITS,
         )
     # S (p_y - 1): where F is float32, from the tile's own E_y, whose error S shares; else z_y is the better number.
     column = targets.clamp(0, V - 1)[:, None]  # [C, 1]
@@ -338,8 +382,10 @@ def _launch(
         BLOCK_K=tiles.block_k,
         GROUP_N=tiles.group_n,
         EVEN_K=D % tiles.block_k == 0,
+        WHOLE_BLOCKS=V % BLOCK == 0,
         TMA=tiles.tma,
         PER_TOKEN=isinstance(inv_temperature, Tensor),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        **configs.SAME_BITS,
     )

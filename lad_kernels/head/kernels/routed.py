@@ -12,23 +12,24 @@ sorted by block. A work item is up to block_n pairs of one block; items are list
    workspace, for a slice of D's columns at a time, and `token_kernel` adds each token's rows in ascending order of
    blocks. With `atomics` it is added to dH [N, D] in memory: no workspace, but not bitwise reproducible.
 
-Memory: pairs pass in runs of whole blocks whose dR, sort and rows of dR W fit workspace_bytes; a block with more pairs
-passes in pieces, its dW kept in float32 meanwhile. Beside that: float32 dH [N, D].
-Tokens of `routing.dense` take all blocks in dense.backward, which hands over each slab of float32 dW before it is
-cast; the pairs of the slab's blocks are added there. Each of the two then has half of workspace_bytes.
+Memory: pairs pass in runs of whole blocks, one run if all their dR and a slice of dR W fit workspace_bytes; a block
+with more pairs passes in pieces, its dW kept in float32 meanwhile. Beside that: float32 dH [N, D]. Pairs are sorted by
+token before there is a dH or a workspace, in about 40 bytes a pair; 4 are kept.
+Tokens of `routing.dense` take all blocks in dense.backward, slab by slab. Up to _JOINT of them are multiplied in
+weight_kernel with the slab's pairs, and dW leaves it rounded. The library multiplies more of them faster; its float32
+is then what weight_kernel begins with. The dense part has the room that dR of one run leaves, or half of the workspace.
 
 Exact: every kept pair. Without `atomics` two runs agree bitwise, and dH of routed tokens does not depend on the
 workspace. A token without pairs gets a dH of exactly 0. Precision is lost where it is in dense.py: dR is rounded to the
-dtype of the inputs, outputs are cast once from float32. float16 is scaled as there; what crosses to or from the dense
-part is unscaled float32, since each part finds its own power of two.
+dtype of the inputs, outputs are cast once from float32. float16 is scaled as there, each part by its own power of two.
 Left out: TMA (rows are gathered), and an order of blocks that balances their loads.
-Cost: 6 * 128 D flops a pair; 2 D elements of H and, without atomics, 8 D bytes of dR W a pair.
+Cost: 6 * 128 D flops a pair; 2 D elements of H and, without atomics, 8 D bytes of dR W a pair; 8 N D bytes a run. A
+call of one run launches some thirty kernels and two for each slice of D; dense tokens add ten and four a slab.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -36,53 +37,19 @@ from torch import Tensor
 
 from lad_kernels.head import flops
 from lad_kernels.head.kernels import configs, dense
-from lad_kernels.head.kernels.forward import inverse_temperature
-from lad_kernels.head.kernels.routed_kernels import (
-    bias_kernel,
-    hidden_kernel,
-    pairs_kernel,
-    token_kernel,
-    weight_kernel,
+from lad_kernels.head.kernels.routed_runs import (
+    Call,
+    Whole,
+    add_bias,
+    add_hidden,
+    hidden_rows,
+    pair_gradients,
+    weight_gradient,
 )
-from lad_kernels.head.kernels.routed_work import RoutedTiles, Run, Work, tiles_for
+from lad_kernels.head.kernels.routed_work import ByToken, RoutedTiles, Run, Work, by_token, tiles_for
 from lad_kernels.head.logits import BLOCK, HeadGradients, LogitGradient, LogitTransform, Routing
 
-_SLICE = 128  # the workspace holds slices of D's columns that are multiples of this wide
-_SORT = 40  # bytes a pair, of sorting a run's pairs by token
-_TOKEN_COLUMNS = 512  # columns of D that a program of token_kernel adds
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What does not change from run to run."""
-
-    hidden: Tensor  # [N, D]
-    weight: Tensor  # [V, D]
-    targets: Tensor  # [N]
-    bias: Tensor | None  # [V]
-    transform: LogitTransform
-    lse: Tensor  # [N]
-    gradient: LogitGradient  # scaled
-    down: Tensor | None  # [] what undoes the scaling
-    tokens: Tensor  # [P]
-    pair_scale: Tensor | None  # [P]
-    work: Work
-    tiles: RoutedTiles
-    workspace_bytes: int
-    atomics: bool
-
-    def capacity(self, need_hidden: bool, need_weight: bool) -> int:
-        """Pairs whose column sums, dR, sort and narrowest slice of dR W fit the workspace; whole items, one or more."""
-        size = BLOCK * self.hidden.element_size() if need_hidden or need_weight else 0
-        size += 4 * BLOCK // self.tiles.block_n + (4 * _SLICE + _SORT if need_hidden and not self.atomics else 0)
-        return max(self.workspace_bytes // size // self.tiles.block_n, 1) * self.tiles.block_n
-
-    def count(self, run: Run, D: int) -> None:
-        """A product of each pair with D columns of its block; the vocabulary's last block may be partial."""
-        words = min(BLOCK, len(self.weight) - (run.blocks.stop - 1) * BLOCK)
-        last = run.pairs.stop - max(run.pairs.start, self.work.pair_offsets[run.blocks.stop - 1])
-        flops.product(run.pairs.stop - run.pairs.start - last, D, BLOCK)
-        flops.product(last, D, words)
+_JOINT = 768  # dense tokens that weight_kernel multiplies, at most; about where the library's rate pays its float32 dW
 
 
 @torch.no_grad()
@@ -108,197 +75,134 @@ def backward(
 
     With `into` dW and db are added to its float32 tensors, and dH stays float32.
     """
-    (N, D), device = hidden.shape, hidden.device
+    (N, D), device, whole = hidden.shape, hidden.device, None
     need_bias = need_bias and bias is not None
     needs = {"need_hidden": need_hidden, "need_weight": need_weight, "need_bias": need_bias}
     if N == 0 or not any(needs.values()):
         return dense.backward(hidden[:0], weight, targets[:0], bias, transform, lse[:0], gradient, **needs, into=into)
     hidden, weight = configs.by_rows(hidden), configs.by_rows(weight)
     targets, lse, bias = (None if x is None else x.contiguous() for x in (targets, lse, bias))
-    tiles = tiles or tiles_for(hidden, weight)
     scaled, down = dense.scaled(gradient, transform, hidden.dtype)
-    room = workspace_bytes // 2 if len(routing.dense) else workspace_bytes
-    work = Work.plan(routing.counts, tiles.block_n, device)
-    call = _Call(
-        hidden, weight, targets, bias, transform, lse, scaled, down,
-        routing.rows, routing.scale, work, tiles, room, atomics,
+    tiles = tiles or tiles_for(hidden, weight)
+    call = Call(
+        hidden, weight, targets, bias, transform, lse, scaled, down, routing.rows, routing.scale,
+        Work.plan(routing.counts, tiles.block_n, device), tiles, need_hidden, need_weight, atomics, workspace_bytes,
     )  # fmt: skip
+    runs, room, dense_room = call.plan(len(routing.dense) > 0)
+    ordered = by_token(routing.rows, N, runs) if need_hidden and not atomics else None
     dh = torch.zeros(N, D, dtype=torch.float32, device=device) if need_hidden else None  # [N, D]
     if len(routing.dense):
-        rows = routing.dense  # [Nd]
-
-        def then(slab: slice, dw: Tensor | None, db: Tensor | None) -> None:
-            _backward(call, slice(slab.start // BLOCK, triton.cdiv(slab.stop, BLOCK)), dh, dw, db, add=True)
-
-        part = None if gradient.entropy is None else gradient.entropy[rows]  # [Nd]
-        if isinstance(transform.temperature, Tensor):
-            transform = dataclasses.replace(transform, temperature=transform.temperature[rows])
-        whole = dense.backward(
-            hidden[rows], weight, targets[rows], bias, transform, lse[rows],
-            LogitGradient(gradient.onehot[rows], gradient.prob[rows], part),
-            **needs, workspace_bytes=room, then=then, into=into,
-        )  # fmt: skip
+        db = torch.zeros(len(weight), dtype=torch.float32, device=device) if need_bias else None  # [V]
+        pairs = _Pairs(call, runs, room, ordered, dh, db)
+        if not need_weight:
+            pairs.finish()
+        whole = _dense(pairs, transform, gradient, routing.dense, dense_room, into)
         dw, db = whole.weight, whole.bias  # [V, D], [V]
     else:
         dw, db = dense.accumulators(weight, need_weight, need_bias, into)  # [V, D], [V]
-        _backward(call, slice(0, len(routing.counts)), dh, dw, db, add=into is not None)
+        pairs = _Pairs(call, runs, room, ordered, dh, db)
+        if need_weight:
+            pairs.weight(slice(0, len(weight)), dw, None if into is None else dw)
+    pairs.finish()
     if dh is not None:
         dh = dh if down is None else dh.mul_(down)  # [N, D]
         dh = dh if into is not None else dh.to(hidden.dtype)  # [N, D]
-    if dh is not None and len(routing.dense):
+    if dh is not None and whole is not None:
         dh.index_copy_(0, routing.dense, whole.hidden)
     return HeadGradients(dh, dw, None if db is None or into is not None else db.to(bias.dtype))
 
 
-def _backward(
-    call: _Call,
-    blocks: slice,
-    dh: Tensor | None,  # [N, D] float32, added to, scaled
-    dw: Tensor | None,  # [V, D] rows of `blocks`, out
-    db: Tensor | None,  # [V] of `blocks`, float32, added to
-    *,
-    add: bool,  # to what dw holds, which is float32 then
-) -> None:
-    """Every pair of `blocks`."""
-    total = None
-    for run in call.work.runs(blocks, call.capacity(dh is not None, dw is not None)):
-        dr, column_sums = _pair_gradients(call, run, dh is not None or dw is not None, db is not None)
-        words = slice((run.blocks.start - blocks.start) * BLOCK, (run.blocks.stop - blocks.start) * BLOCK)
-        if db is not None:
-            _add_bias(call, run, column_sums, db[words])
-        if dw is not None:
-            out = dw[words]  # [V of the run, D]
-            if dw.dtype != torch.float32 and not (run.first and run.last):
-                total = torch.empty_like(out, dtype=torch.float32) if run.first else total
-                out = total
-            _weight_gradient(call, run, dr, out, add=add or not run.first)
-            if out is total and run.last:
-                dw[words] = total
-        if dh is not None and call.atomics:
-            _hidden_rows(call, run, dr, slice(0, dh.shape[1]), dh)
-        elif dh is not None:
-            _add_hidden(call, run, dr, dh)
+def _dense(
+    pairs: _Pairs,
+    transform: LogitTransform,
+    gradient: LogitGradient,
+    rows: Tensor,  # [Nd]
+    workspace_bytes: int,
+    into: HeadGradients | None,
+) -> HeadGradients:
+    """Gradients of the dense tokens [Nd, D], and of weight and bias over them and the pairs."""
+    call, V = pairs.call, len(pairs.call.weight)
+    hidden, (Nd, D) = call.hidden[rows], (len(rows), call.hidden.shape[1])  # [Nd, D]
+
+    def then(slab: dense.Handed) -> None:
+        if slab.out is not None:
+            whole = None
+            if slab.dr is not None:
+                flops.product(Nd, D, slab.columns.stop - slab.columns.start)
+                whole = Whole(hidden, slab.dr, None if call.down is None else slab.down / call.down)
+            pairs.weight(slab.columns, slab.out, slab.base, whole)
+        if slab.db is not None:
+            slab.db.add_(pairs.db[slab.columns])
+
+    part = None if gradient.entropy is None else gradient.entropy[rows]  # [Nd]
+    if isinstance(transform.temperature, Tensor):
+        transform = dataclasses.replace(transform, temperature=transform.temperature[rows])
+    fits = dense.split(Nd, D, V, hidden.element_size(), workspace_bytes, staged=False)[0] == Nd
+    return dense.backward(
+        hidden, call.weight, call.targets[rows], call.bias, transform, call.lse[rows],
+        LogitGradient(gradient.onehot[rows], gradient.prob[rows], part),
+        need_hidden=call.need_hidden, need_weight=call.need_weight, need_bias=pairs.db is not None,
+        workspace_bytes=workspace_bytes, then=then if len(call.tokens) else None,
+        leave_weight=len(call.tokens) > 0 and Nd <= _JOINT and fits, into=into,
+    )  # fmt: skip
 
 
-def _pair_gradients(call: _Call, run: Run, need_dr: bool, need_sums: bool) -> tuple[Tensor | None, Tensor | None]:
-    """dR [pairs, BLOCK] of the run and, by item, its column sums [items, BLOCK]."""
-    (N, D), (pairs, items), device = call.hidden.shape, (run.pairs, call.work.items[run.items]), call.hidden.device
-    dr = sums = None
-    if need_dr:
-        dr = torch.empty(pairs.stop - pairs.start, BLOCK, dtype=call.hidden.dtype, device=device)
-    if need_sums:
-        sums = torch.empty(len(items), BLOCK, dtype=torch.float32, device=device)
-    if not len(items):
-        return dr, sums
-    call.count(run, D)
-    schedule, transform = call.tiles.pairs, call.transform
-    inv_temperature = inverse_temperature(transform, 0, N)
-    with configs.current(device):
-        pairs_kernel[(len(items),)](
-            call.hidden,
-            call.weight,
-            call.bias,
-            inv_temperature,
-            call.targets,
-            call.lse,
-            call.gradient.onehot,
-            call.gradient.prob,
-            call.gradient.entropy,
-            call.tokens,
-            call.pair_scale,
-            items,
-            dr,
-            sums,
-            N,
-            len(call.weight),
-            D,
-            pairs.start,
-            call.hidden.stride(0),
-            call.weight.stride(0),
-            float(transform.scale),
-            None if transform.softcap is None else float(transform.softcap),
-            BLOCK_N=call.tiles.block_n,
-            BLOCK_D=schedule.block_d,
-            EVEN_D=D % schedule.block_d == 0,
-            PER_TOKEN=isinstance(inv_temperature, Tensor),
-            num_warps=schedule.warps,
-            num_stages=schedule.stages,
-        )
-    return dr, sums
+class _Pairs:
+    """The pairs' part of the gradients, run after run."""
 
+    def __init__(
+        self, call: Call, runs: list[Run], room: int, ordered: ByToken | None, dh: Tensor | None, db: Tensor | None
+    ):
+        self.call, self.room, self.ordered = call, room, ordered
+        self.dh, self.db = dh, db  # [N, D] scaled, [V]; float32, both added to
+        self.runs = iter(enumerate(runs))
+        self.number, self.run, self.dr = -1, None, None  # of the run that is passing, dR [pairs, BLOCK]
+        self.total = None  # [BLOCK, D] float32, dW of a block in pieces
 
-def _add_bias(call: _Call, run: Run, column_sums: Tensor, db: Tensor) -> None:
-    """Add the items' sums [items, BLOCK] to db [V of the run]."""
-    offsets, blocks = call.work.item_table[run.blocks.start :], run.blocks.stop - run.blocks.start
-    with configs.current(db.device):
-        bias_kernel[(blocks,)](column_sums, offsets, call.down, db, len(db), run.items.start, run.items.stop)
+    def _advance(self) -> bool:
+        """End the run that is passing with its dH, begin the next with its dR and db; False if there is none."""
+        call, dh = self.call, self.dh
+        if dh is not None and self.dr is not None and call.atomics:
+            hidden_rows(call, self.run, self.dr, slice(0, dh.shape[1]), dh)
+        elif dh is not None and self.dr is not None:
+            add_hidden(call, self.run, self.dr, dh, self.ordered, self.number, self.room)
+        self.dr = None
+        self.number, self.run = next(self.runs, (-1, None))
+        if self.run is None:
+            return False
+        self.dr, column_sums = pair_gradients(call, self.run, dh is not None or call.need_weight, self.db is not None)
+        if self.db is not None:
+            add_bias(call, self.run, column_sums, self.db)
+        return True
 
+    def finish(self) -> None:
+        """Pass all runs to the end, those of which `weight` knows nothing without a dW."""
+        while self._advance():
+            pass
 
-def _weight_gradient(call: _Call, run: Run, dr: Tensor, dw: Tensor, *, add: bool) -> None:
-    """dw [V of the run, D] = products of the run's pairs, added to what it holds with `add`."""
-    D, schedule = call.hidden.shape[1], call.tiles.weight
-    call.count(run, D)
-    with configs.current(dw.device):
-        weight_kernel[((run.blocks.stop - run.blocks.start) * triton.cdiv(D, schedule.block_d),)](
-            call.hidden,
-            dr,
-            call.tokens,
-            call.work.pair_table[run.blocks.start :],
-            call.down,
-            dw,
-            len(dw),
-            D,
-            run.pairs.start,
-            run.pairs.stop,
-            call.hidden.stride(0),
-            BLOCK_N=call.tiles.block_n,
-            BLOCK_D=schedule.block_d,
-            ADD=add,
-            num_warps=schedule.warps,
-            num_stages=schedule.stages,
-        )
-
-
-def _add_hidden(call: _Call, run: Run, dr: Tensor, dh: Tensor) -> None:
-    """Add each pair's row of dR W to its token's row of dh [N, D], by tokens, then in ascending order of blocks."""
-    pairs, (N, D) = len(dr), dh.shape
-    if not pairs:
-        return
-    tokens, order = torch.sort(call.tokens[run.pairs], stable=True)  # [pairs], [pairs]
-    starts = torch.searchsorted(tokens, torch.arange(N + 1, device=dh.device))  # [N + 1]
-    room = call.workspace_bytes - dr.nbytes - _SORT * pairs
-    width = min(max(room // (4 * pairs) // _SLICE, 1), triton.cdiv(D, _SLICE)) * _SLICE
-    parts = torch.empty(pairs, width, dtype=torch.float32, device=dh.device)  # [pairs, width]
-    for d0 in range(0, D, width):
-        columns = slice(d0, min(d0 + width, D))
-        _hidden_rows(call, run, dr, columns, parts)
-        grid = (N * triton.cdiv(columns.stop - d0, _TOKEN_COLUMNS),)
-        with configs.current(dh.device):
-            token_kernel[grid](
-                parts, order, starts, dh[:, columns], columns.stop - d0, width, dh.stride(0), BLOCK_D=_TOKEN_COLUMNS
-            )
-
-
-def _hidden_rows(call: _Call, run: Run, dr: Tensor, columns: slice, out: Tensor) -> None:
-    """dR W[:, columns]: to out [pairs, >= columns], or with atomics added to out [N, D]."""
-    D, schedule, items = columns.stop - columns.start, call.tiles.hidden, call.work.items[run.items]
-    if not len(items):
-        return
-    call.count(run, D)
-    with configs.current(out.device):
-        hidden_kernel[(len(items) * triton.cdiv(D, schedule.block_d),)](
-            dr,
-            call.weight[:, columns],
-            items,
-            call.tokens if call.atomics else None,
-            out,
-            len(call.weight),
-            D,
-            run.pairs.start,
-            call.weight.stride(0),
-            out.stride(0),
-            BLOCK_N=call.tiles.block_n,
-            BLOCK_D=schedule.block_d,
-            num_warps=schedule.warps,
-            num_stages=schedule.stages,
-        )
+    def weight(
+        self,
+        words: slice,
+        out: Tensor,  # [words, D]
+        base: Tensor | None,  # [words, D] float32, maybe `out`
+        whole: Whole | None = None,  # of all dense tokens in `words`
+    ) -> None:
+        """Write the pairs' dW of ascending whole blocks, with `base` and the dense tokens' added."""
+        block, stop = words.start // BLOCK, triton.cdiv(words.stop, BLOCK)
+        while block < stop:
+            while self.run is None or self.run.blocks.stop <= block:
+                self._advance()
+            run, call = self.run, self.call
+            end = min(stop, run.blocks.stop)
+            at = slice(block * BLOCK - words.start, min(end * BLOCK, words.stop) - words.start)
+            to, start = out[at], None if base is None else base[at]
+            part = None if whole is None else whole._replace(dr=whole.dr[:, at])
+            if not run.first:
+                start, part = self.total, None
+            if run.first and not run.last:
+                self.total = torch.empty_like(to, dtype=torch.float32)  # [V of the block, D]
+            weight_gradient(call, run, slice(block, end), self.dr, to if run.last else self.total, start, part)
+            if run.last:
+                block, self.total = end, None
+            else:
+                self._advance()

@@ -15,6 +15,23 @@ from lad_kernels.head.kernels.blocks import inverse_temperatures, logits
 from lad_kernels.head.logits import BLOCK
 
 _BLOCK = tl.constexpr(BLOCK)
+_READ = tl.constexpr(4)  # pairs of a token whose rows token_kernel waits for together
+
+
+@triton.jit
+def items_kernel(
+    pair_offsets,  # [blocks + 1] first pair of each block
+    item_offsets,  # [blocks + 1] first item of each block
+    items,  # [items, 3] out: block, first pair, pairs
+    BLOCK_N: tl.constexpr,
+):
+    block = tl.program_id(0)
+    stop, item = tl.load(pair_offsets + block + 1), tl.load(item_offsets + block)
+    for pair in range(tl.load(pair_offsets + block), stop, BLOCK_N):
+        tl.store(items + 3 * item, block)
+        tl.store(items + 3 * item + 1, pair)
+        tl.store(items + 3 * item + 2, tl.minimum(stop - pair, BLOCK_N))
+        item += 1
 
 
 @triton.jit(do_not_specialize=["N", "pair0"], do_not_specialize_on_alignment=["items"])
@@ -92,22 +109,27 @@ def pairs_kernel(
         tl.store(dr + at, g.to(dr.dtype.element_ty), mask=in_n[:, None])
 
 
-@triton.jit(do_not_specialize=["V", "pair0", "pair1"], do_not_specialize_on_alignment=["offsets"])
+@triton.jit(do_not_specialize=["V", "wholes", "pair0", "pair1"], do_not_specialize_on_alignment=["offsets"])
 def weight_kernel(
     h,  # [N, D]
     dr,  # [pairs of the run, BLOCK]
     tokens,  # [P] of each pair
     offsets,  # [blocks + 1] first pair of each block
+    whole_h,  # [wholes, D] of the tokens with all blocks, or None
+    whole_dr,  # [wholes, >= V, in whole blocks] of the same, or None
+    whole_ratio,  # [] factor on whole_dr, or None
     down,  # [] factor, or None
-    dw,  # [V, D] of the run's blocks, out; read too if ADD
+    base,  # [V, D] float32, or None
+    dw,  # [V, D] of the blocks, out
     V,
     D,
+    wholes,
     pair0,
     pair1,
     h_stride,
+    whole_stride,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    ADD: tl.constexpr,
 ):
     tiles_d = tl.cdiv(D, BLOCK_D)
     block, tile_d = tl.program_id(0) // tiles_d, tl.program_id(0) % tiles_d
@@ -116,6 +138,17 @@ def weight_kernel(
     words = tl.arange(0, _BLOCK)  # [BLOCK] in the block
     columns = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     acc = tl.zeros((_BLOCK, BLOCK_D), tl.float32)  # [BLOCK, BLOCK_D]
+    if whole_dr is not None:  # its columns beyond V hold anything, which stays in rows that are not stored
+        for row in range(0, wholes, BLOCK_N):
+            rows = row + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+            inside = rows < wholes  # [BLOCK_N]
+            at = rows[None, :].to(tl.int64) * whole_stride + (block * _BLOCK + words)[:, None]  # [BLOCK, BLOCK_N]
+            a = tl.load(whole_dr + at, mask=inside[None, :], other=0.0)  # [BLOCK, BLOCK_N]
+            mask = inside[:, None] & (columns[None, :] < D)  # [BLOCK_N, BLOCK_D]
+            b = tl.load(whole_h + rows[:, None] * D + columns[None, :], mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
+            acc = tl.dot(a, b, acc, input_precision="ieee")
+        if whole_ratio is not None:
+            acc *= tl.load(whole_ratio)
     for pair in range(start, stop, BLOCK_N):
         pairs = pair + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         inside = pairs < stop  # [BLOCK_N]
@@ -130,8 +163,8 @@ def weight_kernel(
     words += block * _BLOCK
     at = words[:, None].to(tl.int64) * D + columns[None, :]  # [BLOCK, BLOCK_D]
     mask = (words[:, None] < V) & (columns[None, :] < D)  # [BLOCK, BLOCK_D]
-    if ADD:
-        acc += tl.load(dw + at, mask=mask, other=0.0)
+    if base is not None:
+        acc += tl.load(base + at, mask=mask, other=0.0)
     tl.store(dw + at, acc.to(dw.dtype.element_ty), mask=mask)
 
 
@@ -197,25 +230,31 @@ def hidden_kernel(
         tl.atomic_add(out + rows[:, None] * out_stride + columns[None, :], part, mask=mask, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pair0", "bounds_stride"], do_not_specialize_on_alignment=["bounds"])
 def token_kernel(
     parts,  # [pairs of the run, D] a slice of the columns
-    order,  # [pairs of the run] places in parts, by token, then ascending
-    starts,  # [N + 1] first place in order of each token
+    order,  # [P] pairs by token, then ascending
+    bounds,  # [N, >= 2] places in order where the token's pairs of the run begin and end
     dh,  # [N, D] the same slice, added to
     D,
+    pair0,
     parts_stride,
+    bounds_stride,
     dh_stride,
     BLOCK_D: tl.constexpr,
 ):
     tiles_d = tl.cdiv(D, BLOCK_D)
     token, tile_d = tl.program_id(0) // tiles_d, tl.program_id(0) % tiles_d
-    start, stop = tl.load(starts + token), tl.load(starts + token + 1)
+    bounds += token.to(tl.int64) * bounds_stride
+    start, stop = tl.load(bounds), tl.load(bounds + 1)
     if start < stop:
         columns = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
         mask = columns < D  # [BLOCK_D]
         at = dh + token.to(tl.int64) * dh_stride + columns  # [BLOCK_D]
         acc = tl.load(at, mask=mask, other=0.0)  # [BLOCK_D]
-        for place in range(start, stop):
-            acc += tl.load(parts + tl.load(order + place) * parts_stride + columns, mask=mask, other=0.0)
+        for place in range(start, stop, _READ):  # read together, added one by one
+            for i in tl.static_range(_READ):
+                there = place + i < stop
+                pair = (tl.load(order + place + i, mask=there, other=pair0) - pair0).to(tl.int64)
+                acc += tl.load(parts + pair * parts_stride + columns, mask=mask & there, other=0.0)
         tl.store(at, acc, mask=mask)

@@ -2,7 +2,7 @@
 
 A `Work` knows where the pairs and items of every vocabulary block lie, twice: on the host, which sizes launches, and on
 the device, where kernels read it. The host knows the counts already, so nothing waits for the device.
-Tiles have 64 pairs, because a block has about a hundred. They compile without spills and within 48 KiB (AMD) or 73 KiB
+Tiles have 64 pairs, because a block has about a hundred. They compile without spills and within 64 KiB (AMD) or 96 KiB
 (NVIDIA) of shared memory, so one row serves every architecture. Operands that miss 16-byte alignment are read element
 by element, hence the smaller tiles of `_UNALIGNED`; float32 is multiplied without tensor cores, in short steps.
 Left out: an order of blocks that balances their loads.
@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 
 from lad_kernels.head.kernels import configs
+from lad_kernels.head.kernels.routed_kernels import items_kernel
 
 
 class Schedule(NamedTuple):
@@ -79,13 +80,12 @@ class Work:
         """One small copy to the device, where the items are listed."""
         pair_offsets = list(accumulate(counts, initial=0))
         item_offsets = list(accumulate((triton.cdiv(count, block_n) for count in counts), initial=0))
-        total, whole = item_offsets[-1], {"dtype": torch.int32, "device": device}
         tables = torch.tensor([pair_offsets, item_offsets], dtype=torch.int32)  # [2, blocks + 1]
         pair_table, item_table = tables.to(device, non_blocking=True)
-        block = torch.arange(len(counts), **whole).repeat_interleave(item_table.diff(), output_size=total)  # [items]
-        first = pair_table[block] + (torch.arange(total, **whole) - item_table[block]) * block_n  # [items]
-        count = (pair_table[block + 1] - first).clamp(max=block_n)  # [items]
-        items = torch.stack([block, first, count], dim=1)  # [items, 3]
+        items = torch.empty(item_offsets[-1], 3, dtype=torch.int32, device=device)  # [items, 3]
+        if len(items):
+            with configs.current(device):
+                items_kernel[(len(counts),)](pair_table, item_table, items, BLOCK_N=block_n)
         return cls(block_n, pair_offsets, item_offsets, pair_table, item_table, items)
 
     def runs(self, blocks: slice, capacity: int) -> Iterator[Run]:
@@ -102,3 +102,21 @@ class Work:
                 items = slice(item, self.item_offsets[stop] if last else item + capacity // self.block_n)
                 yield Run(slice(block, stop), slice(pair, min(pair + capacity, end)), items, pair == start, last)
             block = stop
+
+
+class ByToken(NamedTuple):
+    """The pairs once more, by token."""
+
+    order: Tensor  # [P] int32 pairs by token, then ascending
+    bounds: Tensor  # [N, runs + 1] int32 places in order where a token's pairs of each run begin, and where all end
+
+
+def by_token(tokens: Tensor, N: int, runs: list[Run]) -> ByToken:
+    """One sort of all pairs `tokens` [P] by their token, in about 40 bytes a pair, and one search for all runs."""
+    pairs, device = len(tokens), tokens.device
+    begins = torch.tensor([run.pairs.start for run in runs] + [pairs]).to(device, non_blocking=True)  # [runs + 1]
+    tokens, order = torch.sort(tokens.to(torch.int32), stable=True)  # [P], [P]
+    keys = tokens.long().mul_(pairs).add_(order)  # [P] ascending
+    order = order.to(torch.int32)
+    at = torch.arange(N, device=device).mul_(pairs)[:, None] + begins  # [N, runs + 1]
+    return ByToken(order, torch.searchsorted(keys, at, out_int32=True))

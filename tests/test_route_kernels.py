@@ -176,7 +176,7 @@ def test_most_pairs(unbiased, device):
 @pytest.mark.parametrize("entropy", [False, True])
 def test_not_a_number_and_infinity(entropy, share, unbiased, device):
     """In masses, lse, log-probs, coefficients and norms of rows; what is NaN is kept, or its token dense."""
-    plain = case(140, 70, device, entropy=entropy)
+    plain = case(70, 66, device, entropy=entropy)
 
     def spoil(name: str, at: tuple, value: float) -> Case:
         part = getattr(plain, name).clone()
@@ -184,13 +184,13 @@ def test_not_a_number_and_infinity(entropy, share, unbiased, device):
         return dataclasses.replace(plain, **{name: part})
 
     nan, inf = torch.nan, torch.inf
-    spoiled = [spoil("block_lse", (5, 131), v) for v in (nan, inf, -inf)]
+    spoiled = [spoil("block_lse", (5, 67), v) for v in (nan, inf, -inf)]
     spoiled += [spoil("lse", (9,), v) for v in (nan, inf, -inf)] + [spoil("logprobs", (7,), v) for v in (nan, -inf)]
-    spoiled += [spoil("longest", (3,), v) for v in (nan, inf)] + [spoil("reach", (130,), nan)]
+    spoiled += [spoil("longest", (3,), v) for v in (nan, inf)] + [spoil("reach", (66,), nan)]
     for x in spoiled:
         check(x, unbiased=unbiased, dense_share=share)
-    kept, whole = lists(check(spoiled[0], unbiased=unbiased, dense_share=share), 140)
-    assert whole[131] or not kept[5, 131].isnan()
+    kept, whole = lists(check(spoiled[0], unbiased=unbiased, dense_share=share), 70)
+    assert whole[67] or not kept[5, 67].isnan()
     for value in (nan, inf):
         c = plain.gradient.onehot.clone()
         c[2] = value
@@ -220,10 +220,12 @@ def test_targets_outside_the_vocabulary_are_in_no_block(device):
     check(dataclasses.replace(x, targets=targets))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="9 GB of masses")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="8 GiB of masses")
 def test_more_pairs_than_an_int32_counts(device):
-    x = case(128, 70, device, stride=(1 << 31) // 69 // 4 * 4 + 64)
-    check(x)
+    x = case(128, 70, device)
+    wide = torch.empty(70, 2**31 // 69 + 64, device=device)  # the last row begins beyond 2^31
+    wide[:, :128] = x.block_lse
+    check(dataclasses.replace(x, block_lse=wide[:, :128]))
 
 
 @pytest.mark.parametrize("unbiased", [False, True])

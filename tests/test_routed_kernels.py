@@ -214,8 +214,8 @@ def test_a_run_goes_on_in_the_next_slab(device, monkeypatch):
 
 
 @pytest.mark.parametrize("counts", [[0, 0, 0], [5], [0, 40, 0, 3, 100, 16, 0], [32, 32, 1]])
-def test_runs_cover_every_pair_once(counts):
-    work = Work.plan(counts, 16, torch.device("cpu"))
+def test_runs_cover_every_pair_once(counts, device):
+    work = Work.plan(counts, 16, torch.device(device))
     assert work.items[:, 2].sum() == sum(counts)
     for capacity, start in itertools.product((16, 32, 48, 160), range(len(counts))):
         runs = list(work.runs(slice(start, len(counts)), capacity))

@@ -65,4 +65,4 @@ def test_launches(device, case, monkeypatch):
         )  # fmt: skip
     print(case, len(routing.rows), len(routing.dense), met.operations(), met.kernels, met.torch)
     assert met.kernels == dict.fromkeys(("items", "pairs", "weight", "hidden", "token"), 1) | kernels
-    assert met.operations() <= operations
+    assert met.operations() <= operations + 2 * (device == "cuda")  # copies to the device

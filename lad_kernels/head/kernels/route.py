@@ -198,13 +198,12 @@ def _mark_kernel(
     else:
         keep = ((norm <= limit) == 0) & valid
         share = keep.to(tl.float32)
-    total = tl.sum(tl.where(valid, share, 0.0), axis=0)  # [TOKENS]
-    tl.store(expected + tl.program_id(1).to(tl.int64) * A + tokens, total, tokens < A)
-
     WORDS: tl.constexpr = TOKENS // 32
     lanes = tl.reshape(keep.to(tl.int32), (BLOCKS, WORDS, 32)) << tl.arange(0, 32)[None, None, :]  # [BLOCKS, WORDS, 32]
     places = at[:, None].to(tl.int64) * words + tl.program_id(0) * WORDS + tl.arange(0, WORDS)[None, :]
     tl.store(bits + places, tl.sum(lanes, axis=2), at[:, None] < blocks)  # distinct bits: a union
+    total = tl.sum(tl.where(valid, share, 0.0), axis=0)  # [TOKENS]
+    tl.store(expected + tl.program_id(1).to(tl.int64) * A + tokens, total, tokens < A)
 
 
 @triton.jit(do_not_specialize=["A", "blocks", "words", "block_groups"])

@@ -35,7 +35,9 @@ SIZES = {  # Qwen2Config, tokens of a sequence and of a micro-batch; "tiny" is f
                   num_attention_heads=4, num_key_value_heads=2), 32, (64, 128)),
 }  # fmt: skip
 DRIFT = 0.05  # abs(logprobs - old_logprobs) in the gate: a rounded log-prob seldom leaves the clip range
-LOSS_TOLERANCE = 1e-5  # float32 keeps a log-prob near -100 to 8e-6; measured: 1.4e-6 on peaked, 4e-7 on flat data
+# float32 keeps a log-prob near -100 to 8e-6; measured on a CPU: 1.4e-6 on peaked, 4e-7 on flat data. The matrix units
+# of an H100 cut off what they add: 8.4e-5 and 1.6e-7, where the rounded logits of stock TRL give 3.5e-2 and 3.4e-4.
+LOSS_TOLERANCE = {"cpu": 1e-5, "cuda": 2e-4}
 
 
 def trl_steps(run: Run) -> None:
@@ -139,7 +141,7 @@ def passes(run: Run, data: str, name: str, trainer: Any, batch: dict) -> bool:
     exact = objective(logprobs_of(trainer, hidden, ids), *given, loss_mask=mask).loss
     exact.backward()
     loss_error, dh_error = relative_error(loss, exact.detach()), relative_error(dh, hidden.grad)
-    inside = loss_error <= LOSS_TOLERANCE and dh_error <= PROMISE
+    inside = loss_error <= LOSS_TOLERANCE[run.device] and dh_error <= PROMISE
     run.add(
         "TRL gate", data=data, trainer=name, loss_error=loss_error, dH_error=dh_error, inside=inside, rows=len(far),
         logprob_error_mean=far.mean().item(), logprob_error_max=far.max().item(),

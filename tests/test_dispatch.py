@@ -119,8 +119,9 @@ def test_pieces_and_chunks_fit_the_budget_at_any_n(gathered, item, needs):
         late = 2 * v * d if several and item == 2 and need_weight else 0
         assert rows * each + workspace + dispatch.TOKEN_BYTES * n <= dispatch.BUDGET + late, (n, d, v)
         work = Work(n, d, v, item, "cuda", *needs)
-        logits = work.chunk_rows() * item * v
-        assert logits <= dispatch.BUDGET + (2 * v * d if item == 2 and need_weight else 0) or work.chunk_rows() == 128
+        logits, room = work.chunk_rows() * item * v, 2 * v * d if item == 2 and need_weight else 0
+        room *= 1 + (work.chunk_rows() >= n)  # of the float32 dW that one chunk does not need, or of the rounded dW
+        assert logits <= dispatch.BUDGET + room or work.chunk_rows() == 128
 
 
 def test_why_names_the_path_and_its_cost():

@@ -54,14 +54,16 @@ class Speeds:
     element: float  # seconds per logit outside the products (exponential, sums), each time it is made
     gathered: float  # rate of the routed products over that of large ones; also the dense cut-off of a token
     block: float  # seconds per vocabulary block of the routed backward
+    pair: float = 0.0  # seconds per (token, block) pair that is looked at when pairs are chosen
+    waiting: float = 0.0  # seconds for which the device waits for the host while pairs are chosen
 
 
-# "cpu" was measured with one thread of the machine of benchmarks/RESULTS.md; only ratios matter. "cuda" is built from
-# published rates of an H200 (700 Tflop/s at head shapes, 4.3 TB/s) and an assumed rate of the gathered products; no GPU
-# has confirmed it.
+# "cpu" was measured with one thread of the machine of benchmarks/RESULTS.md; only ratios matter. "cuda" was measured on
+# an H100 80GB HBM3 in bfloat16 (benchmarks/results): head products 600 to 741 Tflop/s, a copy 3.03 TB/s, the tiles'
+# epilogues 2e-13 to 4e-13 s a logit, routed products 27 to 43 ns a pair at D = 4,096.
 SPEEDS = {
     "cpu": Speeds(8e10, 8e9, 1.2e-9, 0.4, 3.5e-4),
-    "cuda": Speeds(7e14, 4.3e12, 0.0, 0.35, 1e-7),
+    "cuda": Speeds(7e14, 3.0e12, 3e-13, 0.13, 1e-7, 7e-11, 3e-3),
 }
 
 
@@ -107,6 +109,8 @@ class Work:
             rows, workspace = self.piece(tokens)
             slabs = math.ceil(self.vocab_size * self.itemsize * rows / workspace)
         traffic = 8 * live * self.hidden_size * slabs * self.need_hidden / s.bytes
+        if self.device != "cpu" and tokens and self.itemsize == 2:  # dW passes through float32
+            traffic += 10 * self.vocab_size * self.hidden_size * self.need_weight / s.bytes
         return (1 + self.products) * self._product(live) + s.element * live * self.vocab_size + traffic + pieces
 
     def piece(self, tokens: int, **listed: int) -> tuple[int, int]:
@@ -125,7 +129,9 @@ class Work:
         s, weight = SPEEDS[self.device], self.vocab_size * self.hidden_size * self.need_weight
         gathered = 2 * (1 + self.products) * self.hidden_size * BLOCK * pairs / (s.flops * s.gathered)
         pieces = self._pieces(self.tokens if live is None else math.ceil(live), pairs=int(pairs), dense=dense)
-        return gathered + self.dense(dense) + self.itemsize * weight / s.bytes + pieces + s.block * self.blocks
+        choosing = s.waiting + s.pair * self.tokens * self.blocks
+        moved = self.itemsize * weight / s.bytes + pieces + s.block * self.blocks
+        return choosing + gathered + self.dense(dense) + moved
 
     def one_pass(self) -> float:
         """Seconds of forward and backward in one pass.
@@ -293,15 +299,16 @@ def piece(
 def peak_bytes(work: Work, path: str, pairs: int = 0) -> tuple[int, bool]:
     """(bytes that a step takes on an accelerator beyond inputs and gradients, whether a float32 dW comes on top).
 
-    Or what has its room: one pass over all tokens at once needs none.
-
+    One pass over all tokens at once needs no float32 dW; its logits may take that room beside BUDGET.
     For all tokens live and none gathered; `pairs` are those that a routing keeps. By arithmetic, not measured.
     """
     item, dw = work.itemsize, work.itemsize * work.vocab_size * work.hidden_size
     if path == "one_pass":
         chunk = item * work.vocab_size + 8 * work.blocks + (2 * item + 4) * work.hidden_size
-        room = 2 * dw if item == 2 and work.chunk_rows() >= work.tokens else dw  # of the float32 dW, else of dW
-        return max(work.chunk_rows() * chunk - room, 0) + TOKEN_BYTES * work.tokens, True
+        taken, held = work.chunk_rows() * chunk, TOKEN_BYTES * work.tokens
+        if item == 2 and work.chunk_rows() >= work.tokens:
+            return taken + held, False
+        return max(taken - dw, 0) + held, True
     listed = pairs if path == "routed" else 0
     rows, workspace = work.piece(work.tokens, pairs=listed)
     several = rows < work.tokens

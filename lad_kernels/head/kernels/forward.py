@@ -5,11 +5,12 @@
 Three kernels.
 1. `_partials_kernel` (2 N D V flops): one tile of z at a time. Each block b of 128 columns leaves one number per token,
    L_b = log sum_{j in b} e^z_j, and if entropy is wanted H_b, the entropy of the softmax inside the block. L_b is both
-   the partial of the log-sum-exp and the mass of the block that the routed backward needs.
+   the partial of the log-sum-exp and the mass of the block that the routed backward needs. An element costs four
+   instructions: maximum, multiply-add, 2^x, sum. The next tile's first operands are on their way meanwhile (flatten).
 2. `_target_kernel`: z_y, so that the tiles have no target branch. Rows of W are gathered and multiplied as the tiles
    multiply them, step by step in the same matrix units, although of each product of 64 tokens with 64 targets only the
-   diagonal is wanted: z_y is then the very number that lse contains, and what the units round off cancels in logp.
-   (A Hopper's cut off what they add: at D = 4,096 logits of 50 lose 1e-4.)
+   diagonal is wanted: z_y then has the rounding that lse contains, which cancels in logp. (A Hopper's units cut off
+   what they add: at D = 4,096 logits of 50 lose 1e-4.)
 3. `_finalize_kernel`: blocks in ascending order, first their maximum, then
        lse = log sum_b e^L_b,   p_b = e^(L_b - lse),   H = sum_b p_b (H_b - log p_b)      (chain rule)
    Every term of H is non-negative, so peaked distributions do not cancel.

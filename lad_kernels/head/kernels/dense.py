@@ -26,6 +26,7 @@ of dW in 16 bits.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -51,6 +52,7 @@ from lad_kernels.head.logits import BLOCK, HeadGradients, LogitGradient, LogitTr
 
 _MIN_COLUMNS = 1024  # narrower slabs would starve the products: split the rows instead
 _ROW_STEP = 256  # rows are split at multiples of this, hence of every block_n
+_library_flags = threading.Lock()  # the flags are the process's: threads take turns to set and restore them
 _HALF_TARGET = 2.0**13  # what the largest float16 dR is scaled to: 8 times below overflow
 
 
@@ -87,7 +89,10 @@ def _logit_gradient_kernel(
 ):
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_v = tl.cdiv(V, BLOCK_V)
-    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=TMA):
+    # Where a rich epilogue leaves no registers for it, loads do not cross tiles.
+    for tile in tl.range(
+        tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=TMA and (EVEN_K or softcap is None)
+    ):
         tile_n, tile_v = tile_order(tile, tiles_n, tiles_v, GROUP_N)
         row, column = tile_n * BLOCK_N, tile_v * BLOCK_V
         raw = product(
@@ -110,7 +115,7 @@ def _logit_gradient_kernel(
         weight = tl.load(prob + rows, mask=in_n, other=0.0)[:, None] * scaling  # [BLOCK_N, 1]
         if entropy is not None:
             g_entropy = tl.load(entropy + rows, mask=in_n, other=0.0)[:, None] * scaling * LN_2  # [BLOCK_N, 1]
-            weight = tl.fma(-g_entropy, d, tl.fma(g_entropy, r, weight))  # [BLOCK_N, BLOCK_V]
+            weight = tl.fma(r - d, g_entropy, weight)  # [BLOCK_N, BLOCK_V]
         g = tl.exp2(d) * weight  # [BLOCK_N, BLOCK_V] dZ without the target's term
         y = (tl.load(targets + rows, mask=in_n, other=-1) - column0).to(tl.int32)  # [BLOCK_N] column in the slab
         at_target = tl.load(onehot + rows, mask=in_n, other=0.0)  # [BLOCK_N]
@@ -137,6 +142,19 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         torch.mm(a, b, out=out, **mixed)
     else:
         torch.addmm(out, a, b, out=out, **mixed)
+
+
+def rounded_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out [R, C] = a [R, K] b [K, C] in 16 bits, every sum in float32 and rounded once."""
+    flops.product(a.shape[0], a.shape[1], b.shape[1])
+    library = torch.backends.cuda.matmul
+    with _library_flags:
+        before = library.allow_bf16_reduced_precision_reduction
+        library.allow_bf16_reduced_precision_reduction = False  # else parts of a sum may be added in 16 bits
+        try:
+            torch.mm(a, b, out=out)
+        finally:
+            library.allow_bf16_reduced_precision_reduction = before
 
 
 def split(N: int, D: int, V: int, itemsize: int, workspace_bytes: int, *, staged: bool = True) -> tuple[int, int]:

@@ -35,7 +35,6 @@ memory allows. A single chunk needs no float32 dW.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -62,7 +61,18 @@ from lad_kernels.head.logits import BLOCK, SAMPLE, HeadForward, HeadGradients, L
 _LARGEST_SUM = 2.0**64  # F, F W and r H stay far inside the exponents of bfloat16 and float32
 _BLOCK = tl.constexpr(BLOCK)
 _FINAL_TILES, _FINAL_TOKENS = 64, 32  # tile of the reduction over vocabulary tiles
-_library_flags = threading.Lock()  # the flags are the process's: threads take turns to set and restore them
+
+
+@triton.jit
+def _row_sums(x, column, V, WHOLE_BLOCKS: tl.constexpr):
+    """Sums [R] over the columns of a tile [R, C] that starts at `column`; whole blocks beyond V do not count."""
+    if WHOLE_BLOCKS:
+        parts: tl.constexpr = x.shape[1] // _BLOCK
+        each = tl.sum(tl.reshape(x, (x.shape[0], parts, _BLOCK)), axis=2)  # [R, parts]
+        inside = column + tl.arange(0, parts) * _BLOCK < V  # [parts]
+        return tl.sum(tl.where(inside[None, :], each, 0.0), axis=1)
+    else:
+        return tl.sum(x, axis=1)
 
 
 @triton.jit(do_not_specialize=["N", "sums_stride"])
@@ -93,10 +103,12 @@ def _exponentials_kernel(
     TMA: tl.constexpr,
     PER_TOKEN: tl.constexpr,
 ):
-    PARTS: tl.constexpr = BLOCK_V // _BLOCK
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_v = tl.cdiv(V, BLOCK_V)
-    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=TMA):
+    # Where a rich epilogue leaves no registers for it, loads do not cross tiles.
+    for tile in tl.range(
+        tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=TMA and (WHOLE_BLOCKS or softcap is None)
+    ):
         tile_n, tile_v = tile_order(tile, tiles_n, tiles_v, GROUP_N)
         row, column = tile_n * BLOCK_N, tile_v * BLOCK_V
         raw = product(
@@ -113,19 +125,16 @@ def _exponentials_kernel(
         f = factor * LOG2_E  # [BLOCK_N, 1]
         level, r = row_levels(tl.load(shift + rows, mask=in_n, other=0.0)[:, None], factor, f)  # [BLOCK_N, 1] each
         d = tl.fma(x, f, -tl.where(in_n[:, None], level, 1e30))  # [BLOCK_N, BLOCK_V] (z - shift) log2 e + r
-        e = tl.exp2(d)  # [BLOCK_N, BLOCK_V], 2^r too large
         if not WHOLE_BLOCKS:  # else a block is complete, or beyond V
-            e = tl.where(in_v[None, :], e, 0.0)
-        parts = column + tl.arange(0, PARTS) * _BLOCK < V  # [PARTS]
+            d = tl.where(in_v[None, :], d, -1e30)
+        e = tl.exp2(d)  # [BLOCK_N, BLOCK_V], 2^r too large
         scaling = tl.exp2(-r)  # [BLOCK_N, 1]
-        each = tl.sum(tl.reshape(e, (BLOCK_N, PARTS, _BLOCK)), axis=2)  # [BLOCK_N, PARTS]
-        each = tl.where(parts[None, :], each, 0.0) * scaling  # [BLOCK_N, PARTS]
         at = sums_stride * tile_v.to(tl.int64) + rows  # [BLOCK_N]
-        tl.store(sums + at, tl.sum(each, axis=1), mask=in_n)
+        total = _row_sums(e, column, V, WHOLE_BLOCKS)  # [BLOCK_N]
+        tl.store(sums + at, total * tl.reshape(scaling, (BLOCK_N,)), mask=in_n)
         if moments is not None:
-            moment = tl.sum(tl.reshape(e * d, (BLOCK_N, PARTS, _BLOCK)), axis=2)  # [BLOCK_N, PARTS]
-            moment = tl.where(parts[None, :], moment, 0.0) * scaling - each * r  # [BLOCK_N, PARTS]
-            tl.store(moments + at, tl.sum(moment, axis=1) * LN_2, mask=in_n)
+            moment = _row_sums(e * d, column, V, WHOLE_BLOCKS) - total * tl.reshape(r, (BLOCK_N,))  # [BLOCK_N]
+            tl.store(moments + at, moment * tl.reshape(scaling, (BLOCK_N,)) * LN_2, mask=in_n)
         # The mask is as wide as a row of out, not as V: its bound divides by 16, so that the stores stay wide.
         at = rows[:, None].to(tl.int64) * out_stride + columns[None, :]  # [BLOCK_N, BLOCK_V]
         mask = in_n[:, None] & (columns < out_stride)[None, :]  # [BLOCK_N, BLOCK_V]
@@ -243,7 +252,7 @@ def one_pass(
         if need_weight:
             scaled = torch.mul(part.hidden, r[:, None], out=torch.empty_like(part.hidden))  # [C, D], from float32
             if once:
-                _product(dw, f.t(), scaled)
+                dense.rounded_product(dw, f.t(), scaled)
             else:
                 dense.accumulate(dw, f.t(), scaled, first=rows.start == 0)
         if db is not None:
@@ -256,19 +265,6 @@ def one_pass(
     return outputs, HeadGradients(
         dh, None if dw is None else dw.to(weight.dtype), None if db is None else db.sum(1).to(bias.dtype)
     )
-
-
-def _product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out [R, C] = a [R, K] b [K, C] in 16 bits, every sum in float32 and rounded once."""
-    flops.product(a.shape[0], a.shape[1], b.shape[1])
-    library = torch.backends.cuda.matmul
-    with _library_flags:
-        before = library.allow_bf16_reduced_precision_reduction
-        library.allow_bf16_reduced_precision_reduction = False  # else parts of a sum may be added in 16 bits
-        try:
-            torch.mm(a, b, out=out)
-        finally:
-            library.allow_bf16_reduced_precision_reduction = before
 
 
 class _Chunk(NamedTuple):

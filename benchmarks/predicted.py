@@ -16,8 +16,8 @@ NOTE = """## A GPU, predicted, **not measured**
 
 The cost model of `lad_kernels/head/dispatch.py` with the constants that an H100 gave: {flops:.0f} Tflop/s,
 {bytes:.1f} TB/s, {element:.0e} s a logit beside the products, routed products at {gathered} of the dense rate and
-{waiting:.0f} ms of waiting for the host. bfloat16; times are shares of the three bare products of a dense step. At
-D = 4,096 and N = 4,096 to 16,384 the model is within 10 % of what was measured, at D = 896 up to 20 % too low.
+{waiting:.0f} ms of waiting for the host. bfloat16; times are shares of the three bare products of a dense step. The
+constants were fitted to those runs, so agreement with them (10 % at D = 4,096, 20 % at D = 896) is no test.
 
 Memory is what a step takes at its peak beyond inputs and gradients, and beyond one float32 dW where that is named, in
 MiB. `tests/test_memory.py` holds the same paths to a small budget by counting their allocations.

@@ -207,8 +207,9 @@ class _LinearPolicyLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, step: Step, spent: Tensor,
         new_head: Callable[..., Head],
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.packing, ctx.transform, ctx.triton = step.packing, step.head.transform, step.head.triton
+        transform = step.head.transform
+        ctx.save_for_backward(hidden, weight, bias, targets, transform.temperatures)
+        ctx.packing, ctx.transform, ctx.triton = step.packing, transform, step.head.triton
         ctx.step, ctx.spent, ctx.new_head = step, spent, new_head
         ctx.set_materialize_grads(False)
         del step.head  # holds the inputs, which autograd keeps
@@ -220,10 +221,11 @@ class _LinearPolicyLoss(torch.autograd.Function):
         checks.refuse_double_backward()
         if grad is None:
             return (None,) * 7
-        hidden, weight, bias, targets = ctx.saved_tensors
+        hidden, weight, bias, targets, temperatures = ctx.saved_tensors
         with flops.counting() as tally:
             rows, tokens = ctx.packing.source(hidden)
-            head = ctx.new_head(rows, weight, targets, bias, ctx.transform, ctx.triton, tokens)
+            transform = ctx.transform.at(temperatures)
+            head = ctx.new_head(rows, weight, targets, bias, transform, ctx.triton, tokens)
             found = ctx.step.backward(head, grad)
         ctx.spent += tally[0]
         return *shaped(found, hidden), None, None, None, None

@@ -141,15 +141,13 @@ class Step:
     def _prepare(self, out: HeadForward) -> None:
         """Which tokens and blocks the backward multiplies; `out` covers all tokens, or the live ones if known."""
         gradient, lse, logprobs, block_lse = _gradient(self.terms, self.entropy), out.lse, out.logprobs, out.block_lse
+        rest = out.lse_rest  # [A]
         if self.known:
             gradient = take_gradient(gradient, self.live)
         elif self.ready is None:
             self.live = live_tokens(gradient)  # [A]
-            gradient, lse, logprobs = (
-                take_gradient(gradient, self.live),
-                take(lse, self.live),
-                take(logprobs, self.live),
-            )
+            gradient, rest = take_gradient(gradient, self.live), take(rest, self.live)
+            lse, logprobs = take(lse, self.live), take(logprobs, self.live)
             if block_lse is not None and self.live is not None:
                 for blocks in block_lse.split(_BLOCKS):  # in place: there may be no room for both
                     blocks[:, : len(self.live)] = blocks[:, self.live]
@@ -169,6 +167,8 @@ class Step:
                 self.routing = routing
             else:
                 certificate = None
+        if rest is not None:
+            self.gradient = gradient.with_rest(rest)
         alive = tokens if self.ready is None else int((self.terms.dlogprobs != 0).sum())
         if alive:
             dispatch.learn(work, self.theta, alive / work.tokens, self.kept)

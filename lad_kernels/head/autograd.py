@@ -241,7 +241,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
         rows, tokens = packing.source(hidden)
         head = new_head(rows, weight, targets, bias, transform, triton, tokens)
         out = head.forward(want_entropy=want_entropy)
-        ctx.save_for_backward(hidden, weight, bias, targets, out.lse, out.entropy)
+        ctx.save_for_backward(hidden, weight, bias, targets, transform.temperatures, out.lse, out.lse_rest, out.entropy)
         ctx.packing, ctx.transform, ctx.triton, ctx.new_head = packing, transform, triton, new_head
         ctx.set_materialize_grads(False)
         return out.logprobs, out.entropy, out.lse
@@ -250,16 +250,17 @@ class LinearLogprobsFunction(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None, g_lse: Tensor | None) -> tuple:
         checks.refuse_double_backward()
-        hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
+        hidden, weight, bias, targets, temperatures, lse, rest, entropy = ctx.saved_tensors
         if (g_logp is None and g_entropy is None and g_lse is None) or not any(ctx.needs_input_grad[:3]):
             return (None,) * 9
         onehot = torch.zeros_like(lse) if g_logp is None else g_logp  # [M]
         prob = -onehot if g_lse is None else g_lse - onehot  # [M]
         if g_entropy is not None:
             prob = prob - g_entropy * entropy
-        gradient = LogitGradient(onehot, prob, g_entropy)
+        gradient = LogitGradient(onehot, prob, g_entropy).with_rest(rest)
         live = live_tokens(gradient)  # [A]
         rows, tokens = ctx.packing.source(hidden)
-        head = ctx.new_head(rows, weight, targets, bias, ctx.transform, ctx.triton, tokens).take(live)
+        transform = ctx.transform.at(temperatures)
+        head = ctx.new_head(rows, weight, targets, bias, transform, ctx.triton, tokens).take(live)
         found = head.backward(take(lse, live), take_gradient(gradient, live), None, ctx.needs_input_grad[:3])
         return *shaped(found, hidden), None, None, None, None, None, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -24,14 +24,28 @@ class LogitTransform:
     softcap: float | None = None
     temperature: float | Tensor = 1.0  # a number, or [N] float32: one temperature per token
 
+    @property
+    def temperatures(self) -> Tensor | None:  # [N]
+        """Those of the tokens, for autograd to save: it notices when their owner changes them before the backward."""
+        return self.temperature if isinstance(self.temperature, Tensor) else None
+
+    def at(self, temperatures: Tensor | None) -> LogitTransform:  # [N]
+        """The same with saved temperatures."""
+        return self if temperatures is None else replace(self, temperature=temperatures)
+
 
 class HeadForward(NamedTuple):
-    """One pass over the vocabulary. All float32, on the device of the hidden states."""
+    """One pass over the vocabulary. All float32, on the device of the hidden states.
+
+    A bias of -inf excludes a word: probability 0, no part in the entropy and no gradient, unless it is the target. Then
+    the log-prob is -inf and its gradient what it is for every other: 1[j = y] - p_j, with p_y = 0.
+    """
 
     logprobs: Tensor  # [N] z_y - lse, never above 0
     lse: Tensor  # [N]
     entropy: Tensor | None  # [N]
     block_lse: Tensor | None  # [ceil(V / BLOCK), N]: log of the un-normalised mass of each vocabulary block
+    lse_rest: Tensor | None = None  # [N] what lse lost when it was rounded; None after one pass, which has its gradient
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,16 @@ class LogitGradient:
     onehot: Tensor  # [N] float32
     prob: Tensor  # [N] float32
     entropy: Tensor | None = None  # [N] float32; None stands for zeros
+
+    def with_rest(self, rest: Tensor) -> LogitGradient:  # [N]
+        """The same gradient for who takes p and log p from a rounded lse, where lse + rest is meant.
+
+        All logits may have one large part in common, whose rounding in lse would be one error of all p of a token.
+        """
+        scale = (-rest).exp()  # [N] p over the p of the rounded lse
+        if self.entropy is None:
+            return LogitGradient(self.onehot, self.prob * scale)
+        return LogitGradient(self.onehot, (self.prob + self.entropy * rest) * scale, self.entropy * scale)
 
 
 class HeadGradients(NamedTuple):

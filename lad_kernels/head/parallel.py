@@ -2,7 +2,8 @@
 
 Every rank holds consecutive rows of the weight, in rank order, and the same hidden states and targets.
 
-    forward    each rank scores its own rows; ONE all-gather of 2 or 3 numbers per token (lse_r, log p_r, H_r), then
+    forward    each rank scores its own rows; ONE all-gather of 3 or 4 numbers per token (lse_r and what rounding it
+               lost, log p_r, H_r), then
                    lse   = log sum_r e^lse_r
                    log p = log p_owner - log sum_r e^(lse_r - lse_owner)      never a difference of two large lse
                    H     = sum_r e^(lse_r - lse) (H_r + lse - lse_r)
@@ -96,24 +97,27 @@ class ShardedHead(Head):
         """Log-probs, lse and entropy over the whole vocabulary; block masses are never reported."""
         if len(self.weight):
             out = self._local().forward(want_entropy=want_entropy)
-            parts = torch.stack([out.lse, out.logprobs, *([out.entropy] if want_entropy else [])])  # [2 or 3, M]
+            found = [out.lse, out.lse_rest, out.logprobs, *([out.entropy] if want_entropy else [])]
+            parts = torch.stack(found)  # [3 or 4, M]
         else:
             wide = torch.promote_types(self.hidden.dtype, torch.float32)
-            parts = torch.zeros(2 + want_entropy, len(self.targets), dtype=wide, device=self.hidden.device)
+            parts = torch.zeros(3 + want_entropy, len(self.targets), dtype=wide, device=self.hidden.device)
             parts[0] = -torch.inf
-        parts = gather(parts, self.shard.group)  # [R, 2 or 3, M]
-        lse_r, logprobs_r = parts[:, 0], parts[:, 1]  # [R, M]
+        parts = gather(parts, self.shard.group)  # [R, 3 or 4, M]
+        lse_r, rest_r, logprobs_r = parts[:, 0], parts[:, 1], parts[:, 2]  # [R, M]
         ends = torch.tensor(list(itertools.accumulate(self.shard.rows)), device=lse_r.device)  # [R]
         owner = torch.bucketize(self.targets, ends, right=True)[None]  # [1, M]
-        lse = lse_r.logsumexp(0)  # [M]
-        beyond = (lse_r - lse_r.gather(0, owner)).logsumexp(0)  # [M] lse - lse_owner
+        top = lse_r.amax(0)  # [M]
+        log_mass = ((lse_r - top) + rest_r).logsumexp(0)  # [M]
+        lse = top + log_mass  # [M]
+        beyond = ((lse_r - lse_r.gather(0, owner)) + (rest_r - rest_r.gather(0, owner))).logsumexp(0)  # lse - lse_owner
         logprobs = (logprobs_r.gather(0, owner)[0] - beyond).clamp(max=0.0)
         entropy = None
         if want_entropy:
-            log_share = lse_r - lse  # [R, M]
+            log_share = (lse_r - top) - log_mass  # [R, M]
             share = log_share.exp()
-            entropy = torch.where(share > 0, share * (parts[:, 2] - log_share), 0.0).sum(0)  # [M]
-        return HeadForward(logprobs, lse, entropy, None)
+            entropy = torch.where(share > 0, share * (parts[:, 3] - log_share), 0.0).sum(0)  # [M]
+        return HeadForward(logprobs, lse, entropy, None, log_mass - (lse - top))
 
     def has_one_pass(self, need_bias: bool) -> bool:
         return False  # the coefficients need the global lse

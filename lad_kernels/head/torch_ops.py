@@ -5,7 +5,7 @@ V are. Slabs are the outer loop, so a slab of a 16-bit weight is widened once, a
 the next begins: written once, deterministic.
 
     forward    per slab and chunk: z = transform(h W^T + b); running maximum, sum of exponentials and (for the
-               entropy) sum of e^(z - max) (z - max), rescaled when the maximum moves                        2 N D V
+               entropy) sum of e^(z - max) (z - max), rescaled where the maximum moves                       2 N D V
     backward   per slab and chunk: z again, p = e^(z - lse), dZ, then dW += dZ^T h and dH += dZ W            6 N D V
     routed     the same for the kept (token, block) pairs alone: each block gathers its own tokens           6 D BLOCK P
     one pass   whole rows of a chunk: z, lse, c, then dH and dW at once, when c is known inside the chunk     6 N D V
@@ -27,6 +27,7 @@ from lad_kernels.head.logits import BLOCK, SAMPLE, HeadForward, HeadGradients, L
 
 TILE_BYTES = 16 << 20  # one tile of logits; at most three such tiles are alive at a time
 MAX_CHUNK = 2048  # tokens of a tile
+NOTHING = {torch.float32: -104.0, torch.float64: -746.0}  # e to this power is 0, and 0 times this is 0 as well
 
 
 def _tiles(tokens: int, vocabulary: int, item: int) -> tuple[list[slice], list[slice]]:
@@ -104,12 +105,10 @@ def forward(
 ) -> HeadForward:
     """Log-probs, lse and entropy of N tokens; memory beyond the inputs is O(TILE_BYTES + N D if 16-bit).
 
-    Exponentials are taken relative to the largest logit met before the present slab, which spares a pass over the
-    tile; where that overflows, the tile is made again with its own maximum. A block's mass is thus 0 when it lies
-    more than about 100 nats below the maximum.
+    A block's mass is 0 when it lies more than 104 nats below the largest logit met so far.
     """
     logits = _Logits(hidden, weight, bias, transform)
-    top = hidden.new_full((len(hidden),), -torch.inf, dtype=logits.dtype)  # [N] what exponentials are relative to
+    top = hidden.new_full((len(hidden),), -torch.inf, dtype=logits.dtype)  # [N] the largest logit so far
     mass = torch.zeros_like(top)  # [N] sum e^(z - top)
     moment = torch.zeros_like(top)  # [N] sum e^(z - top) (z - top)
     chosen = torch.full_like(top, -torch.inf)  # [N] z_y; a target outside [0, V) keeps probability 0
@@ -118,28 +117,28 @@ def forward(
     for columns, w, b in logits.walk():
         for rows in logits.chunks:
             column, inside = _column(targets[rows], columns)
-            for again in (columns.start == 0, True):
-                z, _ = logits.tile(rows, w, b)  # [C, Vs]
-                chosen[rows] = torch.where(inside, z.gather(1, column[:, None])[:, 0], chosen[rows])
-                new = torch.maximum(top[rows], z.amax(1)) if again else top[rows]  # [C]
-                z.sub_(new[:, None])
-                e = z.exp() if want_entropy else z.exp_()  # [C, Vs]
-                sums = _block_sums(e)  # [C, Vs / BLOCK]
-                if again or bool((sums < torch.inf).all()):
-                    break
-            shift = top[rows] - new  # [C]
-            decay = shift.exp()  # 0 for the first slab
+            z, _ = logits.tile(rows, w, b)  # [C, Vs]
+            chosen[rows] = torch.where(inside, z.gather(1, column[:, None])[:, 0], chosen[rows])
+            new = torch.maximum(top[rows], z.amax(1))  # [C]
+            start = torch.where(new == -torch.inf, 0.0, new)  # [C]; a bias may exclude every word so far
+            z.sub_(start[:, None]).clamp_(min=NOTHING[z.dtype])
+            e = z.exp() if want_entropy else z.exp_()  # [C, Vs]
+            sums = _block_sums(e)  # [C, Vs / BLOCK]
+            shift = top[rows] - start  # [C]
+            decay = shift.exp()  # [C], 0 for the first slab
             if want_entropy:
-                carried = torch.where(mass[rows] > 0, decay * (moment[rows] + shift * mass[rows]), 0.0)
+                carried = torch.where(decay > 0, decay * (moment[rows] + shift * mass[rows]), 0.0)
                 moment[rows] = carried + torch.linalg.vecdot(e, z)
             if want_block_lse:
                 first = columns.start // BLOCK
-                block_lse[first : first + sums.shape[1], rows] = (sums.log() + new[:, None]).T
+                block_lse[first : first + sums.shape[1], rows] = (sums.log() + start[:, None]).T
             mass[rows] = mass[rows] * decay + sums.sum(1)
             top[rows] = new
-    lse = top + mass.log()
-    entropy = mass.log() - moment / mass if want_entropy else None
-    return HeadForward((chosen - lse).clamp(max=0.0), lse, entropy, block_lse)
+    log_mass = mass.log()  # [N]
+    lse = top + log_mass
+    entropy = log_mass - moment / mass if want_entropy else None
+    logprobs = ((chosen - top) - log_mass).clamp(max=0.0)
+    return HeadForward(logprobs, lse, entropy, block_lse, log_mass - (lse - top))
 
 
 def _block_sums(e: Tensor) -> Tensor:
@@ -247,7 +246,7 @@ def _logit_gradient(
     z: Tensor, rows: slice | Tensor, columns: slice, targets: Tensor, lse: Tensor, gradient: LogitGradient
 ) -> Tensor:
     """dZ [C, Vs] of `LogitGradient`, in the memory of z where it can be."""
-    log_p = z.sub_(lse[rows, None])  # [C, Vs]
+    log_p = z.sub_(lse[rows, None]).clamp_(min=NOTHING[z.dtype])  # [C, Vs]
     if gradient.entropy is None:
         dz = log_p.exp_().mul_(gradient.prob[rows, None])
     else:
@@ -298,16 +297,17 @@ def one_pass(
         top, z_y = z.amax(1), z[every, targets[rows]]  # [C], [C]
         mass, moment = torch.zeros_like(top), torch.zeros_like(top)  # [C], [C]
         for part in z.split(step, 1):  # [C, step], in place
-            part.sub_(top[:, None])
+            part.sub_(top[:, None]).clamp_(min=NOTHING[z.dtype])
             e = part.exp() if want_entropy else part.exp_()
             mass += e.sum(1)
             if want_entropy:
                 moment += torch.linalg.vecdot(e, part)
                 part.copy_(e)
-        lse[rows] = top + mass.log()
-        logprobs[rows] = (z_y - lse[rows]).clamp(max=0.0)
+        log_mass = mass.log()  # [C]
+        lse[rows] = top + log_mass
+        logprobs[rows] = ((z_y - top) - log_mass).clamp(max=0.0)
         if want_entropy:
-            entropy[rows] = mass.log() - moment / mass
+            entropy[rows] = log_mass - moment / mass
         c = chunk = coefficients(rows, logprobs)  # [C]
         live = c.nonzero()[:, 0]  # [A] tokens with a gradient, moved to the front
         for i, n in enumerate(live.tolist()):

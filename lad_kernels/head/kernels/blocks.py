@@ -71,6 +71,13 @@ def product(
 
 
 @triton.jit
+def biases(bias, columns, inside):
+    """Biases [C] of some columns in fp32. -inf, which excludes a word, becomes a number as good: 0 * -inf is NaN."""
+    b = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(b < -1e30, -1e30, b)
+
+
+@triton.jit
 def tanh_and_slope(x):
     """tanh(x) to a few fp32 roundings, and 1 - tanh(x)^2 to what one rounding of x itself costs it.
 

@@ -39,6 +39,7 @@ from lad_kernels.head.kernels import configs
 from lad_kernels.head.kernels.blocks import (
     LN_2,
     LOG2_E,
+    biases,
     exponents,
     inverse_temperatures,
     levels,
@@ -52,6 +53,7 @@ from lad_kernels.head.logits import BLOCK, HeadForward, LogitTransform, gather
 _PARTIAL_BYTES = 160 << 20  # bound on the block partials of one run of rows
 _RUN = 1024  # runs are multiples of this, hence of every block_n
 _LOWEST = tl.constexpr(-1e38)  # stands for -inf: finite, so that no inf - inf can arise
+_NOTHING = tl.constexpr(-1e29)  # no logit of a word that `biases` keeps is below
 
 _BLOCK = tl.constexpr(BLOCK)
 _TARGET_TOKENS = 64  # of the gathered product
@@ -97,7 +99,7 @@ def _partials_kernel(
         rows = row + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         columns = column + tl.arange(0, BLOCK_V)  # [BLOCK_V]
         if bias is not None:
-            raw += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+            raw += biases(bias, columns, columns < V)[None, :]
         inv_t = inverse_temperatures(inv_temperature, rows, N, PER_TOKEN)  # [BLOCK_N]
         x, factor, _ = exponents(raw, scale, softcap, inv_t[:, None])  # [BLOCK_N, BLOCK_V], [BLOCK_N, 1]
         if not WHOLE_BLOCKS:  # else a block is complete, or beyond V and not stored
@@ -106,6 +108,9 @@ def _partials_kernel(
         top = tl.min(x, axis=2) if NEGATIVE else tl.max(x, axis=2)  # [BLOCK_N, PARTS], the largest z over factor
         f = factor * LOG2_E  # [BLOCK_N, 1]
         level, r = levels(top, f)  # [BLOCK_N, PARTS] each
+        if bias is not None:
+            empty = (top < _NOTHING) & (not NEGATIVE)  # [BLOCK_N, PARTS]; all words of the block are excluded
+            level, r = tl.where(empty, 0.0, level), tl.where(empty, 0.0, r)
         d = tl.fma(x, f[:, :, None], -level[:, :, None])  # [BLOCK_N, PARTS, BLOCK] (z - the largest) log2 e + r
         e = tl.exp2(d)  # [BLOCK_N, PARTS, BLOCK]
         total = tl.sum(e, axis=2)  # [BLOCK_N, PARTS], about 1 or more
@@ -114,10 +119,15 @@ def _partials_kernel(
         parts = tile_v * PARTS + tl.arange(0, PARTS)  # [PARTS]
         valid = (rows[:, None] < N) & (parts[None, :] * _BLOCK < V)  # [BLOCK_N, PARTS]
         at = parts[None, :].to(tl.int64)  # [1, PARTS]
-        tl.store(block_lse + at * lse_stride + rows[:, None], tl.fma(log_total - r, LN_2, top * factor), mask=valid)
+        mass = tl.fma(log_total - r, LN_2, top * factor)  # [BLOCK_N, PARTS] its logarithm
+        if bias is not None:
+            mass = tl.where(empty, _LOWEST, mass)
+        tl.store(block_lse + at * lse_stride + rows[:, None], mass, mask=valid)
         if block_entropy is not None:
             inside = (log_total - tl.sum(e * d, axis=2) / total) * LN_2  # [BLOCK_N, PARTS]; r cancels
             inside = tl.where(inside < 0, 0.0, inside)  # [BLOCK_N, PARTS]; a maximum would turn NaN into 0
+            if bias is not None:
+                inside = tl.where(empty, 0.0, inside)
             tl.store(block_entropy + at * entropy_stride + rows[:, None], inside, mask=valid)
 
 
@@ -170,6 +180,7 @@ def _finalize_kernel(
     target_logits,  # [N]
     logprobs,  # [N] out
     lse,  # [N] out
+    lse_rest,  # [N] out
     entropy,  # [N] out, or None
     N,
     blocks,
@@ -200,11 +211,12 @@ def _finalize_kernel(
             offsets = at[:, None].to(tl.int64) * entropy_stride + rows[None, :]  # [BLOCKS, TOKENS]
             spread += e * (tl.load(block_entropy + offsets, mask, other=0.0) - below)
     mass = tl.where(inside, tl.sum(mass, axis=0), 1.0)  # [TOKENS], at least 1
-    log_mass = tl.log(mass)  # [TOKENS]
+    log_mass = tl.where(top < _NOTHING, float("nan"), tl.log(mass))  # [TOKENS]; NaN where a bias excludes every word
     total = top + log_mass  # [TOKENS]
     tl.store(lse + rows, total, mask=inside)
+    tl.store(lse_rest + rows, log_mass - (total - top), mask=inside)
     z_y = tl.load(target_logits + rows, mask=inside, other=0.0)  # [TOKENS]
-    logp = z_y - total  # [TOKENS]
+    logp = (z_y - top) - log_mass  # [TOKENS]
     tl.store(logprobs + rows, tl.where(logp > 0, 0.0, logp), mask=inside)  # a minimum would turn NaN into 0
     if block_entropy is not None:
         tl.store(entropy + rows, log_mass + tl.sum(spread, axis=0) / mass, mask=inside)
@@ -243,7 +255,7 @@ def forward(
     blocks = triton.cdiv(V, BLOCK)
 
     new = {"dtype": torch.float32, "device": device}
-    logprobs, lse = torch.empty(N, **new), torch.empty(N, **new)  # [N], [N]
+    logprobs, lse, rest = (torch.empty(N, **new) for _ in range(3))  # [N] each
     entropy = torch.empty(N, **new) if want_entropy else None  # [N]
     all_lse = torch.empty(blocks, N, **new) if want_block_lse else None  # [blocks, N]
     row_bytes = 4 * blocks * (want_entropy + (not want_block_lse))
@@ -267,6 +279,7 @@ def forward(
                 z_y,
                 logprobs[start:],
                 lse[start:],
+                rest[start:],
                 entropy[start:] if want_entropy else None,
                 stop - start,
                 blocks,
@@ -276,7 +289,7 @@ def forward(
                 TOKENS=_FINAL_TOKENS,
                 **configs.SAME_BITS,
             )
-    return HeadForward(logprobs, lse, entropy, all_lse)
+    return HeadForward(logprobs, lse, entropy, all_lse, rest)
 
 
 def _partials(

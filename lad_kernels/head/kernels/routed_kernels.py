@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lad_kernels.head.kernels.blocks import inverse_temperatures, logits
+from lad_kernels.head.kernels.blocks import biases, inverse_temperatures, logits
 from lad_kernels.head.logits import BLOCK
 
 _BLOCK = tl.constexpr(BLOCK)
@@ -86,7 +86,7 @@ def pairs_kernel(
             b = tl.load(w + k + w_offsets, mask=ks[:, None] < D - k, other=0.0)
         raw = tl.dot(a, b, raw, input_precision="ieee")
     if bias is not None:
-        raw += tl.load(bias + column + columns, mask=in_v, other=0.0).to(tl.float32)[None, :]
+        raw += biases(bias + column, columns, in_v)[None, :]
     inv_t = inverse_temperatures(inv_temperature, rows, N, PER_TOKEN)  # [BLOCK_N]
     z, slope = logits(raw, scale, softcap, inv_t[:, None])  # [BLOCK_N, BLOCK], broadcastable to it
 

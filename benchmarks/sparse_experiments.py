@@ -79,14 +79,9 @@ def gradients(out: LossOutput, batch: Batch) -> tuple[Tensor, ...]:  # [N, D], [
 def measure(
     run: Run, shape: Shape, batches: list[Batch], library: float, call: Callable[[Batch], LossOutput]
 ) -> tuple[dict[str, object], tuple[Tensor, ...]]:
-    """(time, flops, memory and bounds of forward and backward, the gradients of the first batch).
-
-    The first call tells dispatch.py what to expect; metrics and gradients are those of the second.
-    """
-    dispatch.forget()
-    for _ in range(1 if run.dry_run else 2):
-        out = call(batches[0])
-        found = gradients(out, batches[0])
+    """(time, flops, memory and bounds of forward and backward, the gradients of the first batch)."""
+    out = call(batches[0])
+    found = gradients(out, batches[0])
     metrics = {name: out.metrics[name].item() for name in ("kept_share", "head_flops")}
     bounds = {name: out.metrics[name].item() for name in ("dhidden_bound", "dweight_bound")}
 

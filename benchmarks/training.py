@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from benchmarks import machine, report
 from lad_kernels import LADConfig, linear_lad_loss, linear_logprobs
-from lad_kernels.head import dispatch
 
 VOCABULARY, HIDDEN, CONTEXTS = 16_384, 64, 256
 PROMPTS, GROUP = 16, 8  # sampled contexts a step, tokens per context
@@ -172,7 +171,6 @@ def compare(steps: int, seeds: int) -> list[Outcome]:
     for seed in range(seeds):
         cold = None  # [blocks]
         for variant in VARIANTS:
-            dispatch.forget()
             outcome, hot = train(start, variant, seed, steps, cold)
             cold = coldest(hot) if cold is None else cold
             outcomes.append(outcome)

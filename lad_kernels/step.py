@@ -43,7 +43,6 @@ class Step:
         self.routing: Routing | None = None
         self.ready: HeadGradients | None = None  # of one pass
         self.settled: PolicyTerms | None = None  # terms that one pass has computed already
-        self.kept: float | None = None  # share of pairs that a routing keeps, as one pass saw it
         self.metrics: dict[str, Tensor] = {}
 
     def objective(self, logprobs: Tensor, entropy: Tensor | None = None) -> PolicyTerms:  # [M], [M]
@@ -80,11 +79,14 @@ class Step:
         config, live, work = self.config, self.live, self._work(part)
         if config.entropy_coef != 0:
             return None
-        if not dispatch.takes_one_pass(work, self.theta, backward=config.backward, known=self.known):
-            return None
         whole = None if self.known or config.importance_sampling_level == "token" else self.packing.cu_seqlens
         chunks = _chunks(work.tokens, work.chunk_rows(), whole)
         if chunks is None:
+            return None
+        shares: dict[str, float] = {}
+        if dispatch.must_look(work, self.theta, backward=config.backward, known=self.known):
+            shares = self._look(part, work)
+        if not dispatch.takes_one_pass(work, self.theta, backward=config.backward, **shares):
             return None
         ahead = take(self.terms.dlogprobs, live) if self.known else None  # [A]
 
@@ -98,25 +100,33 @@ class Step:
                 all_at_once.append(terms)
             return terms.dlogprobs[rows]
 
-        seen: list[Tensor] = []  # [2] for each chunk with tokens in its sample: c != 0, and that times their kept share
-
-        def observe(norms: Tensor, c: Tensor) -> None:  # [S, blocks], [C]
-            share = kept_share(norms, c, self.theta, **self._rule())  # [], NaN without a token
-            seen.append(torch.stack([share.isfinite(), share]) * (c != 0).sum())
-
-        prior = self.inputs.old_logprobs
-        prior = None if prior is None else self.packing.take(prior.detach()).to(self.logprobs.dtype)  # [M]
-        learns = self.theta > 0 and config.backward == "auto"
         found = part.one_pass(
-            prior, coefficients, chunks=chunks, want_entropy=self.want_entropy, needs=self.needs,
-            observe=observe if learns else None,
-        )  # fmt: skip
-        if seen:
-            alive, kept = torch.stack(seen).nansum(0).tolist()
-            self.kept = kept / alive if alive else None
+            self._old(), coefficients, chunks=chunks, want_entropy=self.want_entropy, needs=self.needs
+        )
         out, self.ready = (None, None) if found is None else found
         self.settled = all_at_once[0] if found is not None and all_at_once else None
         return out
+
+    def _old(self) -> Tensor | None:  # [M]
+        """Log-probabilities of the behaviour policy."""
+        old = self.inputs.old_logprobs
+        return None if old is None else self.packing.take(old.detach()).to(self.logprobs.dtype)
+
+    def _look(self, part: Head, work: dispatch.Work) -> dict[str, float]:
+        """Shares that `dispatch.takes_one_pass` asks for, of a few of the tokens [A] at a fixed stride."""
+        chosen = torch.arange(work.sample, device=self.logprobs.device) * work.tokens // work.sample  # [S]
+        few = part.take(chosen)
+        out = few.forward(want_entropy=False, want_block_lse=True)
+        if self.known:
+            c = take(self.terms.dlogprobs, self.live)[chosen]  # [S]
+        else:
+            logprobs = self.logprobs.clone() if self.inputs.old_logprobs is None else self._old().clone()  # [M]
+            c = self.objective(logprobs.index_copy_(0, chosen, out.logprobs)).dlogprobs[chosen]  # [S]
+        kept = c.new_ones(())  # []
+        if self.theta > 0:
+            kept = kept_share(out, few.targets, c, self.theta, **self._rule()).nan_to_num(0.0)
+        live, kept = torch.stack([(c != 0).to(c.dtype).mean(), kept]).tolist()
+        return {"live": live, "kept": kept}
 
     def _rule(self) -> dict[str, Any]:
         """How `route` chooses, beside theta."""
@@ -162,16 +172,12 @@ class Step:
                 tokens=part.tokens, most_pairs=most, triton=part.triton, **self._rule(),
             )  # fmt: skip
             dense, pairs = len(routing.dense), sum(routing.counts) + len(routing.dense) * work.blocks
-            self.kept = pairs / (tokens * work.blocks)
             if dispatch.takes_routed(work, tokens, pairs, dense, backward=backward) and dense < tokens:
                 self.routing = routing
             else:
                 certificate = None
         if rest is not None:
             self.gradient = gradient.with_rest(rest)
-        alive = tokens if self.ready is None else int((self.terms.dlogprobs != 0).sum())
-        if alive:
-            dispatch.learn(work, self.theta, alive / work.tokens, self.kept)
         zero = self.logprobs.new_zeros(())  # []
         everything = zero + tokens * work.blocks
         certificate = certificate or Certificate(everything, zero, zero, zero, zero)

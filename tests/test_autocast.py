@@ -145,7 +145,6 @@ def test_autocast_changes_no_bit_of_a_head(name, impl, dtype, device):
         leaves = {k: v.clone().requires_grad_() for k, v in head.items()}
         used = {k: v.to(low) if rounded and k != "bias" else v for k, v in leaves.items()}
         inside = lambda on: torch.autocast(device, low, enabled=on)  # noqa: E731
-        dispatch.forget()
         with Watch(device) as watch:
             with inside(on[0]):
                 outputs = call(impl, path, given, used)

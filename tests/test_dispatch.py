@@ -1,7 +1,8 @@
-"""The cost model: what it picks, what it remembers, and what it says."""
+"""The cost model: what it picks, what it looks at, and what it says."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -13,27 +14,21 @@ from lad_kernels.head.dispatch import Work
 SHAPES = [(512, 896, 151_936), (4096, 4096, 131_072), (16_384, 4096, 151_936), (64, 64, 50_257), (2048, 896, 151_936)]
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    dispatch.forget()
-
-
 def works() -> list[Work]:
     return [Work(*shape, 4 if d == "cpu" else 2, d) for shape, d in itertools.product(SHAPES, dispatch.SPEEDS)]
 
 
 @pytest.mark.parametrize("work", works(), ids=str)
-def test_the_cheapest_path_is_taken_once_shares_are_known(work):
-    """Whatever the shares, the second call takes the path whose modelled time is least, of those that are possible."""
+def test_the_cheapest_path_is_taken(work):
+    """Whatever the shares, the path taken is that whose modelled time is least, of those that are possible."""
     for live_share, kept in itertools.product((1.0, 0.4, 0.02), (0.001, 0.02, 0.1, 0.5, 1.0)):
-        dispatch.forget()
         live = int(live_share * work.tokens)
         pairs = int(live * work.blocks * kept)
         routed = dispatch.takes_routed(work, live, pairs, 0, backward="auto")
-        dispatch.learn(work, 3e-4, live / work.tokens, pairs / (live * work.blocks))
-        one_pass = dispatch.takes_one_pass(work, 3e-4, backward="auto", known=False)
+        shares = {"live": live / work.tokens, "kept": pairs / (live * work.blocks)}
+        one_pass = dispatch.takes_one_pass(work, 3e-4, backward="auto", **shares)
         times = {
-            "one_pass": work.one_pass(),
+            "one_pass": work.one_pass(live),
             "routed": work.score() + work.routed(pairs, live=live),
             "two_pass": work.score() + work.dense(live),
         }
@@ -41,20 +36,29 @@ def test_the_cheapest_path_is_taken_once_shares_are_known(work):
         assert times[picked] <= 1.01 * min(times.values())
 
 
-def test_what_was_learnt_decides_the_next_call():
-    work = Work(4096, 4096, 131_072, 2, "cuda")
-    one_pass = lambda theta=3e-4: dispatch.takes_one_pass(work, theta, backward="auto", known=True)  # noqa: E731
-    assert not one_pass()
-    dispatch.learn(work, 3e-4, 1.0, 0.9)
-    assert one_pass()
-    dispatch.learn(work, 3e-4, 1.0)
-    assert one_pass()
-    dispatch.learn(work, 3e-4, 1.0, 0.01)
-    assert not one_pass()
-    assert one_pass(0.0)
-    dispatch.learn(work, 0.0, 0.1)
-    assert one_pass(0.0)  # coefficients known in advance: all tokens given are live
-    assert not dispatch.takes_one_pass(work, 0.0, backward="auto", known=False)
+def test_the_call_looks_where_it_matters_and_costs_little():
+    def looks(work: Work, theta: float = 3e-4, backward: str = "auto", known: bool = True) -> bool:
+        return dispatch.must_look(work, theta, backward=backward, known=known)
+
+    for tokens in (4096, 8192, 32_768):
+        for d, v in ((896, 151_936), (4096, 131_072), (1152, 262_144)):
+            work = Work(tokens, d, v, 2, "cuda")
+            assert looks(work) == (work.one_pass() < work.score() + work.dense(tokens))
+            assert work.look() <= dispatch.LOOK * work.one_pass()
+    work = Work(8192, 4096, 151_936, 2, "cuda")
+    assert looks(work)
+    assert work.look() < 0.012 * work.one_pass()
+    assert looks(work, 0.0, known=False)  # how many tokens have a gradient
+    assert not looks(work, 0.0)
+    assert not looks(work, 3e-4, "dense")
+    assert not looks(work, 3e-4, "routed")
+    assert not looks(dataclasses.replace(work, tokens=512))  # reading W alone costs more than it may
+    assert not looks(dataclasses.replace(work, tokens=0))
+    exact = Work(2048, 896, 151_936, 4, "cpu")
+    assert not looks(exact, 0.0, known=False)  # one pass drops what two passes drop
+    assert looks(exact, 3e-4, known=False)
+    with dispatch.force("two_pass"):
+        assert not looks(work)
 
 
 def test_what_is_asked_for_is_done():
@@ -63,10 +67,10 @@ def test_what_is_asked_for_is_done():
     may_route = lambda theta, backward: dispatch.may_route(work, theta, backward=backward)  # noqa: E731
     assert not may_route(3e-4, "dense")
     assert not may_route(0.0, "auto")
-    assert not dispatch.takes_one_pass(work, 3e-4, backward="routed", known=True)
+    assert not dispatch.takes_one_pass(work, 3e-4, backward="routed")
     for path in dispatch.PATHS:
         with dispatch.force(path):
-            assert dispatch.takes_one_pass(work, 3e-4, backward="auto", known=False) == (path == "one_pass")
+            assert dispatch.takes_one_pass(work, 3e-4, backward="auto") == (path == "one_pass")
             assert may_route(3e-4, "auto") == (path == "routed")
     with pytest.raises(ValueError, match="'two_pass'"), dispatch.force("two-pass"):
         pass

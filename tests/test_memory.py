@@ -69,7 +69,6 @@ def small_budget(monkeypatch):
             library(*arguments, **options)
 
     monkeypatch.setattr(dense, "accumulate", accumulate)
-    dispatch.forget()
 
 
 def test_the_meter_counts_what_is_alive():

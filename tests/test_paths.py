@@ -25,7 +25,6 @@ M = B * T
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    dispatch.forget()
     monkeypatch.setattr(dispatch.Work, "chunk_rows", lambda self: 30)  # several chunks, two sequences each
 
 
@@ -327,44 +326,6 @@ def test_flops_are_those_of_the_formula_and_of_torch(path, on_policy):
         pairs = out.metrics["kept_share"] * (M - 3) * -(-V // BLOCK)
         bound = 2 * (M - 3) * D * V + 6 * D * BLOCK * pairs
         assert bound * 0.9 < counted <= bound * (1 + 1e-6)  # pairs of the last, partial block are narrower
-
-
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_what_a_call_meets_decides_the_next(impl, device, monkeypatch):
-    """A flat policy takes one pass from the second call on, one that turns peaked is routed one call later."""
-    monkeypatch.setattr(dispatch.Work, "one_pass", lambda work: 0.9 * (work.score() + work.dense(work.tokens)))
-    dear = lambda work, pairs, dense=0, live=None: 9.0 * (pairs > 0.5 * M * work.blocks)  # noqa: E731
-    monkeypatch.setattr(dispatch.Work, "routed", dear)
-    spent, config = [], LADConfig(tail_mass=1e-3)
-    for entropy in (None, None, None, 0.1, 0.1, 0.1, None, None):
-        inputs = batch(entropy) | {"advantages": torch.ones(B, dtype=torch.float64)}
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        out = run(linear_lad_loss, inputs, torch.float32, config=config, impl=impl)[0]
-        spent.append(out.metrics["head_flops"].item() / ((M - 3) * D * V))
-    assert spent[:4] == [8, 6, 6, 6]
-    assert max(spent[4:6]) < 5
-    assert spent[6:] == [8, 6]
-
-
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("tail", ["drop", "unbiased"])
-def test_the_one_pass_sees_what_routing_would_keep(impl, tail, device, monkeypatch):
-    """The share from samples of every chunk against the share of a routed call; all tokens fit the samples here."""
-    inputs, found = batch(0.5), []
-    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    config = GRPOConfig(policy_loss="reinforce", tail_mass=3e-2, tail=tail)
-    monkeypatch.setattr(dispatch, "learn", lambda work, theta, live, kept: found.append((live, kept)))
-    monkeypatch.setattr(dispatch.Work, "chunk_rows", lambda self: 12)
-    monkeypatch.setattr(
-        dispatch, "SPEEDS", {k: dataclasses.replace(v, gathered=0.9) for k, v in dispatch.SPEEDS.items()}
-    )
-    for path in ("one_pass", "routed"):
-        with dispatch.force(path):
-            run(linear_grpo_loss, inputs, torch.float32, config=config, impl=impl)
-    (live, kept), (live_routed, kept_routed) = found
-    assert live == pytest.approx(live_routed)
-    assert 0.05 < kept_routed / live < 0.9
-    assert kept == pytest.approx(kept_routed, rel=0.1)
 
 
 def test_score_alone():

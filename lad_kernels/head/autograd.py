@@ -91,14 +91,11 @@ class Head:
 
     def one_pass(
         self, prior: Tensor | None, coefficients: Callable[[slice, Tensor], Tensor], *, chunks: Sequence[slice],
-        want_entropy: bool, needs: tuple[bool, bool, bool], observe: Callable[[Tensor, Tensor], None] | None = None,
+        want_entropy: bool, needs: tuple[bool, bool, bool],
     ) -> tuple[HeadForward, HeadGradients] | None:  # fmt: skip
-        """Forward and gradient together, dH [N, D]; None where the prior log-probs [M] are too far off (Triton).
-
-        `observe` is told for each chunk the L1 norms [S, blocks] of the pieces of dZ of a few tokens, and c [C].
-        """
+        """Forward and gradient together, dH [N, D]; None where the prior log-probs [M] are too far off (Triton)."""
         path: Any = torch_ops
-        options: dict[str, Any] = {"chunks": chunks, "want_entropy": want_entropy, "observe": observe} | _wanted(needs)
+        options: dict[str, Any] = {"chunks": chunks, "want_entropy": want_entropy} | _wanted(needs)
         if self.triton:
             from lad_kernels.head.kernels import one_pass as path
 

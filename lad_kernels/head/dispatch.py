@@ -10,9 +10,10 @@ With N tokens of which A have a coefficient c != 0, and P kept (token, block) pa
 | routed | 2 N D V + 6 D BLOCK P | tail_mass > 0 and backward is not "dense" |
 
 The kept share decides between the last two and is known only after the forward; the one pass has to be chosen before.
-For that choice alone the shares met by the last call of the same shape are remembered (the one pass looks at a few
-tokens of each chunk), so that a first call may take another path, and round differently within the tolerance, than the
-second. `force` and `backward=` settle it instead. No path is tried to find out: there is no autotuning.
+For that choice a few of the call's own tokens, at a fixed stride, are scored first, where it can matter and costs at
+most LOOK of the one pass; else FIRST_KEPT_SHARE is believed. So the path is a function of the arguments and the device:
+the same call takes it, and gives the same bits, every time. No path is tried to find out: there is no autotuning, and
+nothing is remembered. `force` and `backward=` settle it beforehand.
 
 Here also stands what a call may take of an accelerator's memory beyond its inputs, its gradients and one float32 dW:
 BUDGET bytes, whatever N is. The gradients' own memory counts from the start, so what is freed before they are made,
@@ -31,7 +32,7 @@ from dataclasses import dataclass
 import torch
 
 from lad_kernels import checks
-from lad_kernels.head.logits import BLOCK, SAMPLE
+from lad_kernels.head.logits import BLOCK
 
 PATHS = ("one_pass", "two_pass", "routed")
 DEFAULT_TAIL_MASS = 3e-4  # for 16-bit inputs; float32 and float64 are exact unless a number is given
@@ -42,7 +43,8 @@ TOKEN_BYTES = 128  # of one token's log-prob, lse, coefficients and the objectiv
 ROWS = 256  # tokens of a piece are a multiple
 MASS_BYTES = 5  # of a (token, block) pair while pairs are chosen: its mass in float32; a bit and sums take 0.6 more
 LIST_BYTES = 12  # of a kept pair while pairs are listed: its token and its scale
-FIRST_KEPT_SHARE = 0.02  # what a policy under reinforcement learning has; believed until the first call
+FIRST_KEPT_SHARE = 0.02  # what a policy under reinforcement learning has; believed where no tokens are looked at
+LOOK = 0.03  # of the one pass, in time, that looking may cost: most of it is reading W; 1 % from N = 8,192 on an H100
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,16 @@ class Work:
     def _product(self, tokens: float) -> float:
         return 2 * tokens * self.hidden_size * self.vocab_size / SPEEDS[self.device].flops
 
+    @property
+    def sample(self) -> int:
+        """Tokens that are looked at."""
+        return min(64, max(8, self.tokens // 64), self.tokens)
+
+    def look(self) -> float:
+        """Seconds of the forward of the sample, which reads W for a few tokens."""
+        read = self.itemsize * self.vocab_size * self.hidden_size / SPEEDS[self.device].bytes
+        return self._product(self.sample) + SPEEDS[self.device].element * self.sample * self.vocab_size + read
+
     def score(self) -> float:
         """Seconds of the forward."""
         return self._product(self.tokens) + SPEEDS[self.device].element * self.tokens * self.vocab_size
@@ -133,16 +145,19 @@ class Work:
         moved = self.itemsize * weight / s.bytes + pieces + s.block * self.blocks
         return choosing + gathered + self.dense(dense) + moved
 
-    def one_pass(self) -> float:
-        """Seconds of forward and backward in one pass.
+    def one_pass(self, live: float | None = None) -> float:
+        """Seconds of forward and backward in one pass of which `live` tokens (None: all) have a gradient.
 
-        Each of several chunks reads and writes a float32 dW, rounded last.
+        Each of several chunks reads and writes a float32 dW, rounded last. PyTorch drops the tokens without a gradient
+        from the products.
         """
+        live = self.tokens if live is None or self.device != "cpu" else live
         s = SPEEDS[self.device]
         chunks = -(-self.tokens // self.chunk_rows())
         each = 0 if chunks == 1 and self.itemsize == 2 else 8 * chunks + self.itemsize * (self.itemsize == 2)
         sums = each * self.vocab_size * self.hidden_size * self.need_weight / s.bytes
-        return (1 + self.products) * self._product(self.tokens) + 2 * s.element * self.tokens * self.vocab_size + sums
+        products = self._product(self.tokens) + self.products * self._product(live)
+        return products + s.element * (self.tokens + live) * self.vocab_size + sums
 
     def chunk_rows(self) -> int:
         """Tokens whose logits are kept at once by the one-pass path.
@@ -165,18 +180,9 @@ class Work:
         """Tiles of 128 tokens whose logits fit `room`, one at least."""
         logits = self.itemsize * self.blocks * BLOCK + 8 * self.blocks  # and two sums of each tile of BLOCK columns
         states = (3 * self.itemsize + 4) * self.hidden_size  # gathered, scaled, dH in float32 and rounded
-        return max(1, (room - SAMPLE * logits) // (logits + states) // 128)
+        return max(1, room // (logits + states) // 128)
 
 
-@dataclass
-class _Met:
-    """What the last call of a shape met."""
-
-    live: float = 1.0  # tokens with c != 0, over all
-    kept: float = FIRST_KEPT_SHARE  # of their pairs
-
-
-_met: dict[tuple, _Met] = {}
 _atomics = os.environ.get("LAD_KERNELS_ATOMICS", "0") == "1"
 _forced: ContextVar[str | None] = ContextVar("forced", default=None)
 
@@ -206,11 +212,6 @@ def atomics() -> bool:
     return _atomics
 
 
-def forget() -> None:
-    """Forget what earlier calls met."""
-    _met.clear()
-
-
 def kind(device: torch.device, triton: bool) -> str:
     """The key of SPEEDS."""
     return "cuda" if triton and device.type == "cuda" else "cpu"
@@ -223,31 +224,36 @@ def tail_mass(given: float | None, dtype: torch.dtype) -> float:
     return given
 
 
-def takes_one_pass(work: Work, theta: float, *, backward: str, known: bool) -> bool:
-    """Whether a call whose coefficients can be had inside a chunk computes its gradient in the forward.
+def must_look(work: Work, theta: float, *, backward: str, known: bool) -> bool:
+    """Whether `takes_one_pass` hangs on shares that the call's own tokens have to tell, and they are worth asking.
 
     `known`: every token given has a coefficient that is not zero.
+    """
+    if _forced.get() is not None or backward == "routed" or work.tokens == 0:
+        return False
+    routable = theta > 0 and backward == "auto"
+    if not routable and (known or work.device == "cpu"):
+        return False  # where no token is routed, PyTorch's one pass drops what its two passes drop
+    one_pass = work.one_pass()
+    return work.look() <= LOOK * one_pass and one_pass < work.score() + work.dense(work.tokens)
+
+
+def takes_one_pass(
+    work: Work, theta: float, *, backward: str, live: float = 1.0, kept: float = FIRST_KEPT_SHARE
+) -> bool:
+    """Whether a call whose coefficients can be had inside a chunk computes its gradient in the forward.
+
+    `live` is the share of tokens with c != 0, `kept` that of their pairs which a routing would keep.
     """
     if _forced.get() is not None or backward == "routed":
         return _forced.get() == "one_pass"
     if work.tokens == 0:
         return False
-    met = _met.get(_key(work, theta), _Met())
-    live = work.tokens * (1.0 if known else met.live)
-    after = work.dense(live)
+    tokens = work.tokens * live
+    after = work.dense(tokens)
     if theta > 0 and backward == "auto":
-        after = min(after, work.routed(live * work.blocks * met.kept, live=live))
-    return work.one_pass() < work.score() + after
-
-
-def learn(work: Work, theta: float, live: float, kept: float | None = None) -> None:
-    """Remember the share of tokens with c != 0 and, where it is known, that of their pairs that are kept."""
-    known = _met.get(_key(work, theta), _Met()).kept
-    _met[_key(work, theta)] = _Met(live, known if kept is None else kept)
-
-
-def _key(work: Work, theta: float) -> tuple:
-    return work.device, work.hidden_size, work.vocab_size, work.itemsize, theta
+        after = min(after, work.routed(tokens * work.blocks * kept, live=tokens))
+    return work.one_pass(tokens) < work.score() + after
 
 
 def takes_routed(work: Work, live: int, pairs: int, dense: int, *, backward: str) -> bool:

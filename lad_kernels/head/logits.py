@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 BLOCK = 128  # vocabulary columns of a block: the unit of probability mass that the forward reports
-SAMPLE = 16  # tokens of a chunk, at most, whose pieces of the logit gradient the one pass reports
 SLACK = 32  # rounding steps by which 1 - p_y may be wrong: added to the norm of the target's piece
 
 

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lad_kernels.head.logits import BLOCK, SLACK, Dropped, LogitGradient, LogitTransform, Routing
+from lad_kernels.head.logits import BLOCK, SLACK, Dropped, HeadForward, LogitGradient, LogitTransform, Routing
 
 _SLICE = 1 << 20  # pairs looked at together: 4 MiB of float32, 8 MiB of int64
 _WORD = (1 << 32) - 1
@@ -128,16 +128,14 @@ def block_norms(weight: Tensor) -> Tensor:
 
 
 def kept_share(
-    norms: Tensor, c: Tensor, theta: float, *, dense_share: float, unbiased: bool
-) -> Tensor:  # [S, blocks], [C] -> []
-    """Share of the pairs that `route` would keep, from L1 norms of the pieces of dZ of some tokens.
-
-    The mean|c| of the rule is that of `c`. Tokens without a gradient do not count; NaN if all are without.
-    """
+    out: HeadForward, targets: Tensor, c: Tensor, theta: float, *, dense_share: float, unbiased: bool
+) -> Tensor:  # [S], [S] -> []
+    """Share of the pairs of S tokens with a gradient that `route` would keep, by their masses; NaN without any."""
+    pieces = _Pieces(out.block_lse, out.lse, out.logprobs, targets, LogitGradient(c, -c))
     threshold = theta * c.abs().sum() / (c != 0).sum().clamp(min=1)  # []
-    kept = (norms / threshold).clamp(max=1.0) if unbiased else (norms > threshold).to(norms.dtype)  # [S, blocks]
-    share, live = kept.mean(1), norms.any(1)  # [S], [S]
-    return (torch.where(share > dense_share, 1.0, share) * live).sum() / live.sum()
+    kept = [(norm / threshold).clamp(max=1.0) if unbiased else norm > threshold for _, norm in pieces]  # [b, S] each
+    share = torch.cat(kept).to(c.dtype).mean(0)  # [S]
+    return torch.where(share > dense_share, 1.0, share)[c != 0].mean()
 
 
 def route(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lad_kernels.head import flops
-from lad_kernels.head.logits import BLOCK, SAMPLE, HeadForward, HeadGradients, LogitGradient, LogitTransform, Routing
+from lad_kernels.head.logits import BLOCK, HeadForward, HeadGradients, LogitGradient, LogitTransform, Routing
 
 TILE_BYTES = 16 << 20  # one tile of logits; at most three such tiles are alive at a time
 MAX_CHUNK = 2048  # tokens of a tile
@@ -271,15 +271,12 @@ def one_pass(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-    observe: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[HeadForward, HeadGradients]:
     """Forward and gradient of a loss with coefficients c = d loss / d logp, each logit computed once.
 
     Args:
         coefficients: (rows, log-probs [N] known up to rows.stop) -> c [C] of those rows.
         chunks: ascending cover of the N tokens. One chunk's logits [C, V] are the workspace.
-        observe: told, chunk by chunk, of a sample of S tokens with c != 0 the L1 norms [S, blocks] of the pieces of dZ,
-            and c [C] of all.
     """
     logits = _Logits(hidden, weight, bias, transform)
     logprobs, lse = hidden.new_empty(len(hidden)), hidden.new_empty(len(hidden))  # [N], [N]
@@ -308,7 +305,7 @@ def one_pass(
         logprobs[rows] = ((z_y - top) - log_mass).clamp(max=0.0)
         if want_entropy:
             entropy[rows] = log_mass - moment / mass
-        c = chunk = coefficients(rows, logprobs)  # [C]
+        c = coefficients(rows, logprobs)  # [C]
         live = c.nonzero()[:, 0]  # [A] tokens with a gradient, moved to the front
         for i, n in enumerate(live.tolist()):
             if i != n:
@@ -316,8 +313,6 @@ def one_pass(
         dz, every, c = z[: len(live)], every[: len(live)], c[live]  # [A, V], [A], [A]
         dz.mul_((-c / mass[live])[:, None])
         dz[every, targets[rows][live]] += c
-        if observe is not None:
-            observe(_block_sums(dz[:: -(-len(dz) // SAMPLE) or 1].abs()), chunk)
         dz = logits.chain(dz, rows.start + live, None)
         if need_hidden:
             dh[rows.start + live] = dz @ weight

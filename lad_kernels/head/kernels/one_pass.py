@@ -57,7 +57,7 @@ from lad_kernels.head.kernels.blocks import (
 )
 from lad_kernels.head.kernels.configs import Tiles
 from lad_kernels.head.kernels.forward import inverse_temperature, target_logits
-from lad_kernels.head.logits import BLOCK, SAMPLE, HeadForward, HeadGradients, LogitTransform, gather
+from lad_kernels.head.logits import BLOCK, HeadForward, HeadGradients, LogitTransform, gather
 
 _LARGEST_SUM = 2.0**64  # F, F W and r H stay far inside the exponents of bfloat16 and float32
 _BLOCK = tl.constexpr(BLOCK)
@@ -205,14 +205,12 @@ def one_pass(
     need_weight: bool,
     need_bias: bool,
     tokens: Tensor | None = None,  # [M] rows of hidden; None: all, M = N
-    observe: Callable[[Tensor, Tensor], None] | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[HeadForward, HeadGradients] | None:
     """Outputs and gradients, or None where a row of exponentials left its range. `tiles` overrides configs.py.
 
     `chunks` are ascending and cover 0..M. `coefficients(rows, logprobs)` returns c [C] float32 of these rows, given
-    logprobs [M] that are filled up to rows.stop. `observe(norms, c)` is told, chunk by chunk, of a sample of S tokens
-    the L1 norms [S, blocks] of the pieces of dZ, and c [C] of all. dH is [N, D], zero where no token is.
+    logprobs [M] that are filled up to rows.stop. dH is [N, D], zero where no token is.
     """
     if hidden.dtype == torch.float16:
         raise ValueError("float16 has too few exponents for one pass; use forward and backward")
@@ -243,8 +241,6 @@ def one_pass(
         _exponentials(part, prior, f, row_sums, outputs, chosen)
         c = coefficients(rows, outputs.logprobs)  # [C]
         r = -c / row_sums[rows]  # [C]
-        if observe is not None:
-            observe(_piece_norms(part, f, r), c)
         if need_hidden:
             dh_chunk = torch.empty(len(f), D, **new)  # [C, D]
             dense.accumulate(dh_chunk, f, weight, first=True)
@@ -334,14 +330,6 @@ def _transformed(raw: Tensor, transform: LogitTransform, inv_temperature: Tensor
     x = raw * (transform.scale / transform.softcap)  # [C]
     z = x.tanh() * transform.softcap * inv_temperature  # [C]
     return torch.where(raw > -torch.inf, z, raw), factor / x.cosh().square()
-
-
-def _piece_norms(part: _Chunk, f: Tensor, r: Tensor) -> Tensor:  # [C, V], [C]
-    """L1 norms [S, blocks] of the pieces of dZ of tokens spread over the chunk; a softcap's slope is left in."""
-    every = slice(None, None, triton.cdiv(len(f), SAMPLE))
-    pieces = torch.nn.functional.pad(f[every], (0, -f.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    factor = torch.full_like(r, abs(part.transform.scale)) * part.inverse_temperature  # [C] dz/draw
-    return torch.linalg.vector_norm(pieces, ord=1, dim=2, dtype=torch.float32) * (r / factor)[every, None].abs()
 
 
 def _launch(

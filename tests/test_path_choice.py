@@ -1,0 +1,71 @@
+"""Which path a call takes: what its own tokens say, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import nullcontext
+
+import pytest
+import torch
+from test_paths import B, D, M, T, V, batch, fresh, run  # noqa: F401  (fresh is a fixture)
+from torch import Tensor
+
+from lad_kernels import GRPOConfig, LADConfig, linear_grpo_loss, linear_lad_loss
+from lad_kernels.head import dispatch
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_call_looks_at_its_own_tokens(impl, device, monkeypatch):
+    """A flat policy takes one pass, a peaked one is routed, whatever came before."""
+    monkeypatch.setattr(dispatch.Work, "one_pass", lambda work, live=None: 0.9 * (work.score() + work.dense(M)))
+    dear = lambda work, pairs, dense=0, live=None: 9.0 * (pairs > 0.5 * M * work.blocks)  # noqa: E731
+    monkeypatch.setattr(dispatch.Work, "routed", dear)
+    monkeypatch.setattr(dispatch, "LOOK", 1.0)
+    config, look = LADConfig(tail_mass=1e-3), 2 * 8 / (M - 3)
+    for entropy in (None, 0.1, 0.1, None, None, 0.1):
+        inputs = batch(entropy) | {"advantages": torch.ones(B, dtype=torch.float64)}
+        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        out = run(linear_lad_loss, inputs, torch.float32, config=config, impl=impl)[0]
+        spent = out.metrics["head_flops"].item() / ((M - 3) * D * V) - look
+        assert spent == pytest.approx(6) if entropy is None else spent < 5
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("tail", ["drop", "unbiased"])
+def test_looking_tells_what_routing_keeps(impl, tail, device, monkeypatch):
+    """The share from a sample against that of a routed call; the sample holds all tokens here."""
+    inputs, told = batch(0.5), []
+    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    config = GRPOConfig(policy_loss="reinforce", tail_mass=3e-2, tail=tail)
+    monkeypatch.setattr(dispatch.Work, "sample", property(lambda work: work.tokens))
+    speeds = {k: dataclasses.replace(v, gathered=0.9) for k, v in dispatch.SPEEDS.items()}
+    monkeypatch.setattr(dispatch, "SPEEDS", speeds)
+    monkeypatch.setattr(dispatch, "must_look", lambda *arguments, **options: True)
+    monkeypatch.setattr(dispatch, "takes_one_pass", lambda *arguments, **options: told.append(options))
+    run(linear_grpo_loss, inputs, torch.float32, config=config, impl=impl)
+    (shares,) = told
+    with dispatch.force("routed"):
+        routed = run(linear_grpo_loss, inputs, torch.float32, config=config, impl=impl)[0].metrics["kept_share"]
+    live = (M - 3 - 2 * T) / (M - 3)
+    assert shares["live"] == pytest.approx(live)
+    assert 0.05 < routed / live < 0.9
+    assert shares["kept"] * live == pytest.approx(routed.item(), rel=0.1)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("path", [None, *dispatch.PATHS])
+def test_the_same_call_gives_the_same_bits(path, impl, device):
+    """Five times (three in the interpreter), after calls of other data: outputs, gradients and metrics."""
+
+    def call(entropy, seed: int = 0) -> list[Tensor]:
+        inputs = batch(entropy, seed=seed)
+        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        with nullcontext() if path is None else dispatch.force(path):
+            out, gradients = run(linear_lad_loss, inputs, torch.float32, config=LADConfig(tail_mass=1e-3), impl=impl)
+        return [out.loss, out.logprobs, *gradients.values(), *(out.metrics[name] for name in sorted(out.metrics))]
+
+    first = call(0.5)
+    for i, other in enumerate((None, 0.1, 0.5, None) if impl == "torch" else (None, 0.1)):
+        call(other, seed=i + 1)
+        for x, y in zip(call(0.5), first):
+            assert torch.equal(x, y)

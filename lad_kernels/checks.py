@@ -24,7 +24,8 @@ def validate_values(on: bool) -> None:
     _always_read_values = bool(on)
 
 
-def _may_read(x: Tensor) -> bool:
+def may_read(x: Tensor) -> bool:
+    """Whether a check may look at values: always on the CPU."""
     return _always_read_values or x.device.type == "cpu"
 
 
@@ -153,7 +154,7 @@ def head(
 
 def target_range(targets: Tensor, vocabulary: int) -> None:
     """Targets [M] of the tokens that take part lie in [0, V); masked ones may hold anything."""
-    if targets.numel() and _may_read(targets):
+    if targets.numel() and may_read(targets):
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= vocabulary:
             bad = low if low < 0 else high
@@ -173,7 +174,7 @@ def transform(temperature: float | Tensor, logit_scale: float, softcap: float | 
                 f"temperature: expected a number or one per token {_shape(targets)}, got {_shape(temperature)}"
             )
         _same_device("temperature", temperature, targets, "target_ids")
-        if temperature.numel() and _may_read(temperature) and not bool((temperature > 0).all()):
+        if temperature.numel() and may_read(temperature) and not bool((temperature > 0).all()):
             raise ValueError("temperature: expected values > 0; greedy decoding (0) has no log-probabilities")
     elif not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature: expected a finite number > 0 or a tensor, got {temperature!r}")
@@ -216,7 +217,7 @@ def layout(like: Tensor, like_name: str, cu_seqlens: Tensor | None) -> int | Non
     _same_device("cu_seqlens", cu_seqlens, like, like_name)
     if cu_seqlens.dtype == torch.int32 and len(like) >= 2**31:
         raise ValueError(f"cu_seqlens: expected int64 for N = {len(like)} tokens, got int32, which overflows")
-    if _may_read(cu_seqlens):
+    if may_read(cu_seqlens):
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != len(like) or any(a > b for a, b in pairwise(bounds)):
             raise ValueError(

@@ -180,7 +180,11 @@ def _linear_policy_loss(
         grad and weight.requires_grad,
         bool(grad and bias is not None and bias.requires_grad),
     )
-    new_head = head_kind(vocab_group, hidden, weight, bias, targets)
+    replicated = objective | {
+        "hidden_states": hidden, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
+        "config": config, "return_entropy": return_entropy, "return_logprobs": return_logprobs, "impl": impl,
+    }  # fmt: skip
+    new_head = head_kind(vocab_group, hidden, weight, bias, targets, replicated, packing)
     with torch.no_grad(), flops.counting() as tally:
         rows, tokens = packing.source(hidden)
         head = new_head(rows, weight, targets, bias, transform, triton, tokens)

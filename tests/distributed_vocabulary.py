@@ -209,7 +209,7 @@ def refusals() -> None:
     call = lambda *a, **k: linear_logprobs(*a, **{"vocab_group": world, **k})  # noqa: E731
     with pytest.raises(ValueError, match="vocab_group: expected the same tokens that take part on every rank"):
         call(h[: 8 - rank], w, y[: 8 - rank])
-    with pytest.raises(ValueError, match="the same checksum of target_ids"):
+    with pytest.raises(ValueError, match=r"the same target_ids on every rank, got .* on ranks \[0\] and \[1"):
         call(h, w, (y + rank) % 10)
     with pytest.raises(ValueError, match="the same arguments that need a gradient"):
         call(h, w.clone().requires_grad_(rank == 0), y)
@@ -229,7 +229,41 @@ def refusals() -> None:
         linear_lad_loss(h, w, y, advantages=torch.ones(8), config=LADConfig(backward="routed"), vocab_group=world)
 
 
+SETTINGS = {
+    "temperature": 1.3, "softcap": 20.0, "logit_scale": 0.5, "config": LADConfig(eta=0.3), "return_entropy": True,
+    "return_logprobs": False, "normalizer": 3.0, "old_logprobs": None, "impl": "torch",
+}  # fmt: skip
+
+
+def disagreements() -> None:
+    """What differs on one rank is named there and everywhere, instead of wrong numbers or an abort."""
+    rank, world = dist.get_rank(), dist.group.WORLD
+    inputs = make_inputs(8, 4, 10, masked=0.0)
+    h, w, y = inputs.hidden, inputs.weight, inputs.targets
+    old, mask = torch.full((8,), -2.0), torch.arange(8) < 6
+    given = {"advantages": torch.arange(8.0), "loss_mask": mask, "vocab_group": world, "config": LADConfig()}
+
+    def call(**changed) -> None:
+        options = {"hidden_states": h, "old_logprobs": old} | given | (changed if rank == 1 else {})
+        linear_lad_loss(options.pop("hidden_states"), w, y, **options)
+
+    apart = r"\[0\] and \[1\]" if dist.get_world_size() == 2 else r"\[0, 2\] and \[1\]"
+    named = "vocab_group: expected the same {} on every rank, got different ones on ranks " + apart
+    for name, other in SETTINGS.items():
+        with pytest.raises(ValueError, match=named.format(name)):
+            call(**{name: other})
+    shifted = {
+        "hidden_states": h + 1e-6 * mask[:, None], "advantages": given["advantages"].flip(0), "old_logprobs": old - 1,
+    }  # fmt: skip
+    for name, other in shifted.items():
+        with pytest.raises(ValueError, match=named.format(f"values of {name}")):
+            call(**{name: other})
+    call(hidden_states=torch.where(mask[:, None], h, torch.nan), old_logprobs=torch.where(mask, old, torch.nan))
+    with pytest.raises(ValueError, match=r"the same function on every rank, got different ones on ranks \[0\] and \[1"):
+        call() if rank else linear_logprobs(h, w, y, loss_mask=mask, vocab_group=world)
+
+
 CASES = [
-    heads_exact, heads_rounded, heads_in_triton, heads_in_chunks, ranks_agree_bitwise, everything_masked,
+    disagreements, heads_exact, heads_rounded, heads_in_triton, heads_in_chunks, ranks_agree_bitwise, everything_masked,
     vocabulary_parallel_losses, refusals,
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -81,6 +81,10 @@ def linear_logprobs(
             hidden, weight, target_ids.long(), bias=bias, temperature=temperature, logit_scale=logit_scale,
             softcap=softcap, loss_mask=loss_mask, return_entropy=return_entropy,
         )  # fmt: skip
+    replicated = {
+        "hidden_states": hidden, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
+        "loss_mask": loss_mask, "return_entropy": return_entropy, "impl": impl,
+    }  # fmt: skip
     logprobs, entropy, lse = LinearLogprobsFunction.apply(
         hidden,
         weight,
@@ -90,7 +94,7 @@ def linear_logprobs(
         transform,
         return_entropy,
         checks.use_triton(impl, hidden.device, hidden.dtype),
-        head_kind(vocab_group, hidden, weight, bias, targets),
+        head_kind(vocab_group, hidden, weight, bias, targets, replicated, packing),
     )
     place = packing.place
     return LinearLogprobs(place(logprobs), None if entropy is None else place(entropy), place(lse))
@@ -126,13 +130,17 @@ def prepare(
 
 
 def head_kind(
-    vocab_group: ProcessGroup | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
-) -> Callable[..., Head]:
-    """What builds a head from the fields of `Head`: all rows here, or spread over a group (collective)."""
+    vocab_group: ProcessGroup | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+    replicated: Mapping[str, object], packing: Packing,
+) -> Callable[..., Head]:  # fmt: skip
+    """What builds a head from the fields of `Head`: all rows here, or spread over a group (collective).
+
+    `replicated` are the arguments that must be the same on every rank of the group, by name.
+    """
     if vocab_group is None:
         return Head
     from lad_kernels.head import parallel
 
-    shard = parallel.join(vocab_group, hidden, weight, bias, targets)
+    shard = parallel.join(vocab_group, hidden, weight, bias, targets, replicated, packing)
     checks.target_range(targets, shard.vocabulary)
     return functools.partial(parallel.ShardedHead, shard=shard)

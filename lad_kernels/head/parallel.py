@@ -18,19 +18,25 @@ as deterministic as the backend's all-reduce.
 from __future__ import annotations
 
 import itertools
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lad_kernels import checks
 from lad_kernels.head import dispatch
 from lad_kernels.head.autograd import Head, float32_sums, rounded, take_gradient
 from lad_kernels.head.logits import HeadForward, HeadGradients, LogitGradient, Routing
+from lad_kernels.packing import Packing
 
 CHUNK = 2048  # tokens of an all-reduce of dH, or more ...
+_ARGUMENTS = 24  # places for replicated arguments in the exchange, which has one length for all functions
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 CHUNKS = 4  # ... so that there are about so many of them, or less for memory
-_AGREE = ("tokens that take part", "hidden size", "dtype", "arguments that need a gradient", "checksum of target_ids")
+_FACTS = ("tokens that take part", "hidden size", "dtype", "arguments that need a gradient", "target_ids")
 
 
 @dataclass(frozen=True)
@@ -52,9 +58,20 @@ class Shard:
 
 
 def join(
-    group: dist.ProcessGroup, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
-) -> Shard:  # [..., D], [V_r, D], [V_r], [M]
-    """Learn every rank's rows and check that the ranks call alike, by one all-gather of a few integers.
+    group: dist.ProcessGroup,
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V_r, D]
+    bias: Tensor | None,  # [V_r]
+    targets: Tensor,  # [M]
+    replicated: Mapping[str, object],
+    packing: Packing,
+) -> Shard:
+    """Learn every rank's rows and check that the ranks call alike, by one all-gather of a few dozen integers.
+
+    Args:
+        replicated: the other arguments that must be the same on every rank. Of tensors the shape and dtype are
+            compared, and where checks read values also those, of the tokens that take part.
+        packing: which tokens take part.
 
     Raises:
         ValueError: on every rank, if something that must be the same differs between ranks, or V < 2.
@@ -65,18 +82,48 @@ def join(
     kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     code = 8 * (bias is not None) + 4 * needs[0] + 2 * needs[1] + needs[2]
     facts = [len(weight), len(targets), hidden.shape[-1], kinds.index(hidden.dtype), code]
-    mine = torch.cat([torch.tensor(facts, device=targets.device), (targets * place).sum()[None]])  # [6]
-    every = gather(mine, group).tolist()  # [R, 6]
-    for what, values in zip(_AGREE, list(zip(*every))[1:]):
+    names = ("function", *replicated)  # compared first: with another function the others mean something else
+    codes = [_code(", ".join(replicated)), *map(_code, replicated.values())]
+    codes += [0] * (_ARGUMENTS - len(codes))
+    sums = [(targets * place).sum(), *(_checksum(x, packing) for x in replicated.values())]
+    sums += [0] * (_ARGUMENTS - len(sums))
+    mine = torch.tensor(facts + codes, device=targets.device)  # [5 + _ARGUMENTS]
+    mine = torch.cat([mine, torch.stack([torch.as_tensor(x, device=targets.device) for x in sums])])
+    every = gather(mine, group).tolist()  # [R, 5 + 2 _ARGUMENTS]
+    columns = list(zip(*every))
+    first = columns[len(facts) + _ARGUMENTS :]  # of the values
+    compared = [*zip(_FACTS, [*columns[1 : len(facts)], first[0]])]
+    compared += [*zip(names, columns[len(facts) :]), *((f"values of {n}", c) for n, c in zip(names[1:], first[1:]))]
+    for what, values in compared:
         if len(set(values)) > 1:
+            ranks = [[r for r, y in enumerate(values) if y == x] for x in dict.fromkeys(values)]  # by value
             raise ValueError(
-                f"vocab_group: expected the same {what} on every rank, got {list(values)} by rank; hidden states, "
-                f"targets and all other arguments but lm_head_weight and bias are replicated on the group"
+                f"vocab_group: expected the same {what} on every rank, got different ones on ranks "
+                f"{' and '.join(map(str, ranks))}; hidden states, targets and all other arguments but lm_head_weight "
+                f"and bias are replicated on the group"
             )
     shard = Shard(group, dist.get_rank(group), [row[0] for row in every])
     if shard.vocabulary < 2:
         raise ValueError(f"lm_head_weight: expected 2 rows or more on all ranks together, got {shard.vocabulary}")
     return shard
+
+
+def _code(x: object) -> int:
+    """What must be the same of an argument without reading a device."""
+    told = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else repr(x)
+    return zlib.crc32(told.encode())
+
+
+def _checksum(x: object, packing: Packing) -> Tensor | int:
+    """A sum of a tensor's bits, row by row with another weight; 0 of what is none, or is not read by checks."""
+    if not isinstance(x, Tensor) or x.numel() == 0 or not checks.may_read(x):
+        return 0
+    by_token = x.shape[: len(packing.shape)] == packing.shape
+    words = x.detach().contiguous().view(_WORDS[x.element_size()])
+    words = words.reshape(packing.shape.numel() if by_token else x.shape[:1].numel(), -1)  # [rows, ...]
+    rows = words.sum(1, dtype=torch.int64)  # [rows]
+    rows = packing.take(rows.view(packing.shape)) if by_token else rows
+    return (rows * torch.arange(1, len(rows) + 1, device=x.device)).sum()
 
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -29,7 +29,8 @@ def effective_head(layer: nn.Module, hidden: Tensor) -> Head:
     """
     base, adapters = head_parts(layer)
     weight, bias = base.weight, base.bias  # [V, D], [V]
-    dtype = autocast_dtype(weight.device.type) or weight.dtype
+    # A head in float32 behind a 16-bit body computes in float32; whether it does so is checked before.
+    dtype = autocast_dtype(weight.device.type) or torch.promote_types(hidden.dtype, weight.dtype)
     hidden = hidden.to(weight.device)
     inputs, blocks = [hidden.to(dtype)], [weight.to(dtype)]
     for name in adapters:
@@ -45,6 +46,16 @@ def effective_head(layer: nn.Module, hidden: Tensor) -> Head:
     if adapters:
         return Head(torch.cat(inputs, -1), torch.cat(blocks, 1), bias)
     return Head(inputs[0], blocks[0], bias)
+
+
+def without_dropout(layer: nn.Module) -> nn.Module:
+    """The layer without its adapters' dropout: another object with the same weights, since threads share the layer."""
+    if not hasattr(layer, "lora_dropout"):
+        return layer
+    twin = object.__new__(type(layer))
+    identities = nn.ModuleDict({name: nn.Identity() for name in layer.lora_dropout})
+    twin.__dict__ |= layer.__dict__ | {"_modules": {**layer._modules, "lora_dropout": identities}}
+    return twin
 
 
 def head_parts(layer: nn.Module) -> tuple[nn.Linear, tuple[str, ...]]:

@@ -22,9 +22,7 @@ To answer another library's keyword, wrap `model.forward` with a function that c
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -32,31 +30,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from integration.heads import autocast_dtype, effective_head, head_layer, head_parts
-from lad_kernels import linear_logprobs
+from integration.head_call import HeadCall, Leaves, call_is_active, current_call, restore
+from integration.logit_transform import LogitTransform, logit_transform
 
-# How text configs name what happens to logits after the head. Only a first guess: the first call measures it.
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-DIVISORS = ("logits_scaling",)
-
-CHECKED_ROWS = 8
-# Error of a log-prob over (1 + max abs(logit)): logits are rounded to their dtype; float32 ones may come from tf32.
-HEAD_TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2**-10, torch.float64: 2**-30}
-TRANSFORM_TOLERANCE = 2**-16  # relative; the model may compute the transform in float32
-TINY, HUGE = 2.0**-20, 2.0**40  # on the ramp: a softcap changes the one by less than rounding, and the other to itself
-
-
-class Leaves:
-    """Tensors as they were before hooks of wrappers saw them, and the tree they came from."""
-
-    def __init__(self, tree: Any, tensors: tuple) -> None:
-        self.tree, self.tensors = tree, tensors
-
-    def join(self, seen: tuple) -> Any:
-        """The tree of the tensors that hooks returned; where a hook only rounded one (FSDP2 does), of the original."""
-        kept = [old if old is not None and new.dtype != old.dtype else new for old, new in zip(self.tensors, seen)]
-        return pytree.tree_unflatten(kept, self.tree)
+REMEMBERED = 32  # states of a model whose head was checked: training mode, dtypes, adapters
 
 
 class FusedHeadOutput(NamedTuple):
@@ -74,17 +51,6 @@ class FusedHeadOutput(NamedTuple):
     def aux_loss(self) -> Tensor | None:
         """The mixture-of-experts loss [] times its coefficient; None where there is none."""
         return self.leaves.join(self.tensors)[1]
-
-
-class LogitTransform(NamedTuple):
-    """z = softcap(logit_scale * (h W^T + b)), in the names of `linear_logprobs`."""
-
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-    def __call__(self, z: Tensor) -> Tensor:
-        z = self.logit_scale * z
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
 def attach_fused_head(model: nn.Module) -> FusedHead:
@@ -117,7 +83,12 @@ def attach_fused_head(model: nn.Module) -> FusedHead:
     if model.get_output_embeddings() is None:
         raise ValueError(f"model: expected a language-model head, got {type(model).__name__} without output embeddings")
     head = model.__dict__.get("_fused_head")
-    return head if head is not None and hasattr(head._patch, "fused") else FusedHead(model)  # unpickled: patch is lost
+    if head is None:
+        return FusedHead(model)
+    if hasattr(head._patch, "fused"):
+        return head
+    head.hook.remove()  # unpickled: the patch is lost
+    return FusedHead(model)
 
 
 class FusedHead:
@@ -126,11 +97,22 @@ class FusedHead:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._before = model.__dict__.get("forward")  # another library's patch; None for the class's own method
-        self._checked: tuple | None = None
+        self._checked: dict[tuple, LogitTransform] = {}  # by all that it was measured for; replaced, never written to
         self._measured: dict[LogitTransform, LogitTransform] = {}  # where the config misled
+        accepted = inspect.signature(self._before or type(model).forward).parameters.values()
+        anything = any(p.kind is p.VAR_KEYWORD for p in accepted)
+        names = {p.name for p in accepted}
+        self._options = {
+            name: value for name, value in (("use_cache", False), ("return_dict", True)) if anything or name in names
+        }
         self._patch = MethodType(_forward_of(type(model)), model)
+        self.hook = model.register_forward_hook(_refuse_another_forward, with_kwargs=True)
         model.forward = self._patch
+        model._replicate_for_data_parallel = MethodType(_replicate_for_data_parallel, model)
         model._fused_head = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_checked": {}}  # copies and pickles are measured anew
 
     def detach(self) -> None:
         """Restore the forward that was there before.
@@ -147,40 +129,54 @@ class FusedHead:
             del self.model.forward
         else:
             self.model.forward = self._before
-        del self.model._fused_head
+        self.hook.remove()
+        restore(self.model)
+        del self.model._replicate_for_data_parallel, self.model._fused_head
 
-    def own_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward without us."""
-        before = self._before or MethodType(type(self.model).forward, self.model)
-        return before(*args, **kwargs)
+    def forget(self) -> None:
+        """Measure anew at the next call; after a change of the scale of logits that only CUDA tensors would show."""
+        self._checked, self._measured = {}, {}
+
+    def own_forward(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The forward of `model`, ours or a replica of it, without us."""
+        if self._before is None:
+            return type(model).forward(model, *args, **kwargs)
+        if model is not self.model and getattr(self._before, "__self__", None) is self.model:
+            return self._before.__func__(model, *args, **kwargs)
+        return self._before(*args, **kwargs)
 
     @torch.compiler.disable(recursive=False)
-    def run(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> FusedHeadOutput:
+    def run(
+        self, model: nn.Module, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+    ) -> FusedHeadOutput:
         """The model's forward with `function` in place of the head's product."""
         _check_call(function, kwargs)
-        outer = self.model.get_output_embeddings()
-        guess = logit_transform(self.model.config.get_text_config())
+        name = type(model).__name__
+        guess, trial = logit_transform(model.config.get_text_config()), None
+        first = self._measured.get(guess, guess)
         for _ in range(2):
-            call = _HeadCall(head_layer(outer), function, self._measured.get(guess, guess), self._checked)
-            with call.installed(outer):
-                out = self.own_forward(*args, **kwargs, use_cache=False, return_dict=True)
+            outer = model.get_output_embeddings()
+            call = HeadCall(outer, function, first, (guess, model.training), self._checked, trial)
+            with current_call(call):
+                out = self.own_forward(model, *args, **kwargs, **self._options)
             if call.result is None:
                 raise ValueError(
-                    f"fused_head: expected {type(self.model).__name__} to call its output embeddings, it never did; "
-                    f"this family's head cannot be replaced"
+                    f"fused_head: expected {name} to call its output embeddings, it never did; this family's head "
+                    f"cannot be replaced"
                 )
-            if call.ramp is None:
-                break
-            self._measured[guess] = call.measured_transform(out.logits, type(self.model).__name__)
-            if self._measured[guess] == call.transform:
-                self._checked = call.state
+            trial = call.found_transform(getattr(out, "logits", None), name)
+            if trial == call.transform:
                 break
         else:
             raise ValueError(
-                f"fused_head: expected {type(self.model).__name__} to treat its logits alike in every call, got "
-                f"{call.transform} and then {self._measured[guess]}; this family is not supported"
+                f"fused_head: expected {name} to treat its logits alike in every call, got {call.transform} and then "
+                f"{trial}; this family is not supported"
             )
-        tensors, tree = pytree.tree_flatten((call.result[0], _weighted_aux_loss(self.model, out)))
+        if call.state is not None and not call.known:
+            kept = list(self._checked.items())[1 - REMEMBERED :]
+            self._checked = {**dict(kept), call.state: trial}
+            self._measured = {**self._measured, guess: trial}
+        tensors, tree = pytree.tree_flatten((call.result[0], _weighted_aux_loss(model, out)))
         return FusedHeadOutput(tuple(tensors), Leaves(tree, tuple(tensors)))
 
 
@@ -188,146 +184,36 @@ def _forward_of(cls: type) -> Callable[..., Any]:
     """A forward with the signature of `cls.forward`, which `generate` and trainers inspect."""
 
     def forward(self: nn.Module, *args: Any, fused_head: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
-        if fused_head is None:
-            return self._fused_head.own_forward(*args, **kwargs)
-        return self._fused_head.run(fused_head, args, kwargs)
+        if fused_head is not None:
+            return self._fused_head.run(self, fused_head, args, kwargs)
+        if call_is_active():
+            with current_call(None):
+                return self._fused_head.own_forward(self, *args, **kwargs)
+        return self._fused_head.own_forward(self, *args, **kwargs)
 
     forward.fused = True
     forward.__signature__ = inspect.signature(cls.forward)
     return forward
 
 
-class _HeadCall:
-    """One call of the head module: `function` runs instead of the matrix product."""
+def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
+    """A replica of nn.DataParallel; what was bound to the model is bound to the replica."""
+    replica = type(self)._replicate_for_data_parallel(self)
+    for name, x in self.__dict__.items():
+        if isinstance(x, MethodType) and x.__self__ is self:
+            replica.__dict__[name] = MethodType(x.__func__, replica)
+    return replica
 
-    def __init__(
-        self, layer: nn.Module, function: Callable[..., Any], transform: LogitTransform, checked: tuple | None
-    ) -> None:
-        self.layer, self.function, self.transform, self.checked = layer, function, transform, checked
-        self.own = layer.forward
-        self.state: tuple | None = None  # what decides how the head is computed
-        self.ramp: Tensor | None = None  # [1, 1, V]
-        self.stand_in: Tensor | None = None
-        self.leaves: Leaves | None = None
-        self.result: tuple[Any] | None = None
 
-    @contextmanager
-    def installed(self, outer: nn.Module) -> Iterator[None]:
-        """Replace the layer's forward, and give the model the stand-in after all other hooks saw the outputs."""
-        before = self.layer.__dict__.get("forward")
-        self.layer.forward = self.forward
-        hook = outer.register_forward_hook(self.take_outputs)
-        try:
-            yield
-        finally:
-            hook.remove()
-            del self.layer.forward
-            if before is not None:
-                self.layer.forward = before
-
-    @torch.compiler.disable
-    def forward(self, hidden: Tensor, **unknown: Any) -> tuple:
-        """hidden [B, T, D] -> the leaves of what `function` returns."""
-        if unknown:
-            raise TypeError(f"fused_head: expected hidden states alone for the head, got {', '.join(unknown)} as well")
-        if self.leaves is not None:
-            raise ValueError("fused_head: expected a model that calls its head once, got a second call")
-        base, adapters = head_parts(self.layer)
-        autocast = autocast_dtype(hidden.device.type)
-        if autocast is None and hidden.dtype != base.weight.dtype:
-            raise TypeError(
-                f"fused_head: expected hidden states and lm_head.weight in one dtype, got {hidden.dtype} and "
-                f"{base.weight.dtype}; cast one of them or call under torch.autocast"
-            )
-        self.state = (base, adapters, self.transform, hidden.dtype, autocast)
-        if self.state != self.checked:
-            self.check_head(hidden.detach())
-        self.stand_in = hidden.new_zeros(*hidden.shape[:-1], 1) if self.ramp is None else self.ramp
-        head = effective_head(self.layer, hidden)
-        found = self.function(head.hidden, head.weight, bias=head.bias, **self.transform._asdict())
-        tensors, tree = pytree.tree_flatten(found)
-        for i, x in enumerate(tensors):
-            if x is not None and not isinstance(x, Tensor):
-                raise TypeError(f"fused_head: expected a function that returns tensors, got {type(x).__name__}")
-            if x is not None and x.requires_grad and x._is_view():
-                tensors[i] = x.clone()  # writing to a view would lose the hooks of FSDP2
-        self.leaves = Leaves(tree, tuple(tensors))
-        return self.leaves.tensors
-
-    def take_outputs(self, module: nn.Module, args: tuple, outputs: tuple) -> Tensor:
-        self.result = (self.leaves.join(outputs),)
-        return self.stand_in
-
-    @torch.no_grad()
-    def check_head(self, hidden: Tensor) -> None:
-        """Compare the layer's own output with `linear_logprobs` on a few rows [K, D], without dropout."""
-        rows = hidden.flatten(0, -2)
-        rows = rows[torch.linspace(0, len(rows) - 1, min(CHECKED_ROWS, len(rows)), device=rows.device).long()]
-        with _no_dropout(self.layer):
-            raw = self.own(rows)  # [K, V]
-            head = effective_head(self.layer, rows)
-        targets = torch.cat([raw.argmax(-1), raw.argmin(-1)])  # [2K]
-        ours = linear_logprobs(head.hidden.repeat(2, 1), head.weight, targets, bias=head.bias).logprobs  # [2K]
-        own = raw.to(ours.dtype).log_softmax(-1).repeat(2, 1).gather(-1, targets[:, None])[:, 0]  # [2K]
-        double = torch.float32 if raw.device.type == "mps" else torch.float64
-        self.ramp = 256 * torch.linspace(-1, 1, raw.shape[-1], device=raw.device)[None, None].to(double) ** 3
-        self.ramp[..., 0], self.ramp[..., -1] = TINY, HUGE
-        known = own.isfinite()  # rows of padding may be NaN
-        if not bool(known.any()):
-            self.state = None  # to be checked again
-            return
-        error = (ours - own)[known].abs().max().item()
-        allowed = HEAD_TOLERANCE[raw.dtype] * (1 + raw[known[: len(raw)]].abs().max().item())
-        if not error <= allowed:
-            raise ValueError(
-                f"fused_head: expected the head, {type(self.layer).__name__}, to be hidden W^T + bias, but its "
-                f"log-probs differ by {error:.3g} (allowed {allowed:.3g}); this head is not supported"
-            )
-
-    @torch.compiler.disable
-    def measured_transform(self, logits: Tensor, owner: str) -> LogitTransform:
-        """The transform that explains what the model made of the ramp [1, 1, V]: the one used, or else a fitted one."""
-        if logits.shape != self.ramp.shape:
-            raise ValueError(
-                f"fused_head: expected {owner} to keep its {self.ramp.shape[-1]} logits, got {list(logits.shape)}; a "
-                f"vocabulary that is cut after the head is not supported"
-            )
-        scale, cap = logits[0, 0, 0].item() / TINY, logits[0, 0, -1].abs().item()
-        fitted = LogitTransform(scale, cap if cap < 0.5 * abs(scale) * HUGE else None)
-        for transform in (self.transform, fitted):
-            expected = transform(self.ramp)
-            wrong = ~((logits - expected).abs() <= TRANSFORM_TOLERANCE * (expected.abs() + TINY))  # [1, 1, V]
-            if not bool(wrong.any()):
-                return transform
-        at = wrong.flatten().nonzero()[0, 0]
-        x, y = self.ramp.flatten()[at].item(), logits.flatten()[at].item()
-        raise ValueError(
-            f"fused_head: expected {owner} to apply a scale and a softcap to the head's output, but it makes {y:.6g} "
-            f"of {x:.6g}, and {fitted} would fit elsewhere; this family is not supported"
+def _refuse_another_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+    """A forward that somebody put in place of ours swallows our keyword."""
+    if kwargs.get("fused_head") is not None and not isinstance(out, FusedHeadOutput):
+        forward = model.forward
+        raise TypeError(
+            f"fused_head: expected the forward of attach_fused_head to be called, got "
+            f"{getattr(forward, '__module__', None)}.{getattr(forward, '__qualname__', forward)}, which somebody put "
+            f"in its place; attach after that library has patched the model"
         )
-
-
-def logit_transform(config: Any) -> LogitTransform:
-    """Scale and softcap as a text config names them."""
-
-    def numbers(names: tuple[str, ...]) -> list[float]:
-        found = [getattr(config, name, None) for name in names]
-        return [float(x) for x in found if isinstance(x, (int, float)) and x]
-
-    scale = math.prod(numbers(FACTORS)) / math.prod(numbers(DIVISORS))
-    return LogitTransform(scale, next(iter(numbers(SOFTCAPS)), None))
-
-
-@contextmanager
-def _no_dropout(layer: nn.Module) -> Iterator[None]:
-    before = [(module, module.training) for module in layer.modules()]
-    try:
-        for module, _ in before:
-            module.training = False
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def _check_call(function: Any, kwargs: dict[str, Any]) -> None:

@@ -141,11 +141,11 @@ def test_a_first_call_without_finite_rows_is_checked_later(family):
         broken = copy.deepcopy(model.get_input_embeddings().weight)
         model.get_input_embeddings().weight.fill_(torch.nan)
         out = model(input_ids=IDS, fused_head=lambda h, w, **_: h.sum()).result
-    assert out.isnan() and head._checked is None
+    assert out.isnan() and not head._checked
     with torch.no_grad():
         model.get_input_embeddings().weight.copy_(broken)
     compare(model)
-    assert head._checked is not None
+    assert head._checked
 
 
 def test_a_cut_vocabulary_is_refused(monkeypatch):

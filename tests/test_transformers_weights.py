@@ -11,7 +11,18 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 pytest.importorskip("transformers", reason="transformers is not installed: weights that are refused are not tested")
 
-from families import HIDDEN, VOCABULARY, fused_logprobs, own_logprobs, tiny_model
+from families import (
+    HIDDEN,
+    IDS,
+    LOGPROB_TOLERANCE,
+    MASK,
+    VOCABULARY,
+    fused,
+    fused_logprobs,
+    gradients,
+    own_logprobs,
+    tiny_model,
+)
 
 from integration.transformers import attach_fused_head
 
@@ -64,12 +75,52 @@ def test_weights_that_are_not_there_are_refused(weight, error, message, one_rank
     assert "forward" not in model.lm_head.__dict__ and not model.lm_head._forward_hooks
 
 
-@pytest.mark.parametrize(("body", "head"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
-def test_a_head_of_another_dtype_is_refused(body, head):
-    model = tiny_model("llama", tie_word_embeddings=False).eval().to(body)
+def mixed(body, head, tied=False):
+    model = tiny_model("llama", tie_word_embeddings=tied).eval().to(body)
     model.lm_head.to(head)
     attach_fused_head(model)
-    with pytest.raises(TypeError, match=f"lm_head.weight in one dtype, got {body} and {head}; cast one"):
+    return model
+
+
+@pytest.mark.parametrize(("body", "head"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_head_of_another_dtype_that_does_not_cast_is_refused(body, head):
+    model = mixed(body, head)
+    with pytest.raises(
+        TypeError, match=rf"in one dtype, .* got {body} and {head}; call model.lm_head.to\({body}\), or"
+    ):
         fused_logprobs(model)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):  # both cures of the message
         torch.testing.assert_close(fused_logprobs(model), own_logprobs(model), rtol=0, atol=0.2)
+    model.lm_head.to(body)
+    torch.testing.assert_close(fused_logprobs(model), own_logprobs(model), rtol=0, atol=0.2)
+
+
+def cast_like_trl(model, tied):
+    """`cast_lm_head_to_fp32` of TRL's GRPOTrainer."""
+    before, head = model.lm_head.weight.dtype, model.lm_head.float()
+    head.forward = lambda hidden: nn.functional.linear(hidden.float(), head.weight.float())
+    if tied:
+        model.model.embed_tokens.register_forward_hook(lambda module, args, out: out.to(before))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("body", [torch.bfloat16, torch.float16])
+def test_a_float32_head_on_a_16_bit_body(body, tied):
+    model = tiny_model("llama", tie_word_embeddings=tied).eval().to(body)
+    cast_like_trl(model, tied)
+    attach_fused_head(model)
+    own, seen = own_logprobs(model), []
+    truth = gradients(model, own)
+
+    def function(hidden, weight, **head):
+        seen.append((hidden.dtype, weight.dtype))
+        return fused(hidden, weight, **head)
+
+    ours = model(input_ids=IDS, attention_mask=MASK, fused_head=function).result
+    assert seen == [(torch.float32, torch.float32)]
+    torch.testing.assert_close(ours, own, rtol=0, atol=LOGPROB_TOLERANCE * (1 + own.abs().max().item()))
+    found = gradients(model, ours)
+    error = max(((found[name] - g).abs().max() / g.abs().max()).item() for name, g in truth.items())
+    assert truth.keys() == found.keys() and error < torch.finfo(body).eps
+    without = tiny_model("llama", tie_word_embeddings=tied).eval().to(body)
+    assert (own_logprobs(without) - own).abs().max() > 1e-3  # what the cast is for

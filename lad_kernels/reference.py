@@ -91,7 +91,7 @@ def group_advantages(
 ) -> Tensor:  # [B]
     """Rewards to advantages. Scorable rewards are the finite ones; the others take no part and get advantage 0."""
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
-    ids = torch.arange(len(rewards)) // group_size if group_ids is None else group_ids
+    ids = torch.arange(len(rewards), device=rewards.device) // group_size if group_ids is None else group_ids
     scorable = rewards.isfinite()
     batch_std = rewards[scorable].std() if scorable.sum() > 1 else rewards.new_zeros(())
     advantages = torch.zeros_like(rewards)
@@ -133,7 +133,7 @@ def lad_loss(
     t = _Tokens(logprobs, old_logprobs, loss_mask, cu_seqlens, config)
     u_given = advantages / config.eta  # [B] or per token
     if config.target_norm == "group":
-        ids = torch.arange(t.count) // group_size if group_ids is None else group_ids  # [B]
+        ids = torch.arange(t.count, device=u_given.device) // group_size if group_ids is None else group_ids  # [B]
         for group in ids.unique():
             members = (ids == group).to(u_given.device)
             log_mean = u_given[members].logsumexp(0) - math.log(int(members.sum()))

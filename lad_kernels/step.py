@@ -182,7 +182,7 @@ class Step:
         everything = zero + tokens * work.blocks
         certificate = certificate or Certificate(everything, zero, zero, zero, zero)
         self.metrics = {
-            "kept_share": certificate.pairs / max(work.tokens * work.blocks, 1),
+            "kept_share": certificate.pairs.float() / max(work.tokens * work.blocks, 1),
             "dropped_mass_mean": certificate.dropped_mass_mean,
             "dropped_mass_max": certificate.dropped_mass_max,
             "dhidden_bound": certificate.dhidden_bound,

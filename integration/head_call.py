@@ -138,7 +138,8 @@ class HeadCall:
 
     Args:
         outer: the head module; its class is replaced once, for good.
-        function: called as `function(hidden [B, T, D], weight [V, D], bias=, logit_scale=, softcap=)`.
+        function: called as `function(hidden [B, T, D], weight [V, D], bias=, logit_scale=, softcap=)`,
+            and `vocab_group=` with the local rows of a head that is spread over ranks.
         guess: the transform to begin with where nothing was measured yet.
         context: what the model's treatment of its logits may depend on, beside the head itself.
         checked: transforms by everything that they were measured for.
@@ -172,11 +173,11 @@ class HeadCall:
             self.state = self.describe(hidden)
             if self.trial is None and self.state in self.checked:
                 self.known, self.transform = True, self.checked[self.state]
-                self.numbers = logit_transform.known_numbers(2, hidden.device)
+                self.numbers = logit_transform.known_numbers(2, head_parts(self.layer)[0].weight.device)
             else:
                 self.check_head(hidden.detach())
             head = effective_head(self.layer, hidden)
-            found = self.function(head.hidden, head.weight, bias=head.bias, **self.transform._asdict())
+            found = self.function(head.hidden, head.weight, **head.options(), **self.transform._asdict())
         tensors, tree = pytree.tree_flatten(found)
         for i, x in enumerate(tensors):
             if x is not None and not isinstance(x, Tensor):
@@ -253,7 +254,7 @@ class HeadCall:
         raw = _logits(own, rows, self.layer)  # [K, V]
         head = effective_head(layer, rows)
         targets = torch.cat([raw.argmax(-1), raw.argmin(-1)])  # [2K]
-        ours = linear_logprobs(head.hidden.repeat(2, 1), head.weight, targets, bias=head.bias).logprobs  # [2K]
+        ours = linear_logprobs(head.hidden.repeat(2, 1), head.weight, targets, **head.options()).logprobs  # [2K]
         own = raw.to(ours.dtype).log_softmax(-1).repeat(2, 1).gather(-1, targets[:, None])[:, 0]  # [2K]
         self.numbers = logit_transform.known_numbers(raw.shape[-1], raw.device)
         known = own.isfinite()  # rows of padding may be NaN

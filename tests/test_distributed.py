@@ -53,8 +53,8 @@ def needs(package: str, reason: str) -> pytest.MarkDecorator:
 @needs("peft", "gradients of wrapped models go unchecked (FSDP2, DDP, PEFT)")
 @pytest.mark.parametrize("world", [2, 3])
 def test_wrapped_models(world, tmp_path):
-    """FSDP2, DDP and PEFT around a fused head, and rows on a tensor-parallel mesh."""
-    print(run_world(world, tmp_path, "distributed_wrappers"))
+    """FSDP, DDP and PEFT around a fused head, and rows on a tensor-parallel mesh."""
+    print(run_world(world, tmp_path, "distributed_wrappers", "distributed_heads"))
 
 
 @needs(

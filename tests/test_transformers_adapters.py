@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ pytest.importorskip("transformers", reason="transformers is not installed: adapt
 pytest.importorskip("peft", reason="peft is not installed: adapters on the head are not tested")
 
 import peft
-from families import compare, fused_logprobs, gradients, own_logprobs, tiny_model
+from families import IDS, compare, fused_logprobs, gradients, own_logprobs, tiny_model
 
 from integration.transformers import attach_fused_head
 
@@ -72,13 +74,38 @@ def test_several_adapters_and_merged_ones():
         ("LoraConfig", {"use_dora": True}, "DoraLinearVariant"), ("IA3Config", {"feedforward_modules": []}, "IA3"),
         ("VeraConfig", {"r": 4}, "vera"), ("LoHaConfig", {}, "LoHa"), ("AdaLoraConfig", {"total_step": 9}, "SVDLinear"),
         ("OFTConfig", {"oft_block_size": 4}, "oft"),
-        ("TrainableTokensConfig", {"token_indices": [1]}, "trainable_tokens"),
     ],
 )  # fmt: skip
 def test_other_adapters_on_the_head_are_refused(method, options, message):
     model = with_peft(getattr(peft, method)(**options, target_modules=["lm_head"])).eval()
     with pytest.raises(TypeError, match=f"lm_head: expected .*(?i:{message})"):
         fused_logprobs(model)
+
+
+TRAINED = sorted({IDS[0, 1].item(), IDS[1, 3].item(), 1})
+TOKENS = {
+    "of the embedding": lora(target_modules=["q_proj"], trainable_token_indices=TRAINED),
+    "of both": lora(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": TRAINED, "lm_head": TRAINED}),
+    "alone": peft.TrainableTokensConfig(token_indices=TRAINED),
+    "of the head": peft.TrainableTokensConfig(token_indices=TRAINED, target_modules=["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", TOKENS)
+def test_trained_token_rows(name, tied):
+    """On a tied head the rows of the embedding are the head's too."""
+    model = with_peft(copy.deepcopy(TOKENS[name]), tie_word_embeddings=tied)
+    rows = [p for n, p in model.named_parameters() if "trainable_tokens_delta" in n]
+    for p in rows:
+        nn.init.normal_(p, std=0.5)
+    for training in (True, False):
+        compare(model.train(training))
+        assert all(p.grad.abs().max() > 0 for p in rows) and rows
+    with model.disable_adapter():
+        torch.testing.assert_close(fused_logprobs(model), own_logprobs(model), rtol=0, atol=1e-5)
+    model.merge_adapter()
+    torch.testing.assert_close(fused_logprobs(model), own_logprobs(model), rtol=0, atol=1e-5)
 
 
 def test_virtual_tokens_are_refused():

@@ -269,6 +269,7 @@ def test_aux_loss_that_the_model_cannot_compute_is_refused():
     attach_fused_head(model)
     with pytest.raises(ValueError, match="GraniteMoeForCausalLM to compute a tensor aux_loss, got 0"):
         fused_logprobs(model, output_router_logits=True)
+    compare(model, output_router_logits=False)
 
 
 @pytest.mark.parametrize("path", ["two_pass", "one_pass"])

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 pytest.importorskip("transformers", reason="transformers is not installed: shared modules are not tested")
@@ -108,6 +109,23 @@ def test_exceptions_leave_nothing_behind():
             model(input_ids=IDS, fused_head=failing)
         assert torch.equal(plain(model, IDS), before)
         compare(model)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_around_the_whole_call(reentrant):
+    """The backward runs the call again, in whatever thread it is."""
+    model = tiny_model("llama").eval()
+    attach_fused_head(model)
+    truth = torch.autograd.grad(fused_logprobs(model).sum(), model.lm_head.weight)[0]
+    anchor = torch.ones((), requires_grad=True)
+
+    def call(anchor):
+        return anchor * fused_logprobs(model)
+
+    for p in model.parameters():
+        p.grad = None
+    torch.utils.checkpoint.checkpoint(call, anchor, use_reentrant=reentrant).sum().backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, truth)
 
 
 def replicas(model, monkeypatch, factors):

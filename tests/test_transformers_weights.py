@@ -124,3 +124,20 @@ def test_a_float32_head_on_a_16_bit_body(body, tied):
     assert truth.keys() == found.keys() and error < torch.finfo(body).eps
     without = tiny_model("llama", tie_word_embeddings=tied).eval().to(body)
     assert (own_logprobs(without) - own).abs().max() > 1e-3  # what the cast is for
+
+
+def test_hidden_states_follow_the_head(monkeypatch):
+    """A model over several devices (device_map); there is one device here, so the moves are only seen."""
+    model = tiny_model("llama").eval()
+    attach_fused_head(model)
+    plain = fused_logprobs(model)
+    moved, to = [], torch.Tensor.to
+
+    def seen(x, *args, **kwargs):
+        if args and isinstance(args[0], torch.device):
+            moved.append((list(x.shape), args[0]))
+        return to(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", seen)
+    assert torch.equal(fused_logprobs(model), plain)
+    assert ([*IDS.shape, HIDDEN], model.lm_head.weight.device) in moved

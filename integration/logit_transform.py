@@ -55,7 +55,9 @@ def known_numbers(width: int, device: torch.device) -> Tensor:
 def check_logits(given: Tensor, logits: Tensor | None, owner: str) -> None:
     """What the model returns for `given` [1, 1, K] is a constant function of each number, as far as shapes tell."""
     if logits is None:
-        raise ValueError(f"fused_head: expected {owner} to return logits, it returned none; detach what patches it")
+        raise ValueError(
+            f"fused_head: expected {owner} to return logits, it returned none; this family is not supported"
+        )
     if logits.shape[-1:] != given.shape[-1:]:
         raise ValueError(
             f"fused_head: expected {owner} to keep its {given.shape[-1]} logits, got {list(logits.shape)}; a "

@@ -13,8 +13,14 @@ weight is gathered, and its gradient is reduced. In place of logits the model's 
 What the model does to its logits afterwards (scale, softcap) is first read from its config. Configs mislead: some
 families ignore such a value, some multiply where others divide. So the first call checks it: the stand-in is then a
 ramp of numbers, and what the model makes of it shows the transform. If the config misled, the pass is repeated once
-with the measured one; what is no scale and softcap is refused. The first call also compares a few rows of the head's
-own output with `linear_logprobs`. A change of the head, as by adding LoRA, is checked anew.
+with the measured one; what is no scale and softcap, or is learned, is refused. The first call also compares a few rows
+of the head's own output with `linear_logprobs`. A change of the head, of its dtype or of the training mode is checked
+anew. In every later call two known numbers are the stand-in: where the model makes something else of them than before,
+the pass is measured and repeated, and on CUDA, where nobody waits for the answer, the device asserts.
+
+Threads, nested calls, copies and replicas of nn.DataParallel are apart: what belongs to a call lives in a context
+variable (`integration.head_call`). A checkpoint (torch.utils.checkpoint) may surround the model's call, not the head
+alone. With a model over several devices hidden states come to the head's device, and the function moves its targets.
 
 To answer another library's keyword, wrap `model.forward` with a function that calls `model.forward(fused_head=...)`.
 """
@@ -62,7 +68,9 @@ def attach_fused_head(model: nn.Module) -> FusedHead:
         model: a transformers causal LM, a vision-language model with a language-model head, or a PeftModel around one.
 
     Returns:
-        The FusedHead that removes it again; a second call returns the same one.
+        The FusedHead that removes it again; a second call returns the same one. The keyword's function is called as
+        `function(hidden [B, T, D], weight [V, D], bias=, logit_scale=, softcap=)`, the names of `linear_logprobs`; with
+        a head that transformers' tp_plan spreads over ranks, with this rank's rows and `vocab_group=`.
 
     Raises:
         TypeError: `model` is wrapped already, or is no such model.

@@ -270,6 +270,31 @@ def test_hooks_that_look_or_change_the_input_work():
         torch.testing.assert_close(fused_logprobs(model), own_logprobs(model), rtol=0, atol=1e-5)
 
 
+class Passing(torch.autograd.Function):
+    """What ZeRO-3 puts behind a module's outputs: the same numbers, and a node of autograd."""
+
+    @staticmethod
+    def forward(ctx, x, seen):
+        ctx.seen = seen
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.seen.append(g)
+        return g, None
+
+
+def test_nodes_of_wrappers_are_kept():
+    model = tiny_model("llama").eval()
+    attach_fused_head(model)
+    seen = []
+    model.lm_head.register_forward_hook(
+        lambda module, args, out: torch.utils._pytree.tree_map(lambda x: Passing.apply(x, seen), out)
+    )
+    compare(model)
+    assert len(seen) == 2  # of the model's own backward and of ours
+
+
 def test_a_library_that_replaces_the_forward_is_named():
     model = tiny_model("llama").eval()
     attach_fused_head(model)

@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from integration.head_call import HeadCall, Leaves, call_is_active, current_call, restore
 from integration.logit_transform import LogitTransform, logit_transform
@@ -76,6 +77,7 @@ def attach_fused_head(model: nn.Module) -> FusedHead:
         TypeError: `model` is wrapped already, or is no such model.
         ValueError: the model has no output embeddings, or a PEFT method that adds virtual tokens.
     """
+    given = model
     if hasattr(type(model), "get_base_model"):  # PEFT
         if model.active_peft_config.is_prompt_learning:
             raise ValueError(
@@ -91,12 +93,12 @@ def attach_fused_head(model: nn.Module) -> FusedHead:
     if model.get_output_embeddings() is None:
         raise ValueError(f"model: expected a language-model head, got {type(model).__name__} without output embeddings")
     head = model.__dict__.get("_fused_head")
-    if head is None:
-        return FusedHead(model)
-    if hasattr(head._patch, "fused"):
-        return head
-    head.hook.remove()  # unpickled: the patch is lost
-    return FusedHead(model)
+    if head is not None and not hasattr(head._patch, "fused"):  # unpickled: the patch is lost
+        head.unhook()
+        head = None
+    head = head or FusedHead(model)
+    head.watch(given)
+    return head
 
 
 class FusedHead:
@@ -114,7 +116,8 @@ class FusedHead:
             name: value for name, value in (("use_cache", False), ("return_dict", True)) if anything or name in names
         }
         self._patch = MethodType(_forward_of(type(model)), model)
-        self.hook = model.register_forward_hook(_refuse_another_forward, with_kwargs=True)
+        self._hooks: list[RemovableHandle] = []
+        self.watch(model)
         model.forward = self._patch
         model._replicate_for_data_parallel = MethodType(_replicate_for_data_parallel, model)
         model._fused_head = self
@@ -137,9 +140,19 @@ class FusedHead:
             del self.model.forward
         else:
             self.model.forward = self._before
-        self.hook.remove()
+        self.unhook()
         restore(self.model)
         del self.model._replicate_for_data_parallel, self.model._fused_head
+
+    def watch(self, model: nn.Module) -> None:
+        """Refuse what another forward than ours returns, from `model` or PEFT's around it, which skips its hooks."""
+        if _refuse_another_forward not in model._forward_hooks.values():
+            self._hooks.append(model.register_forward_hook(_refuse_another_forward, with_kwargs=True))
+
+    def unhook(self) -> None:
+        """Undo `watch`."""
+        for hook in self._hooks:
+            hook.remove()
 
     def forget(self) -> None:
         """Measure anew at the next call; after a change of the scale of logits that only CUDA tensors would show."""
@@ -216,7 +229,7 @@ def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
 def _refuse_another_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
     """A forward that somebody put in place of ours swallows our keyword."""
     if kwargs.get("fused_head") is not None and not isinstance(out, FusedHeadOutput):
-        forward = model.forward
+        forward = (model.get_base_model() if hasattr(type(model), "get_base_model") else model).forward
         raise TypeError(
             f"fused_head: expected the forward of attach_fused_head to be called, got "
             f"{getattr(forward, '__module__', None)}.{getattr(forward, '__qualname__', forward)}, which somebody put "

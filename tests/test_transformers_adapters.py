@@ -136,3 +136,20 @@ def test_the_first_call_leaves_no_trace():
         draws.append((out.detach(), torch.rand(3)))
     assert flags == [m.training for m in model.modules()]
     assert torch.equal(draws[0][0], draws[1][0]) and torch.equal(draws[0][1], draws[1][1])
+
+
+@pytest.mark.parametrize("attach_first", [False, True])
+def test_a_forward_that_was_replaced_later_is_named(attach_first):
+    model = with_peft(lora(), attach_first=attach_first).eval()
+    base = model.get_base_model()
+
+    def another_forward(*args, fused_head=None, **kwargs):
+        return type(base).forward(base, *args, **kwargs)
+
+    ours, base.forward = base.forward, another_forward
+    with pytest.raises(TypeError, match=r"got .*another_forward, which somebody put in its place"):
+        fused_logprobs(model)
+    base.forward = ours
+    compare(model)
+    attach_fused_head(model).detach()
+    assert not model._forward_hooks and not base._forward_hooks

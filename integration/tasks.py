@@ -2,8 +2,9 @@
 
 A `Task` wraps one reasoning-gym dataset: training and held-out problems from different seeds (a held-out problem never
 occurs in training, in any order of its numbers), prompts, warm-start solutions and rewards. Rewards are the dataset's
-own `score_answer`; an answer is right when it scores 1. Some scorers hand the text to sympy's parser, which evaluates
-it, so countdown answers reach the scorer only when they consist of digits, brackets and single operators.
+own `score_answer`; an answer is right when it scores 1. What a model writes is data: scorers that compare two strings
+are called here, all others in a process of their own with limits, and those that evaluate the text see it only when it
+is made of what an answer is made of (`integration/scoring.py`). Text that does not pass, or takes too long, scores 0.
 
 The tokenizer knows printable ASCII and every pair of digits, so that numbers below 100 are one token.
 """
@@ -11,15 +12,22 @@ The tokenizer knows printable ASCII and every pair of digits, so that numbers be
 from __future__ import annotations
 
 import json
+import pickle
 import random
 import re
+import warnings
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import reasoning_gym
-from reasoning_gym.utils import SYSTEM_PROMPTS, extract_answer
+from reasoning_gym.dataset import ProceduralDataset
+from reasoning_gym.utils import SYSTEM_PROMPTS
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from integration import scoring
 
 Entry = dict[str, Any]  # reasoning-gym: question, answer, metadata
 
@@ -36,7 +44,7 @@ DEFAULT_OPTIONS = {
     }
 }
 RIGHT = 1.0 - 1e-6  # scores from here on count as right
-_ARITHMETIC = re.compile(r"[\d+\-*/() ]{1,64}")
+REMEMBERED = 1 << 16  # scores of a task
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -59,6 +67,11 @@ class Task:
         train_size, held_out_size: problems generated; training ones that also occur in the held-out set are dropped.
         seed: the training problems use it, the held-out ones `seed + 1_000_003`.
         options: dataset options; None takes `DEFAULT_OPTIONS`.
+        stopped: how many answers scored 0 because scoring was stopped, by reason.
+
+    Raises:
+        ValueError: reasoning-gym has no such dataset, its scorer is not known to be safe, or this platform cannot
+            contain it.
     """
 
     name: str = "countdown"
@@ -69,10 +82,16 @@ class Task:
     train: list[Entry] = field(init=False, repr=False)
     longest: int = field(init=False)  # characters of the longest training answer
     held_out: list[Entry] = field(init=False, repr=False)
+    stopped: Counter[str] = field(init=False, default_factory=Counter)
 
     def __post_init__(self) -> None:
+        scoring.check(self.name)
         options = DEFAULT_OPTIONS.get(self.name, {}) if self.options is None else self.options
-        self._dataset = reasoning_gym.create_dataset(self.name, seed=self.seed, size=self.train_size, **options)
+        own = {"seed": self.seed, "size": self.train_size, **options}
+        self._dataset = reasoning_gym.create_dataset(self.name, **own)
+        compares = type(self._dataset).score_answer is ProceduralDataset.score_answer
+        self._contained = scoring.needs_worker(self.name, compares)
+        self._specification = pickle.dumps((self.name, own))
         held_out = reasoning_gym.create_dataset(
             self.name, seed=self.seed + 1_000_003, size=self.held_out_size, **options
         )
@@ -83,7 +102,10 @@ class Task:
         self.train = [entry for entry in generated if self.key(entry) not in known]
         if not self.train:
             raise ValueError(f"task {self.name!r}: every training problem also occurs in the held-out set")
-        self.longest = max(len(normalize(e["answer"]) if self.name == "countdown" else e["answer"]) for e in self.train)
+        clean = normalize if self.name == "countdown" else str
+        self.longest = max(len(clean(e["answer"] or "")) for e in self.train)
+        # Other right answers may be longer than the dataset's own, and some datasets have none of their own.
+        self._limit = 1024 + 4 * max(len(e["answer"] or "") for e in (*self.train, *self.held_out))
 
     def key(self, entry: Entry) -> str:
         """Identity of a problem: the order of countdown's numbers does not matter."""
@@ -109,6 +131,11 @@ class Task:
 
     def solution(self, entry: Entry, rng: random.Random) -> str:
         """A right answer to imitate; for countdown one of the orders of the expression's terms, drawn at random."""
+        if entry["answer"] is None:
+            raise ValueError(
+                f"task: expected a data set with solutions to imitate, got {self.name!r}; use a model that "
+                "answers without a warm start"
+            )
         if self.name != "countdown":
             return entry["answer"]
         expression = normalize(entry["metadata"]["expression"])
@@ -121,20 +148,52 @@ class Task:
         return "".join([signed.pop(first)[1:], *signed])
 
     def score(self, entry: Entry, text: str) -> float:
-        """The dataset's own score of an answer, cached; whatever it cannot digest scores 0."""
-        answer = normalize(text) if self.name == "countdown" else text.strip()
-        cache_key = (entry["question"], answer)
-        if cache_key not in self._scores:
-            self._scores[cache_key] = self._score(entry, answer)
-        return self._scores[cache_key]
+        """The dataset's own score of an answer; 0 for whatever it cannot digest. See `scores`."""
+        return self.scores([entry], [text])[0]
 
-    def _score(self, entry: Entry, answer: str) -> float:
-        if self.name == "countdown" and (not _ARITHMETIC.fullmatch(answer) or "**" in answer or "//" in answer):
-            return 0.0
+    def scores(self, entries: Sequence[Entry], texts: Sequence[str]) -> list[float]:
+        """The dataset's own score of each answer, cached.
+
+        Limits are CPU seconds, so that a busy machine scores as an idle one. Answers whose scoring was stopped score 0,
+        are counted in `stopped`, and a RuntimeWarning says so.
+        """
+        stopped, left, values = Counter(), scoring.BATCH_SECONDS, []
+        for entry, text in zip(entries, texts, strict=True):
+            answer = normalize(text) if self.name == "countdown" else text.strip()
+            key = (entry["question"], answer)
+            if key in self._scores:
+                values.append(self._scores[key])
+                continue
+            if len(answer) > self._limit or not scoring.admits(self.name, answer, entry["answer"] or ""):
+                values.append(0.0)
+                continue
+            outcome = self._score(entry, answer) if left > 0 else scoring.Outcome(0.0, 0.0, "batch")
+            left -= outcome.seconds
+            values.append(outcome.score)
+            if outcome.stopped:
+                stopped[outcome.stopped] += 1
+            if outcome.stopped in (None, "cpu", "forbidden"):  # the answer's own doing
+                if len(self._scores) >= REMEMBERED:
+                    self._scores.clear()
+                self._scores[key] = outcome.score
+        if stopped:
+            self.stopped += stopped
+            reasons = ", ".join(f"{count} {scoring.REASONS[reason]}" for reason, count in sorted(stopped.items()))
+            warnings.warn(
+                f"task {self.name!r}: {stopped.total()} of {len(values)} answers score 0 because scoring was stopped: "
+                f"{reasons}; {self.stopped.total()} since the start",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return values
+
+    def _score(self, entry: Entry, answer: str) -> scoring.Outcome:
+        if self._contained:
+            return scoring.worker.score(self._specification, entry, answer)
         try:
-            return float(self._dataset.score_answer(answer, entry))
-        except Exception:  # 106 scorers, any text: a scorer that chokes on it has not found it right
-            return 0.0
+            return scoring.Outcome(float(self._dataset.score_answer(answer, entry)), 0.0)
+        except Exception:  # any text: a scorer that chokes on it has not found it right
+            return scoring.Outcome(0.0, 0.0)
 
 
 def normalize(text: str) -> str:
@@ -143,5 +202,11 @@ def normalize(text: str) -> str:
 
 
 def tagged_answer(text: str) -> str:
-    """The part of a chat model's completion inside the last answer tag; empty when there is none."""
-    return extract_answer(text) or ""
+    """The part of a chat model's completion inside the last answer tag; empty when there is none.
+
+    What `reasoning_gym.utils.extract_answer` gives, without its time quadratic in the number of tags left open.
+    """
+    opening, closing, answer, position = "<answer>", "</answer>", "", 0
+    while (start := text.find(opening, position)) >= 0 and (end := text.find(closing, start + len(opening))) >= 0:
+        answer, position = text[start + len(opening) : end], end + len(closing)
+    return answer.strip()

@@ -97,8 +97,8 @@ def main(arguments: list[str] | None = None) -> Any:
     def score(completions: list[str], number: list[int], trainer_state: Any, **_: Any) -> list[float]:
         """The dataset's own score of each completion."""
         entries = task.train if trainer.model.training else task.held_out
-        texts = completions if small else map(tagged_answer, completions)
-        return [task.score(entries[i], text) for i, text in zip(number, texts)]
+        texts = completions if small else list(map(tagged_answer, completions))
+        return task.scores([entries[i] for i in number], texts)
 
     args.model_init_kwargs = {
         "revision": model_args.model_revision,

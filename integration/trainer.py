@@ -120,7 +120,7 @@ def rollout(
     answers = tokenizer.batch_decode(completions, skip_special_tokens=True)
     if policy.pretrained:
         answers = [tagged_answer(answer) for answer in answers]
-    scores = [task.score(entries[i // group_size], answer) for i, answer in enumerate(answers)]
+    scores = task.scores([entry for entry in entries for _ in range(group_size)], answers)
     right = {(i // group_size, normalize(a)) for i, a in enumerate(answers) if scores[i] >= RIGHT}
     repeated = [prompt for prompt in prompts for _ in range(group_size)]
     return Rollout(repeated, completions, torch.tensor(scores), len(right) / len(entries))

@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "outputs": set(),
     "checks": set(),
     "packing": set(),
-    "reference": {"outputs", "objective.config"},
+    "reference": {"outputs", "objective.config", "reference_objective"},
+    "reference_objective": {"outputs", "objective.config"},
     "testing": {"reference"},
     "head": {"head", "autocast", "checks", "outputs", "packing"},
     "head.kernels": {"head.kernels", "head.logits", "head.flops"},
@@ -30,7 +31,7 @@ MAY_IMPORT = {
 }
 # Functions return the specification by name; it is imported where it is used.
 MAY_IMPORT_INSIDE_FUNCTIONS = {"reference"}
-TRITON_LIVES_IN = ("head.kernels", "objective.kernel")
+TRITON_LIVES_IN = ("head.kernels", "objective.kernel", "objective.kernel_terms")
 
 
 def module_name(path: Path, package: Path = PACKAGE) -> str:

@@ -15,7 +15,7 @@ import triton.language as tl
 from test_divergences import grid, specification
 
 from lad_kernels import GRPOConfig, LADConfig, reference
-from lad_kernels.objective import kernel, policy
+from lad_kernels.objective import kernel, kernel_terms, policy
 from lad_kernels.objective.config import ADVANTAGE_SCALES, AGGREGATIONS, DIVERGENCES, LEVELS, POLICY_LOSSES
 from lad_kernels.objective.divergences import lad_terms
 
@@ -91,11 +91,11 @@ def compare(given, config, rtol=2e-6, **more):
 def _elementary(x_ptr, out, N, BLOCK: tl.constexpr):
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + t, mask=t < N, other=0.0)
-    e, em1, k3 = kernel._exps(x)
+    e, em1, k3 = kernel_terms._exps(x)
     tl.store(out + t, e, mask=t < N)
     tl.store(out + N + t, em1, mask=t < N)
     tl.store(out + 2 * N + t, k3, mask=t < N)
-    tl.store(out + 3 * N + t, kernel._log1p(x), mask=t < N)
+    tl.store(out + 3 * N + t, kernel_terms._log1p(x), mask=t < N)
 
 
 def test_elementary_functions(device):
@@ -121,7 +121,7 @@ def test_elementary_functions(device):
 def _terms(d_ptr, u_ptr, out, N, OBJECTIVE: tl.constexpr, CENTERED: tl.constexpr, BLOCK: tl.constexpr):
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d, u = tl.load(d_ptr + t, mask=t < N, other=0.0), tl.load(u_ptr + t, mask=t < N, other=0.0)
-    loss, c, above, _marked = kernel._lad_term(d, u, OBJECTIVE, CENTERED)
+    loss, c, above, _marked = kernel_terms._lad_term(d, u, OBJECTIVE, CENTERED)
     tl.store(out + t, loss, mask=t < N)
     tl.store(out + N + t, c, mask=t < N)
     tl.store(out + 2 * N + t, above, mask=t < N)

@@ -11,7 +11,6 @@ the divergence or clipped term and k3_t = exp(ref - logp) - (ref - logp) - 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,27 +21,9 @@ from lad_kernels.autocast import without_autocast
 from lad_kernels.objective.advantages import advantages_of, group_log_mean_exp
 from lad_kernels.objective.config import GRPOConfig, LADConfig
 from lad_kernels.objective.divergences import grpo_terms, lad_terms
+from lad_kernels.objective.inputs import Config, PolicyInputs, divisor, has_target_norm, validate
 from lad_kernels.outputs import LossOutput
 from lad_kernels.packing import Packing, pack
-
-Config = LADConfig | GRPOConfig
-
-
-@dataclass(frozen=True)
-class PolicyInputs:
-    """What the objective is given besides the log-probabilities, as the user gave it: per token is [N] or [B, T]."""
-
-    old_logprobs: Tensor | None = None  # per token
-    advantages: Tensor | None = None  # [B] or per token
-    rewards: Tensor | None = None  # [B]
-    group_size: int | None = None
-    group_ids: Tensor | None = None  # [B]
-    loss_mask: Tensor | None = None  # per token
-    cu_seqlens: Tensor | None = None  # [B + 1]
-    normalizer: float | Tensor | None = None
-    ref_logprobs: Tensor | None = None  # per token
-    entropy: Tensor | None = None  # per token
-    rollout_is_weights: Tensor | None = None  # [B] or per token
 
 
 class PolicyTerms(NamedTuple):
@@ -173,52 +154,6 @@ class _AttachGradient(torch.autograd.Function):
         return grad * dlogprobs, None if dentropy is None else grad * dentropy, None, None, None
 
 
-def validate(inputs: PolicyInputs, like: Tensor, like_name: str, config: Config) -> None:
-    """Check everything the objective needs, before anything runs; `like` holds one value per token."""
-    count = checks.layout(like, like_name, inputs.cu_seqlens)
-    for name in ("old_logprobs", "ref_logprobs", "entropy"):
-        checks.per_token(name, getattr(inputs, name), like, like_name)
-    checks.mask(inputs.loss_mask, like, like_name)
-    checks.normalizer(inputs.normalizer)
-    _validate_signal(inputs, count, like, like_name)
-    if inputs.rollout_is_weights is not None:
-        checks.per_sequence("rollout_is_weights", inputs.rollout_is_weights, count, like, like_name)
-    if config.kl_coef != 0 and inputs.ref_logprobs is None:
-        raise ValueError(f"ref_logprobs: needed because config.kl_coef is {config.kl_coef}, got None")
-    if count is None and (config.importance_sampling_level != "token" or config.loss_agg_mode != "token-mean"):
-        raise ValueError(
-            f"cu_seqlens: needed on packed input for importance_sampling_level={config.importance_sampling_level!r} "
-            f"and loss_agg_mode={config.loss_agg_mode!r}, got None"
-        )
-    if config.loss_agg_mode == "seq-mean-token-sum-norm" and like.ndim == 1 and inputs.normalizer is None:
-        raise ValueError(
-            "normalizer: needed on packed input for loss_agg_mode='seq-mean-token-sum-norm', got None; pass "
-            "B * max_completion_length"
-        )
-    if _target_norm(config) and inputs.advantages is not None and inputs.advantages.shape != (count,):
-        raise ValueError("advantages: target_norm='group' needs one per sequence [B], got one per token")
-    if _target_norm(config) or inputs.rewards is not None:
-        checks.groups(count, like.device, inputs.group_size, inputs.group_ids)
-
-
-def _validate_signal(inputs: PolicyInputs, count: int | None, like: Tensor, like_name: str) -> None:
-    """Exactly one of advantages and rewards, of the right size."""
-    if (inputs.advantages is None) == (inputs.rewards is None):
-        both = "both" if inputs.rewards is not None else "neither"
-        raise ValueError(f"advantages, rewards: expected exactly one, got {both}")
-    if inputs.advantages is not None:
-        checks.per_sequence("advantages", inputs.advantages, count, like, like_name)
-        return
-    checks.rewards(inputs.rewards, like, like_name)
-    if count is None or len(inputs.rewards) != count:
-        have = "packed tokens without cu_seqlens" if count is None else f"{count} sequences"
-        raise ValueError(f"rewards: expected one per sequence, got {len(inputs.rewards)} for {have}")
-
-
-def _target_norm(config: Config) -> bool:
-    return isinstance(config, LADConfig) and config.target_norm is not None
-
-
 def compute_terms(
     logprobs: Tensor,  # [M]
     entropy: Tensor | None,  # [M]
@@ -242,7 +177,7 @@ def compute_terms(
         return (packing.take(x.detach()) if by_token else x.detach()).to(dtype)
 
     group_ids = None
-    if inputs.rewards is not None or _target_norm(config):
+    if inputs.rewards is not None or has_target_norm(config):
         group_ids = checks.groups(sequences, logprobs.device, inputs.group_size, inputs.group_ids)
     terms: Any = policy_terms
     if checks.use_triton(impl, logprobs.device, logprobs.dtype):
@@ -253,26 +188,12 @@ def compute_terms(
             advantages=take(inputs.advantages, by_token(inputs.advantages)),
             advantages_by_token=by_token(inputs.advantages), rewards=take(inputs.rewards, False), group_ids=group_ids,
             cu_seqlens=packing.cu_seqlens, config=config,
-            normalizer=_normalizer(inputs.normalizer, packing, config, logprobs),
+            normalizer=divisor(inputs.normalizer, packing, config, logprobs),
             ref_logprobs=take(inputs.ref_logprobs), entropy=None if entropy is None else entropy.detach().to(dtype),
             rollout_is_weights=take(inputs.rollout_is_weights, by_token(inputs.rollout_is_weights)),
             weights_by_token=by_token(inputs.rollout_is_weights),
         )  # fmt: skip
     return PolicyTerms(*found)
-
-
-def _normalizer(given: float | Tensor | None, packing: Packing, config: Config, like: Tensor) -> Tensor:
-    """The divisor Z as a 0-d tensor on the device of `like`, without a host sync."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    if given is None and config.loss_agg_mode == "token-mean":
-        given = max(1, packing.tokens)
-    elif given is None and config.loss_agg_mode == "seq-mean-token-sum-norm":
-        given = max(1, packing.shape.numel())
-    elif given is None:
-        given = (packing.cu_seqlens.diff() > 0).sum().clamp(min=1)
-    if isinstance(given, Tensor):
-        return given.detach().to(like.device, dtype).reshape(())
-    return torch.full((), given, dtype=dtype, device=like.device)
 
 
 def policy_terms(

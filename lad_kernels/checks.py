@@ -197,7 +197,10 @@ def per_token(name: str, x: Tensor | None, like: Tensor, like_name: str, *, floa
 
 
 def layout(like: Tensor, like_name: str, cu_seqlens: Tensor | None) -> int | None:
-    """Number of sequences B of a packed [N] or padded [B, T] batch; None for packed tokens without sequences."""
+    """Number of sequences B of a packed [N] or padded [B, T] batch; None for packed tokens without sequences.
+
+    Packed tokens beyond the last bound are legal, as padding at the end: they do not count.
+    """
     if like.ndim == 2:
         if cu_seqlens is not None:
             raise ValueError(
@@ -217,12 +220,14 @@ def layout(like: Tensor, like_name: str, cu_seqlens: Tensor | None) -> int | Non
     _same_device("cu_seqlens", cu_seqlens, like, like_name)
     if cu_seqlens.dtype == torch.int32 and len(like) >= 2**31:
         raise ValueError(f"cu_seqlens: expected int64 for N = {len(like)} tokens, got int32, which overflows")
+    if len(cu_seqlens) == 1 and len(like):
+        raise ValueError(f"cu_seqlens: expected a sequence for N = {len(like)} tokens, got [1], which has none")
     if may_read(cu_seqlens):
         bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != len(like) or any(a > b for a, b in pairwise(bounds)):
+        if bounds[0] != 0 or bounds[-1] > len(like) or any(a > b for a, b in pairwise(bounds)):
             raise ValueError(
-                f"cu_seqlens: expected to rise from 0 to N = {len(like)} without falling, got {bounds[:4]} ... "
-                f"{bounds[-1]}"
+                f"cu_seqlens: expected to rise from 0 to at most N = {len(like)} without falling, got {bounds[:4]} "
+                f"... {bounds[-1]}"
             )
     return len(cu_seqlens) - 1
 

@@ -58,12 +58,15 @@ def linear_lad_loss(
     Args:
         hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl: as for
             `linear_logprobs`. With a group the backward is dense and `head_flops` counts this rank's.
-        old_logprobs: the behaviour policy's log-probs; None means on-policy: the ratio is exactly 1.
+        old_logprobs: the behaviour policy's log-probs; None means on-policy: the ratio is exactly 1. Where one is not
+            finite its token is dropped, as by `lad_loss`.
         advantages: one per sequence [B] or one per token. Give this or `rewards`.
         rewards: [B], turned into advantages by `config.advantage_scale`; needs `group_size` or `group_ids`.
         loss_mask: nonzero where a token counts. Others are dropped before the first product, get exactly zero
             gradient and may hold anything (-100, NaN). A fully masked batch gives a differentiable zero.
-        cu_seqlens: int32 [B + 1] cumulative lengths of packed [N] input, flash-attention's convention.
+        cu_seqlens: int32 [B + 1] cumulative lengths of packed [N] input, flash-attention's convention. Tokens beyond
+            cu_seqlens[-1] are padding and count as masked; on an accelerator without loss_mask, where that bound is
+            not read, they still pass through the head and their hidden states must be finite.
         config, normalizer, ref_logprobs, rollout_is_weights: as for `lad_loss`.
         return_entropy: also return per-token entropy and its mean as a metric; free otherwise.
         return_logprobs: with False the log-probs are not returned, and where coefficients are known in advance

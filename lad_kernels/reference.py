@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lad_kernels.objective.config import GRPOConfig, LADConfig
 from lad_kernels.outputs import LinearLogprobs, LossOutput
-from lad_kernels.reference_objective import GENERATORS, SLOPE_AT_ONE, _kept, grpo_loss, lad_loss  # noqa: F401
+from lad_kernels.reference_objective import GENERATORS, SLOPE_AT_ONE, counted, grpo_loss, lad_loss  # noqa: F401
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,7 +42,7 @@ def linear_logprobs(
     """log pi(y | h), entropy and log-sum-exp of z = softcap(scale (h W^T + b)) / temperature."""
     if vocab_group is not None:
         raise ValueError("vocab_group: expected None, got a group; the reference needs all rows of lm_head_weight")
-    kept = _kept(target_ids, loss_mask)  # [M]
+    kept = counted(target_ids, loss_mask, None).reshape(-1).nonzero()[:, 0]  # [M] flat
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     h = hidden_states.reshape(-1, hidden_states.shape[-1])[kept].to(dtype)  # [M, D]
     z = h @ lm_head_weight.to(dtype).T  # [M, V]
@@ -129,7 +129,8 @@ def linear_lad_loss(
     want_entropy = return_entropy or config.entropy_coef != 0
     head = linear_logprobs(
         hidden_states, lm_head_weight, target_ids, bias=bias, temperature=temperature, logit_scale=logit_scale,
-        softcap=softcap, loss_mask=loss_mask, return_entropy=want_entropy, vocab_group=vocab_group,
+        softcap=softcap, loss_mask=counted(target_ids, loss_mask, cu_seqlens), return_entropy=want_entropy,
+        vocab_group=vocab_group,
     )  # fmt: skip
     if advantages is None:
         advantages = group_advantages(rewards, group_size=group_size, group_ids=group_ids, scale=config.advantage_scale)

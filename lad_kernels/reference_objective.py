@@ -41,7 +41,7 @@ def lad_loss(
     impl: str = "reference",
 ) -> LossOutput:
     """sum_t w_t e^u f(r / e^u) on given log-probabilities, for any divergence, ratio level and aggregation."""
-    t = _Tokens(logprobs, old_logprobs, loss_mask, cu_seqlens, config)
+    t = _Tokens(logprobs, old_logprobs, loss_mask, cu_seqlens, config, ref_logprobs, rollout_is_weights)
     u_given = advantages / config.eta  # [B] or per token
     if config.target_norm == "group":
         ids = torch.arange(t.count, device=u_given.device) // group_size if group_ids is None else group_ids  # [B]
@@ -49,7 +49,7 @@ def lad_loss(
             members = (ids == group).to(u_given.device)
             log_mean = u_given[members].logsumexp(0) - math.log(int(members.sum()))
             u_given = torch.where(members, u_given - log_mean, u_given)
-    u_raw = t.per_token(u_given)  # [M]
+    u_raw = t.per_token(u_given).to(t.logprobs.dtype)  # [M]
     u = u_raw if config.target_clamp is None else u_raw.clamp(-config.target_clamp, config.target_clamp)
 
     def value(log_ratio: Tensor) -> Tensor:
@@ -84,8 +84,8 @@ def grpo_loss(
     impl: str = "reference",
 ) -> LossOutput:
     """PPO-clip with asymmetric and dual clip (GRPO, DAPO, Dr. GRPO, GSPO by level), CISPO, REINFORCE."""
-    t = _Tokens(logprobs, old_logprobs, loss_mask, cu_seqlens, config)
-    a = t.per_token(advantages)  # [M]
+    t = _Tokens(logprobs, old_logprobs, loss_mask, cu_seqlens, config, ref_logprobs, rollout_is_weights)
+    a = t.per_token(advantages).to(t.logprobs.dtype)  # [M]
     low, high = 1 - config.epsilon_low, 1 + config.epsilon_high
     ratio = t.log_ratio.detach().exp()
 
@@ -112,19 +112,22 @@ def grpo_loss(
     return t.finish(value, advantages, bites, extra, normalizer, ref_logprobs, entropy, rollout_is_weights)
 
 
-def _kept(like: Tensor, loss_mask: Tensor | None) -> Tensor:
-    """Flat indices [M] of the tokens that take part."""
-    if loss_mask is None:
-        return torch.arange(like.numel(), device=like.device)
-    return loss_mask.reshape(-1).bool().nonzero()[:, 0]
+def counted(like: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Mask in the shape of `like`: where loss_mask keeps a token and, in packed input, not beyond the last bound."""
+    mask = torch.ones_like(like, dtype=torch.bool) if loss_mask is None else loss_mask.bool()
+    if cu_seqlens is not None:
+        mask = mask & (torch.arange(len(like), device=like.device) < cu_seqlens[-1])
+    return mask
 
 
 class _Tokens:
-    """The kept tokens of a batch: their sequence, their log-ratio at the configured level, their weights."""
+    """The tokens that take part: their sequence, their log-ratio at the configured level, their weights.
 
-    def __init__(self, logprobs, old_logprobs, loss_mask, cu_seqlens, config):
+    Kept by the mask, before the last bound of packed input, and with finite old, reference and rollout values.
+    """
+
+    def __init__(self, logprobs, old_logprobs, loss_mask, cu_seqlens, config, ref_logprobs, rollout_is_weights):
         self.config, self.shape = config, logprobs.shape
-        self.kept = _kept(logprobs, loss_mask)  # [M]
         if logprobs.ndim == 2:
             self.count, self.padded_length = logprobs.shape
             sequence = torch.arange(logprobs.numel(), device=logprobs.device) // self.padded_length
@@ -136,7 +139,14 @@ class _Tokens:
             self.count, self.padded_length = 1, None
             sequence = torch.zeros(logprobs.numel(), dtype=torch.long, device=logprobs.device)
         self.has_sequences = logprobs.ndim == 2 or cu_seqlens is not None
-        self.sequence = sequence[self.kept]  # [M]
+        asked = counted(logprobs, loss_mask, cu_seqlens).reshape(-1).nonzero()[:, 0]  # flat indices
+        finite = torch.ones_like(asked, dtype=torch.bool)
+        self.kept, self.sequence = asked, sequence[asked]
+        for x in (old_logprobs, ref_logprobs if config.kl_coef != 0 else None, rollout_is_weights):
+            if x is not None:
+                finite = finite & self.per_token(x).isfinite()
+        self.kept, self.sequence = asked[finite], sequence[asked[finite]]  # [M], [M]
+        self.nonfinite_share = logprobs.new_tensor((len(asked) - len(self.kept)) / max(len(asked), 1))
         dtype = torch.promote_types(logprobs.dtype, torch.float32)
         self.full_logprobs = logprobs
         self.logprobs = logprobs.reshape(-1)[self.kept].to(dtype)  # [M]
@@ -162,7 +172,6 @@ class _Tokens:
 
     def per_token(self, x: Tensor) -> Tensor:
         """[B] or per token -> [M]. A packed batch without cu_seqlens has per-token values only."""
-        x = x.to(self.logprobs.dtype)
         return x[self.sequence] if self.has_sequences and x.shape == (self.count,) else self.pick(x)
 
     def sum_sequences(self, x: Tensor) -> Tensor:  # [M] -> [B]
@@ -188,7 +197,9 @@ class _Tokens:
     def finish(self, value, advantages, bites, extra, normalizer, ref_logprobs, entropy, rollout_is_weights):
         """Aggregate, add the KL and entropy terms, and measure."""
         config, w = self.config, self.weights(normalizer)  # [M]
-        isw = torch.ones_like(w) if rollout_is_weights is None else self.per_token(rollout_is_weights)  # [M]
+        isw = (
+            torch.ones_like(w) if rollout_is_weights is None else self.per_token(rollout_is_weights).to(w.dtype)
+        )  # [M]
         policy = value(self.log_ratio)  # [M]
         loss = (w * isw * policy).sum()
         r = self.log_ratio.detach().exp()
@@ -200,6 +211,7 @@ class _Tokens:
             "approx_kl_k1": self.mean(-d),
             "approx_kl_k3": self.mean(d.expm1() - d),
             "ess": r.sum() ** 2 / (len(r) * (r**2).sum()) if len(r) else r.new_zeros(()),
+            "nonfinite_share": self.nonfinite_share,
             **extra,
         }
         if isinstance(config, LADConfig):
@@ -213,7 +225,7 @@ class _Tokens:
         if entropy is not None:
             loss = loss - config.entropy_coef * (w * self.pick(entropy)).sum()
             metrics["entropy"] = self.mean(self.pick(entropy.detach()))
-        loss = loss + 0 * self.full_logprobs.nan_to_num().sum()  # differentiable when every token is masked
+        loss = loss + self.full_logprobs.reshape(-1)[:0].sum()  # differentiable when every token is masked
         return LossOutput(
             loss, self.full_logprobs.detach(), None if entropy is None else entropy.detach(), advantages, metrics
         )

@@ -108,9 +108,11 @@ class Step:
         return out
 
     def _old(self) -> Tensor | None:  # [M]
-        """Log-probabilities of the behaviour policy."""
+        """Log-probabilities of the behaviour policy; any number where the objective drops the token."""
         old = self.inputs.old_logprobs
-        return None if old is None else self.packing.take(old.detach()).to(self.logprobs.dtype)
+        if old is None:
+            return None
+        return self.packing.take(old.detach()).to(self.logprobs.dtype).nan_to_num(0.0, 0.0, 0.0)
 
     def _look(self, part: Head, work: dispatch.Work) -> dict[str, float]:
         """Shares that `dispatch.takes_one_pass` asks for, of a few of the tokens [A] at a fixed stride."""

@@ -121,6 +121,8 @@ def prepare(
         checks.use_triton(impl, hidden.device, hidden.dtype)
     packing = pack(target_ids, loss_mask, cu_seqlens)
     targets = packing.take(target_ids).long()  # [M]
+    if packing.inside is not None:
+        targets = targets.masked_fill(~packing.inside, 0)  # those beyond the last bound may hold anything
     if not sharded:
         checks.target_range(targets, len(weight))
     if isinstance(temperature, Tensor):

@@ -8,7 +8,8 @@ functions of w / 2, where they do not cancel. The js terms are finite in float32
 `above_start` is loss(d, u) - loss(0, u), worked out by hand for each divergence, because the e^u terms of the loss
 itself (hundreds at eta 0.25) would swallow it. At r = 0 (log pi = -inf) every product of r with a logarithm is 0.
 
-A new divergence is a function here, one in `kernel_terms.py`, a line in `reference_objective.py` and its key in `config.py`.
+A new divergence is a function here, one in `kernel_terms.py`, a line in `reference_objective.py`, a key in
+`config.py`.
 """
 
 from __future__ import annotations

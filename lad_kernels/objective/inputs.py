@@ -77,15 +77,46 @@ def has_target_norm(config: Config) -> bool:
     return isinstance(config, LADConfig) and config.target_norm is not None
 
 
-def divisor(given: float | Tensor | None, packing: Packing, config: Config, like: Tensor) -> Tensor:
-    """The divisor Z as a 0-d tensor on the device of `like`, without a host sync."""
+def tokens_by_input(inputs: PolicyInputs, packing: Packing, config: Config) -> Tensor | None:
+    """[M] True where every input that the objective reads is finite; None where none could be otherwise.
+
+    Log-probs and weights of a rollout or reference engine, that is: a NaN of the policy itself is not looked for.
+    """
+    given = [inputs.old_logprobs, inputs.ref_logprobs if config.kl_coef != 0 else None, inputs.rollout_is_weights]
+    finite = None
+    for x in given:
+        if x is None:
+            continue
+        good = x.detach().isfinite()
+        good = packing.take(good) if has_values_by_token(x, packing) else good[packing.sequence]  # [M]
+        finite = good if finite is None else finite & good
+    return finite
+
+
+def has_values_by_token(x: Tensor, packing: Packing) -> bool:
+    """Or one per sequence; where N equals B, a packed [B] is read as one per sequence."""
+    return packing.cu_seqlens is None or x.shape != (len(packing.cu_seqlens) - 1,)
+
+
+def divisor(
+    given: float | Tensor | None, packing: Packing, config: Config, like: Tensor, usable: Tensor | None
+) -> Tensor:
+    """The divisor Z as a 0-d tensor on the device of `like`, without a host sync; `usable` [M]: who counts, or all."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     if given is None and config.loss_agg_mode == "token-mean":
-        given = max(1, packing.tokens)
+        given = max(1, packing.tokens) if usable is None else usable.sum().clamp(min=1)
     elif given is None and config.loss_agg_mode == "seq-mean-token-sum-norm":
         given = max(1, packing.shape.numel())
     elif given is None:
-        given = (packing.cu_seqlens.diff() > 0).sum().clamp(min=1)
+        given = (lengths_of(packing.cu_seqlens, usable) > 0).sum().clamp(min=1)
     if isinstance(given, Tensor):
         return given.detach().to(like.device, dtype).reshape(())
     return torch.full((), given, dtype=dtype, device=like.device)
+
+
+def lengths_of(cu_seqlens: Tensor, usable: Tensor | None) -> Tensor:  # [B + 1], [M] -> [B]
+    """Tokens of each sequence that count."""
+    if usable is None:
+        return cu_seqlens.diff().long()
+    before = torch.cat([usable.new_zeros(1, dtype=torch.long), usable.cumsum(0)])  # [M + 1]
+    return before[cu_seqlens.long()].diff()

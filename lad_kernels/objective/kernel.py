@@ -5,13 +5,14 @@ any sum, so equal rewards give exactly 0 and 100 +- 0.01 keeps its digits; every
 
 Layout. One program per sequence (per 4,096 tokens if there are no sequences), tokens in blocks of 256:
   1. rewards, target_norm: passes over all B values, comparing group ids;
-  2. sequence levels: a pass for log r, a pass for the gradient that all tokens of the sequence share;
+  2. a pass that counts who takes part, with the sequence levels' log r; there also a pass for the gradient that all
+     tokens of the sequence share;
   3. a pass for the loss, the metrics and d loss / d logp.
 Each program writes one column of partials [ROWS, B], which a few torch operations reduce: deterministic, no host sync.
 
 Exact: ratio 1 where both log-probs are equal (also both -inf), gradient 0 where a clamp or clip holds, A = 0 in a group
 of one or of equal rewards; the rest to a few ulp of fp32 per token, beyond the rounding of d and u themselves.
-Cost: one to three reads of the N-vectors and, with groups, B^2 rewards out of cache.
+Cost: two to three reads of the N-vectors and, with groups, B^2 rewards out of cache.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ BLOCK = tl.constexpr(256)  # tokens per step: one per thread at 8 warps, which p
 
 # Rows of the partials buffer in the order in which the kernel stores them: sums, maxima, the sequence's advantage.
 MEANS = ("ratio_mean", "marked", "clamp_share", "zero_coef_share", "approx_kl_k1", "approx_kl_k3", "kl_ref", "entropy")
-SUMS = ("loss", "loss_above_start", *MEANS, "ratio_squared", "coef_positive", "coef_negative", "positive", "negative")
+SUMS = ("loss", "loss_above_start", *MEANS, "ratio_squared", "tokens", "coef_positive", "coef_negative",
+        "positive", "negative")  # fmt: skip
 MAXIMA = ("ratio_max", "coef_max_positive", "coef_max_negative")
 
 
@@ -92,10 +94,12 @@ def _advantage(source, groups, s, eta, B, SCALE: tl.constexpr, REWARDS: tl.const
 
 @triton.jit
 def _load_tokens(tokens, t0, end, ADVANTAGE: tl.constexpr, ISW_TOKEN: tl.constexpr):
-    """Index, mask, logp and log ratio (0 where masked), advantage, rollout weight of a block of tokens; all [BLOCK]."""
-    logprobs, old, source, isw, adv, isw_s = tokens
+    """Index, who takes part, logp and log ratio (0 where not), advantage, rollout weight of a block; all [BLOCK]."""
+    logprobs, old, source, isw, adv, isw_s, usable = tokens
     t = t0 + tl.arange(0, BLOCK)
     mask = t < end
+    if usable is not None:
+        mask = mask & (tl.load(usable + t, mask=mask, other=0) != 0)
     logp = tl.load(logprobs + t, mask=mask, other=0.0)
     zero = tl.zeros_like(logp)
     d = zero if old is None else _minus(logp, tl.load(old + t, mask=mask, other=0.0))
@@ -105,7 +109,7 @@ def _load_tokens(tokens, t0, end, ADVANTAGE: tl.constexpr, ISW_TOKEN: tl.constex
 
 @triton.jit
 def _policy_kernel(
-    logprobs, old, source, groups, cu_seqlens, ref, entropy, isw, normalizer, dlogprobs, dentropy, partials,
+    logprobs, old, source, groups, cu_seqlens, ref, entropy, isw, normalizer, usable, dlogprobs, dentropy, partials,
     N, eta, ratio_clamp, target_clamp, eps_low, eps_high, dual_clip, kl_coef, entropy_coef,
     OBJECTIVE: tl.constexpr, LEVEL: tl.constexpr, SEQ_MEAN: tl.constexpr, SCALE: tl.constexpr, CENTERED: tl.constexpr,
     TARGET_NORM: tl.constexpr, ADVANTAGE: tl.constexpr, ISW_TOKEN: tl.constexpr,
@@ -119,22 +123,23 @@ def _policy_kernel(
     else:
         start = tl.load(cu_seqlens + s).to(tl.int64)
         end = tl.load(cu_seqlens + s + 1).to(tl.int64)
-    length = tl.maximum((end - start).to(tl.float32), 1.0)
-    weight = 1.0 / (tl.load(normalizer) * (length if SEQ_MEAN else 1.0))
     adv, shift = 0.0, 0.0
     if ADVANTAGE != "token":
         adv, shift = _advantage(source, groups, s, eta, B, SCALE, ADVANTAGE == "rewards", TARGET_NORM)
     isw_s = 1.0 if isw is None or ISW_TOKEN else tl.load(isw + s)
-    tokens = (logprobs, old, source, isw, adv, isw_s)
+    tokens = (logprobs, old, source, isw, adv, isw_s, usable)
     scalars = (eta, ratio_clamp, target_clamp, eps_low, eps_high, dual_clip)
     zero = tl.zeros([BLOCK], tl.float32)
 
-    level_d, level_c = zero, zero  # sequence levels: log ratio and d loss / d logp, the same for all tokens
-    if LEVEL != "token":
+    level_d, level_c, members = zero, zero, zero
+    for t0 in range(start, end, BLOCK):
+        t, mask, logp, d, a, rollout = _load_tokens(tokens, t0, end, ADVANTAGE, ISW_TOKEN)
+        level_d += d
+        members += tl.where(mask, 1.0, 0.0)
+    length = tl.maximum(tl.sum(members), 1.0)
+    weight = 1.0 / (tl.load(normalizer) * (length if SEQ_MEAN else 1.0))
+    if LEVEL != "token":  # log ratio and d loss / d logp, the same for all tokens of the sequence
         share = 1.0 / length if LEVEL == "sequence" else 1.0
-        for t0 in range(start, end, BLOCK):
-            t, mask, logp, d, a, rollout = _load_tokens(tokens, t0, end, ADVANTAGE, ISW_TOKEN)
-            level_d += d
         level_d = tl.sum(level_d) * share + zero
         for t0 in range(start, end, BLOCK):
             t, mask, logp, d, a, rollout = _load_tokens(tokens, t0, end, ADVANTAGE, ISW_TOKEN)
@@ -185,15 +190,15 @@ def _policy_kernel(
         down_count += tl.where(down, 1.0, 0.0)
         down_max = tl.maximum(down_max, down_size)
 
-    rows = (loss_sum, above_sum, r_sum, marked_sum, clamped_sum, zeros, k1, k3, kl_sum, entropy_sum, r_squares, up_sum,
-            down_sum, up_count, down_count, r_max, up_max, down_max)  # fmt: skip
+    rows = (loss_sum, above_sum, r_sum, marked_sum, clamped_sum, zeros, k1, k3, kl_sum, entropy_sum, r_squares, members,
+            up_sum, down_sum, up_count, down_count, r_max, up_max, down_max)  # fmt: skip
     for i in tl.static_range(len(rows)):
         tl.store(partials + i * B + s, tl.max(rows[i]) if i >= len(rows) - 3 else tl.sum(rows[i]))
     tl.store(partials + len(rows) * B + s, adv)
 
 
 def policy_terms(
-    logprobs: Tensor,  # [N] fp32: packed tokens that all take part
+    logprobs: Tensor,  # [N] fp32: packed tokens
     old_logprobs: Tensor | None,  # [N]; None: ratio exactly 1
     *,
     advantages: Tensor | None,  # [B], or [N] if advantages_by_token
@@ -207,18 +212,20 @@ def policy_terms(
     entropy: Tensor | None,  # [N]
     rollout_is_weights: Tensor | None,  # [B], or [N] if weights_by_token
     weights_by_token: bool,
+    usable: Tensor | None = None,  # [N] bool; False: takes no part, whatever its inputs hold; None: all take part
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, dict[str, Tensor]]:
     """loss [], d loss / d logp [N], d loss / d entropy [N] or None, advantages [B] or [N] as used, metrics (0-d)."""
     n, lad = len(logprobs), isinstance(config, LADConfig)
     programs = triton.cdiv(n, SEGMENT.value) if cu_seqlens is None else len(cu_seqlens) - 1
     target_norm = lad and config.target_norm is not None
     grouped = target_norm or rewards is not None
-    dlogprobs = torch.empty_like(logprobs)  # [N]
-    dentropy = torch.empty_like(logprobs) if entropy is not None and config.entropy_coef != 0 else None  # [N]
+    new = torch.empty_like if usable is None else torch.zeros_like  # the kernel writes where tokens take part
+    dlogprobs = new(logprobs)  # [N]
+    dentropy = new(logprobs) if entropy is not None and config.entropy_coef != 0 else None  # [N]
     partials = logprobs.new_empty(len(SUMS) + len(MAXIMA) + 1, programs)  # [ROWS, B]
     tensors = (logprobs, old_logprobs, advantages if rewards is None else rewards, group_ids if grouped else None,
                cu_seqlens, ref_logprobs if config.kl_coef != 0 else None, entropy, rollout_is_weights,
-               normalizer)  # fmt: skip
+               normalizer, usable)  # fmt: skip
     scalars = (config.eta if lad else 1.0, config.log_ratio_clamp, config.target_clamp if lad else None,
                0.0 if lad else config.epsilon_low, 0.0 if lad else config.epsilon_high,
                None if lad else config.dual_clip, config.kl_coef, config.entropy_coef)  # fmt: skip
@@ -235,21 +242,22 @@ def policy_terms(
                 *(None if x is None else x.contiguous() for x in tensors), dlogprobs, dentropy, partials, n,
                 *(math.inf if x is None else float(x) for x in scalars), **options, num_warps=8,
             )  # fmt: skip
-    loss, metrics = _finish(partials, n, lad, config.kl_coef != 0, entropy is not None)
+    loss, metrics = _finish(partials, lad, config.kl_coef != 0, entropy is not None)
     return loss, dlogprobs, dentropy, advantages if rewards is None else partials[-1], metrics
 
 
-def _finish(partials: Tensor, tokens: int, lad: bool, ref: bool, entropy: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def _finish(partials: Tensor, lad: bool, ref: bool, entropy: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Rows [ROWS, B] of all programs -> loss and metrics, in a fixed order and without a host sync."""
     sums = partials[: len(SUMS)].sum(1)  # [SUMS]
     maxima = partials[len(SUMS) : -1].amax(1) if partials.shape[1] else partials.new_zeros(len(MAXIMA))  # [MAXIMA]
     total = dict(zip(SUMS, sums.unbind()))
-    metrics = dict(zip(MEANS, (sums[2 : 2 + len(MEANS)] / max(tokens, 1)).unbind()))
+    tokens = total["tokens"].clamp(min=1)  # []
+    metrics = dict(zip(MEANS, (sums[2 : 2 + len(MEANS)] / tokens).unbind()))
     metrics["frac_over_target" if lad else "clip_share"] = metrics.pop("marked")
     for name in [*([] if ref else ["kl_ref"]), *([] if entropy else ["entropy"])]:
         del metrics[name]
     metrics |= zip(MAXIMA, maxima.unbind())
     metrics |= zip(("coef_mean_positive", "coef_mean_negative"), (sums[-4:-2] / sums[-2:].clamp(min=1)).unbind())
-    squares = total["ratio_squared"] * max(tokens, 1)
+    squares = total["ratio_squared"] * tokens
     ess = total["ratio_mean"] ** 2 / torch.where(squares == 0, 1.0, squares)
     return total["loss"], metrics | {"ess": ess, "loss_above_start": total["loss_above_start"]}

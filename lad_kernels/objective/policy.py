@@ -21,9 +21,18 @@ from lad_kernels.autocast import without_autocast
 from lad_kernels.objective.advantages import advantages_of, group_log_mean_exp
 from lad_kernels.objective.config import GRPOConfig, LADConfig
 from lad_kernels.objective.divergences import grpo_terms, lad_terms
-from lad_kernels.objective.inputs import Config, PolicyInputs, divisor, has_target_norm, validate
+from lad_kernels.objective.inputs import (
+    Config,
+    PolicyInputs,
+    divisor,
+    has_target_norm,
+    has_values_by_token,
+    lengths_of,
+    tokens_by_input,
+    validate,
+)
 from lad_kernels.outputs import LossOutput
-from lad_kernels.packing import Packing, pack
+from lad_kernels.packing import Packing, pack, sequence_of
 
 
 class PolicyTerms(NamedTuple):
@@ -57,16 +66,21 @@ def lad_loss(
     The loss value is dominated by e^u terms that carry no gradient; watch `metrics["loss_above_start"]` (the loss
     minus its value at ratio 1) and the `coef_*` metrics instead.
 
+    A token takes part if `loss_mask` keeps it, if it does not lie beyond the last bound of packed input, and if its old
+    and reference log-prob and its rollout weight (of those that are used) are finite: one bad number of an engine drops
+    its token, not the step. `metrics["nonfinite_share"]` counts such tokens; lengths, means over tokens and the default
+    normalizer leave them out, a normalizer that you give is taken as it is. A NaN of the policy itself propagates.
+
     Args:
         logprobs: [N] packed or [B, T] padded, nats; the gradient flows into it (and into `entropy`) alone.
         old_logprobs: the behaviour policy's log-probs, same shape; None means on-policy, ratio exactly 1.
         advantages: [B], one per sequence, or one per token. Packed input needs `cu_seqlens` for [B].
         loss_mask: same shape as logprobs, nonzero where a token counts. Others may hold anything, NaN included.
-        cu_seqlens: int32 [B + 1], cumulative sequence lengths of packed input.
+        cu_seqlens: int32 [B + 1], cumulative sequence lengths of packed input; tokens beyond the last are padding.
         config: divergence, eta, ratio level, aggregation, clamps, KL and entropy weights.
         normalizer: the divisor of the sum over tokens (token-mean, seq-mean-token-sum-norm) or sequences (the other
             modes). Give the global batch's to make gradient accumulation and data parallelism exact. Default: this
-            batch's tokens, its sequences with at least one token, or B * T.
+            batch's tokens that take part, its sequences with at least one of them, or B * T.
         ref_logprobs: reference policy's log-probs, needed when `config.kl_coef` is not 0.
         group_size, group_ids: as in `group_advantages`; needed when `config.target_norm` is set.
         entropy: per-token entropy, needed when `config.entropy_coef` is not 0.
@@ -166,34 +180,46 @@ def compute_terms(
     if config.entropy_coef != 0 and entropy is None:
         raise ValueError(f"entropy: needed because config.entropy_coef is {config.entropy_coef}, got None")
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
-    sequences = None if packing.cu_seqlens is None else len(packing.cu_seqlens) - 1
 
-    def by_token(x: Tensor | None) -> bool:  # where N equals B, a packed [B] is read as one per sequence
-        return x is not None and x.shape != (sequences,)
+    def by_token(x: Tensor | None) -> bool:
+        return x is not None and has_values_by_token(x, packing)
 
     def take(x: Tensor | None, by_token: bool = True) -> Tensor | None:  # per token -> [M]; per sequence stays [B]
         if x is None:
             return None
         return (packing.take(x.detach()) if by_token else x.detach()).to(dtype)
 
+    finite = tokens_by_input(inputs, packing, config)  # [M]
+    usable = packing.inside if finite is None else finite if packing.inside is None else finite & packing.inside  # [M]
     group_ids = None
     if inputs.rewards is not None or has_target_norm(config):
-        group_ids = checks.groups(sequences, logprobs.device, inputs.group_size, inputs.group_ids)
-    terms: Any = policy_terms
+        group_ids = checks.groups(len(packing.cu_seqlens) - 1, logprobs.device, inputs.group_size, inputs.group_ids)
+    compute: Any = policy_terms
     if checks.use_triton(impl, logprobs.device, logprobs.dtype):
-        from lad_kernels.objective.kernel import policy_terms as terms
+        from lad_kernels.objective.kernel import policy_terms as compute
     with torch.no_grad():
-        found = terms(
+        found = compute(
             logprobs.detach().to(dtype), take(inputs.old_logprobs),
             advantages=take(inputs.advantages, by_token(inputs.advantages)),
             advantages_by_token=by_token(inputs.advantages), rewards=take(inputs.rewards, False), group_ids=group_ids,
             cu_seqlens=packing.cu_seqlens, config=config,
-            normalizer=divisor(inputs.normalizer, packing, config, logprobs),
+            normalizer=divisor(inputs.normalizer, packing, config, logprobs, usable), usable=usable,
             ref_logprobs=take(inputs.ref_logprobs), entropy=None if entropy is None else entropy.detach().to(dtype),
             rollout_is_weights=take(inputs.rollout_is_weights, by_token(inputs.rollout_is_weights)),
             weights_by_token=by_token(inputs.rollout_is_weights),
         )  # fmt: skip
-    return PolicyTerms(*found)
+        terms = PolicyTerms(*found)
+        terms.metrics["nonfinite_share"] = _dropped_share(finite, packing.inside, logprobs)
+    return terms
+
+
+def _dropped_share(finite: Tensor | None, inside: Tensor | None, like: Tensor) -> Tensor:  # [M], [M] -> []
+    """Share of tokens that an input of an engine drops."""
+    if finite is None:
+        return torch.zeros((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    inside = torch.ones_like(finite) if inside is None else inside
+    share = (inside & ~finite).sum() / inside.sum().clamp(min=1)
+    return share.to(torch.promote_types(like.dtype, torch.float32))
 
 
 def policy_terms(
@@ -211,16 +237,18 @@ def policy_terms(
     entropy: Tensor | None,  # [M]
     rollout_is_weights: Tensor | None,  # [B], or [M] if weights_by_token
     weights_by_token: bool,
+    usable: Tensor | None = None,  # [M] False: takes no part, whatever its inputs hold; None: all take part
 ) -> PolicyTerms:
-    """The objective in PyTorch, on packed tokens that all take part. Deterministic, no host sync."""
-    seq = _Sequences(logprobs, cu_seqlens)
+    """The objective in PyTorch, on packed tokens. Deterministic, no host sync."""
+    seq = _Sequences(logprobs, cu_seqlens, usable)
     if rewards is not None:
         advantages = advantages_of(rewards, group_ids, config.advantage_scale)
+    logprobs, old_logprobs, ref_logprobs, entropy = map(seq.clean, (logprobs, old_logprobs, ref_logprobs, entropy))
     token_d = _log_ratio(logprobs, old_logprobs)  # [M]
     raw_d = seq.level(token_d, config.importance_sampling_level)  # [M]
     bound = torch.inf if config.log_ratio_clamp is None else config.log_ratio_clamp
     d, stopped = raw_d.clamp(-bound, bound), raw_d.abs() > bound  # [M], [M]; NaN is not stopped
-    spread = (lambda x: x) if advantages_by_token else seq.spread
+    spread = seq.clean if advantages_by_token else seq.spread
     a = spread(advantages)  # [M]
     bites, extra = stopped, {}
     if isinstance(config, LADConfig):
@@ -231,32 +259,33 @@ def policy_terms(
         target_bound = torch.inf if config.target_clamp is None else config.target_clamp
         u = raw_u.clamp(-target_bound, target_bound)  # [M]
         terms = lad_terms(config.divergence, d, u, centered=config.centered)
-        bites, extra["frac_over_target"] = stopped | (raw_u.abs() > target_bound), _mean(d > u)
+        bites, extra["frac_over_target"] = stopped | (raw_u.abs() > target_bound), seq.mean(d > u)
     else:
         terms, clipped = grpo_terms(config, logprobs, d, a)
-        extra["clip_share"] = _mean(clipped)
+        extra["clip_share"] = seq.mean(clipped)
     w = 1 / normalizer
     w = (w / seq.lengths)[seq.index] if config.loss_agg_mode == "seq-mean-token-mean" else w.expand(len(d))  # [M]
+    w = seq.clean(w)
     s = w  # [M] weight of the policy term
     if rollout_is_weights is not None:
-        s = w * (rollout_is_weights if weights_by_token else seq.spread(rollout_is_weights))
+        s = w * (seq.clean(rollout_is_weights) if weights_by_token else seq.spread(rollout_is_weights))
     loss = (s * terms.loss).sum()
     direct = isinstance(config, GRPOConfig) and config.policy_loss != "ppo"
     through_ratio = torch.where(stopped & (not direct), 0.0, s * terms.coef)  # [M]
-    dlogprobs = seq.level(through_ratio, config.importance_sampling_level)
+    dlogprobs = seq.clean(seq.level(through_ratio, config.importance_sampling_level))
     if config.kl_coef != 0:
         gap = ref_logprobs - logprobs  # [M]
         k3 = torch.where(gap.isinf(), torch.inf, gap.expm1() - gap)  # [M]
         loss = loss + config.kl_coef * (w * k3).sum()
         dlogprobs = dlogprobs - config.kl_coef * w * gap.expm1()
-        extra["kl_ref"] = _mean(k3)
+        extra["kl_ref"] = seq.mean(k3)
     dentropy = None
     if entropy is not None:
-        extra["entropy"] = _mean(entropy)
+        extra["entropy"] = seq.mean(entropy)
         if config.entropy_coef != 0:
             loss, dentropy = loss - config.entropy_coef * (w * entropy).sum(), -config.entropy_coef * w
     extra["loss_above_start"] = (s * terms.above_start).sum()
-    metrics = {**_metrics(token_d, d, a, terms.coef, bites, dlogprobs), **extra}
+    metrics = {**_metrics(seq, token_d, d, a, terms.coef, bites, dlogprobs), **extra}
     return PolicyTerms(loss, dlogprobs, dentropy, advantages, metrics)
 
 
@@ -268,46 +297,51 @@ def _log_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
 
 
 class _Sequences:
-    """Sums and broadcasts over the sequences of M packed tokens."""
+    """Sums, means and broadcasts over M packed tokens, of which `usable` [M] take part, and their sequences."""
 
-    def __init__(self, like: Tensor, cu_seqlens: Tensor | None):
-        self.count = None if cu_seqlens is None else len(cu_seqlens) - 1
+    def __init__(self, like: Tensor, cu_seqlens: Tensor | None, usable: Tensor | None):
+        self._usable = usable
+        self._tokens = max(len(like), 1) if usable is None else usable.sum().clamp(min=1)
+        self.sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
         if cu_seqlens is not None:
-            self._lengths = cu_seqlens.diff().long()  # [B]
-            self.lengths = self._lengths.clamp(min=1).to(like.dtype)  # [B]
-            ids = torch.arange(self.count, device=like.device)
-            self.index = ids.repeat_interleave(self._lengths, output_size=len(like))  # [M]
+            self._spans = cu_seqlens.diff().long()  # [B]
+            self.lengths = lengths_of(cu_seqlens, usable).clamp(min=1).to(like.dtype)  # [B]
+            self.index = sequence_of(len(like), cu_seqlens)  # [M]
+
+    def clean(self, x: Any, other: float = 0.0) -> Any:  # [M] -> [M]; None stays None
+        """`other` at tokens that take no part."""
+        return x if self._usable is None or x is None else torch.where(self._usable, x, other)
 
     def spread(self, x: Tensor) -> Tensor:
-        """[B] -> [M]."""
-        return x[self.index]
+        """[B] -> [M], 0 at tokens that take no part."""
+        return self.clean(x[self.index])
 
     def level(self, d: Tensor, level: str) -> Tensor:
         """Token log-ratios [M] -> the log-ratio each token's loss sees [M]. Linear, and its own transpose."""
-        if level == "token" or self.count == 0:
+        if level == "token" or self.sequences == 0:
             return d
-        total = torch.segment_reduce(d, "sum", lengths=self._lengths, unsafe=True)  # [B]
+        total = torch.segment_reduce(d, "sum", lengths=self._spans, unsafe=True)  # [B]
         return (total / self.lengths if level == "sequence" else total)[self.index]
 
-
-def _mean(x: Tensor) -> Tensor:
-    return x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32) / max(len(x), 1)
+    def mean(self, x: Tensor) -> Tensor:  # [M] -> []
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return self.clean(x.to(wide)).sum() / self._tokens
 
 
 def _metrics(
-    token_d: Tensor, d: Tensor, a: Tensor, coef: Tensor, bites: Tensor, dlogprobs: Tensor
+    seq: _Sequences, token_d: Tensor, d: Tensor, a: Tensor, coef: Tensor, bites: Tensor, dlogprobs: Tensor
 ) -> dict[str, Tensor]:
     """Metrics that every objective has, from [M] tensors."""
-    r, size, zero = d.exp(), coef.abs(), d.new_zeros(1)
-    metrics = {"ratio_mean": _mean(r), "ratio_max": torch.cat([r, zero]).amax()}
+    r, size, zero = seq.clean(d.exp()), coef.abs(), d.new_zeros(1)
+    metrics = {"ratio_mean": seq.mean(r), "ratio_max": torch.cat([r, zero]).amax()}
     for sign, chosen in (("positive", a > 0), ("negative", a < 0)):
         picked = torch.where(chosen, size, 0.0)
         metrics[f"coef_mean_{sign}"] = picked.sum() / chosen.sum().clamp(min=1)
         metrics[f"coef_max_{sign}"] = torch.cat([picked, zero]).amax()
-    metrics["clamp_share"] = _mean(bites)
-    metrics["zero_coef_share"] = _mean(dlogprobs == 0)
-    metrics["approx_kl_k1"] = _mean(-token_d)
-    metrics["approx_kl_k3"] = _mean(token_d.expm1() - token_d)
-    squares = (r**2).sum() * max(len(r), 1)
+    metrics["clamp_share"] = seq.mean(bites)
+    metrics["zero_coef_share"] = seq.mean(dlogprobs == 0)
+    metrics["approx_kl_k1"] = seq.mean(-token_d)
+    metrics["approx_kl_k3"] = seq.mean(token_d.expm1() - token_d)
+    squares = (r**2).sum() * seq._tokens
     metrics["ess"] = r.sum() ** 2 / torch.where(squares == 0, 1.0, squares)
     return metrics

@@ -180,6 +180,13 @@ class _Tokens:
     def mean(self, x: Tensor) -> Tensor:
         return x.to(self.logprobs.dtype).sum() / max(len(self.kept), 1)
 
+    def effective_share(self, d: Tensor) -> Tensor:  # [M] -> []
+        """(sum r)^2 / (n sum r^2)."""
+        if not len(d) or d.max() == -torch.inf:
+            return d.new_zeros(())
+        r = (d - d.max()).exp()  # [M], of a common factor
+        return r.sum() ** 2 / (len(d) * (r**2).sum())
+
     def weights(self, normalizer: float | Tensor | None) -> Tensor:  # [M]
         mode, ones = self.config.loss_agg_mode, torch.ones_like(self.logprobs)
         if normalizer is None:
@@ -210,7 +217,7 @@ class _Tokens:
             "clamp_share": self.mean(bites),
             "approx_kl_k1": self.mean(-d),
             "approx_kl_k3": self.mean(d.expm1() - d),
-            "ess": r.sum() ** 2 / (len(r) * (r**2).sum()) if len(r) else r.new_zeros(()),
+            "ess": self.effective_share(self.log_ratio.detach()),
             "nonfinite_share": self.nonfinite_share,
             **extra,
         }

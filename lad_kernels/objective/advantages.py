@@ -33,7 +33,7 @@ def group_advantages(
 
     A reward that is not finite marks an unscorable completion: it takes no part in any statistic and gets advantage
     0. So does the only scorable member of a group. Equal rewards give 0. Variances are two-pass, in float32 or wider:
-    rewards of 100 +- 0.01 keep their digits.
+    rewards of 1e6 +- 0.06 keep the digits they have, and rewards of 1e20 do not overflow.
 
     Args:
         rewards: [B] floating point, one per completion.
@@ -69,8 +69,8 @@ def advantages_of(rewards: Tensor, group_ids: Tensor, scale: str, eps: float = E
     order = group_ids.argsort(stable=True)  # [B] members of a group side by side
     group, lengths = _number_groups(group_ids[order])  # [B], [B]
 
-    def total(x: Tensor) -> Tensor:  # [B] -> [B]: the sum over each member's group
-        return torch.segment_reduce(x, "sum", lengths=lengths, unsafe=True)[group]
+    def total(x: Tensor, how: str = "sum") -> Tensor:  # [B] -> [B]: the sum or maximum over each member's group
+        return torch.segment_reduce(x, how, lengths=lengths, unsafe=True)[group]
 
     scorable = rewards[order].isfinite()  # [B]
     r = torch.where(scorable, rewards[order], 0.0)  # [B]
@@ -78,14 +78,28 @@ def advantages_of(rewards: Tensor, group_ids: Tensor, scale: str, eps: float = E
     centred = torch.where(scorable, r - total(r) / count.clamp(min=1), 0.0)  # [B]
     centred = torch.where(scorable, centred - total(centred) / count.clamp(min=1), 0.0)  # takes the mean's rounding out
     if scale == "group":
-        centred = centred / ((total(centred**2) / (count - 1).clamp(min=1)).sqrt() + eps)
+        unit = total(centred.abs(), "max")  # [B] deviations of 1e20 have no square in float32
+        centred = centred / (_deviation(unit, total(_scaled(centred, unit).square()), count) + eps)
     elif scale == "batch":
-        everyone = scorable.sum().to(r.dtype)
-        deviation = torch.where(scorable, r - r.sum() / everyone.clamp(min=1), 0.0)  # [B]
-        centred = centred / ((deviation.square().sum() / (everyone - 1).clamp(min=1)).sqrt() + eps)
+        everyone = scorable.sum().to(r.dtype)  # []
+        apart = r
+        for _ in range(2):  # the second time takes the mean's rounding out
+            apart = torch.where(scorable, apart - apart.sum() / everyone.clamp(min=1), 0.0)  # [B]
+        unit = apart.abs().amax()  # []
+        centred = centred / (_deviation(unit, _scaled(apart, unit).square().sum(), everyone) + eps)
     elif scale == "loo":
         centred = centred * count / (count - 1).clamp(min=1)
     return torch.empty_like(r).index_copy(0, order, centred.masked_fill(count < 2, 0.0))
+
+
+def _scaled(x: Tensor, unit: Tensor) -> Tensor:
+    """x / unit, 0 where unit is 0."""
+    return x / torch.where(unit == 0, 1.0, unit)
+
+
+def _deviation(unit: Tensor, squares: Tensor, count: Tensor) -> Tensor:
+    """Unbiased standard deviation of `count` values whose squares, in `unit`, sum to `squares`."""
+    return unit * (squares / (count - 1).clamp(min=1)).sqrt()
 
 
 def _number_groups(sorted_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,18 +33,18 @@ STD_EPS = tl.constexpr(1e-4)  # added to the standard deviation of rewards, as T
 BLOCK = tl.constexpr(256)  # tokens per step: one per thread at 8 warps, which ptxas fits without spills
 
 # Rows of the partials buffer in the order in which the kernel stores them: sums, maxima, the sequence's advantage.
-MEANS = ("ratio_mean", "marked", "clamp_share", "zero_coef_share", "approx_kl_k1", "approx_kl_k3", "kl_ref", "entropy")
-SUMS = ("loss", "loss_above_start", *MEANS, "ratio_squared", "tokens", "coef_positive", "coef_negative",
+MEANS = ("marked", "clamp_share", "zero_coef_share", "approx_kl_k1", "approx_kl_k3", "kl_ref", "entropy")
+SUMS = ("loss", "loss_above_start", *MEANS, "e_sum", "e_squares", "tokens", "coef_positive", "coef_negative",
         "positive", "negative")  # fmt: skip
-MAXIMA = ("ratio_max", "coef_max_positive", "coef_max_negative")
+MAXIMA = ("peak", "coef_max_positive", "coef_max_negative")
 
 
 @triton.jit
-def _moments(source, groups, own, own_group, centre, slope, B, WHOLE: tl.constexpr):
+def _moments(source, groups, own, own_group, centre, unit, slope, B, WHOLE: tl.constexpr):
     """Over the group (the batch if WHOLE): members, and of the finite values x relative to `own`: count, sum, maximum,
-    sum of (x - centre)^2, sum of e^(slope (x - centre))."""
+    largest abs(x - centre), sum of ((x - centre) / unit)^2, sum of e^(slope (x - centre))."""
     members = tl.zeros([GROUP_BLOCK], tl.float32)
-    count, total, squares, mass, top = members, members, members, members, members - float("inf")
+    count, total, squares, mass, top, far = members, members, members, members, members - float("inf"), members
     for j0 in range(0, B, GROUP_BLOCK):
         j = j0 + tl.arange(0, GROUP_BLOCK)
         member = j < B
@@ -57,9 +57,11 @@ def _moments(source, groups, own, own_group, centre, slope, B, WHOLE: tl.constex
         count += tl.where(chosen, 1.0, 0.0)
         total += x
         top = tl.maximum(top, tl.where(chosen, x, -float("inf")))
-        squares += tl.where(chosen, (x - centre) * (x - centre), 0.0)
+        apart = tl.where(chosen, x - centre, 0.0)
+        far = tl.maximum(far, tl.abs(apart))
+        squares += (apart / unit) * (apart / unit)
         mass += tl.where(chosen, _exp((x - centre) * slope), 0.0)
-    return tl.sum(members), tl.sum(count), tl.sum(total), tl.max(top), tl.sum(squares), tl.sum(mass)
+    return tl.sum(members), tl.sum(count), tl.sum(total), tl.max(top), tl.max(far), tl.sum(squares), tl.sum(mass)
 
 
 @triton.jit
@@ -71,22 +73,24 @@ def _advantage(source, groups, s, eta, B, SCALE: tl.constexpr, REWARDS: tl.const
     if REWARDS:
         scorable = tl.abs(adv) < float("inf")
         own = tl.where(scorable, adv, 0.0)
-        _, n, total, _, _, _ = _moments(source, groups, own, own_group, 0.0, 0.0, B, False)
+        _, n, total, _, _, _, _ = _moments(source, groups, own, own_group, 0.0, 1.0, 0.0, B, False)
         mean = total / tl.maximum(n, 1.0)
         centre = mean
         if SCALE == "loo":
             factor = n / tl.maximum(n - 1.0, 1.0)  # R - mean of the others = (R - mean) n / (n - 1)
         if SCALE == "batch":
-            _, n, total, _, _, _ = _moments(source, groups, own, own_group, 0.0, 0.0, B, True)
+            _, n, total, _, _, _, _ = _moments(source, groups, own, own_group, 0.0, 1.0, 0.0, B, True)
             centre = total / tl.maximum(n, 1.0)
-        if SCALE == "group" or SCALE == "batch":
-            _, n, _, _, squares, _ = _moments(source, groups, own, own_group, centre, 0.0, B, SCALE == "batch")
-            factor = 1.0 / (tl.sqrt(squares / tl.maximum(n - 1.0, 1.0)) + STD_EPS)
+        if SCALE == "group" or SCALE == "batch":  # in units of the largest: deviations of 1e20 have no square
+            _, n, _, _, unit, _, _ = _moments(source, groups, own, own_group, centre, 1.0, 0.0, B, SCALE == "batch")
+            unit = tl.where(unit > 0.0, unit, 1.0)
+            _, n, _, _, _, squares, _ = _moments(source, groups, own, own_group, centre, unit, 0.0, B, SCALE == "batch")
+            factor = 1.0 / (unit * tl.sqrt(squares / tl.maximum(n - 1.0, 1.0)) + STD_EPS)
         adv = tl.where(scorable, -mean * factor, 0.0)
     if TARGET_NORM:
-        members, n, _, top, _, _ = _moments(source, groups, own, own_group, 0.0, 0.0, B, False)
+        members, n, _, top, _, _, _ = _moments(source, groups, own, own_group, 0.0, 1.0, 0.0, B, False)
         top = tl.where(n > 0.0, top, 0.0)
-        _, _, _, _, _, mass = _moments(source, groups, own, own_group, top, factor / eta, B, False)
+        _, _, _, _, _, _, mass = _moments(source, groups, own, own_group, top, 1.0, factor / eta, B, False)
         highest = (top - mean) * factor / eta
         shift = highest + tl.log((mass + (members - n) * _exp(-highest)) / members)
     return adv, shift
@@ -131,16 +135,18 @@ def _policy_kernel(
     scalars = (eta, ratio_clamp, target_clamp, eps_low, eps_high, dual_clip)
     zero = tl.zeros([BLOCK], tl.float32)
 
-    level_d, level_c, members = zero, zero, zero
+    level_d, level_c, members, peak = zero, zero, zero, zero - float("inf")
     for t0 in range(start, end, BLOCK):
         t, mask, logp, d, a, rollout = _load_tokens(tokens, t0, end, ADVANTAGE, ISW_TOKEN)
         level_d += d
         members += tl.where(mask, 1.0, 0.0)
+        peak = tl.maximum(peak, tl.where(mask, d, -float("inf")))
     length = tl.maximum(tl.sum(members), 1.0)
     weight = 1.0 / (tl.load(normalizer) * (length if SEQ_MEAN else 1.0))
     if LEVEL != "token":  # log ratio and d loss / d logp, the same for all tokens of the sequence
         share = 1.0 / length if LEVEL == "sequence" else 1.0
         level_d = tl.sum(level_d) * share + zero
+        peak = tl.where(peak == -float("inf"), peak, level_d)
         for t0 in range(start, end, BLOCK):
             t, mask, logp, d, a, rollout = _load_tokens(tokens, t0, end, ADVANTAGE, ISW_TOKEN)
             d = level_d
@@ -148,7 +154,10 @@ def _policy_kernel(
             level_c += tl.where(mask & ~stopped, weight * rollout * c, 0.0)
         level_c = tl.sum(level_c) * share + zero
 
-    loss_sum, above_sum, r_sum, r_squares, r_max = zero, zero, zero, zero, zero
+    peak = tl.max(peak)  # the largest log ratio as used; -inf: none, or no ratio above 0
+    peak = tl.where(tl.sum(members) > 0.0, tl.minimum(tl.maximum(peak, -ratio_clamp), ratio_clamp), peak)
+    base = tl.where(tl.abs(peak) < float("inf"), peak, 0.0)  # no power of a ratio relative to it overflows
+    loss_sum, above_sum, e_sum, e_squares = zero, zero, zero, zero
     marked_sum, clamped_sum, zeros, k1, k3, kl_sum, entropy_sum = zero, zero, zero, zero, zero, zero, zero
     up_sum, up_count, up_max, down_sum, down_count, down_max = zero, zero, zero, zero, zero, zero
     for t0 in range(start, end, BLOCK):
@@ -172,14 +181,13 @@ def _policy_kernel(
         if dentropy is not None:
             tl.store(dentropy + t, zero - entropy_coef * weight, mask=mask)
         tl.store(dlogprobs + t, gradient, mask=mask)
-        r = tl.where(mask, _exp(d), 0.0)
+        e = tl.where(mask, _exp(d - base), 0.0)
         up, down = mask & (a > 0.0), mask & (a < 0.0)
         up_size, down_size = tl.where(up, tl.abs(c), 0.0), tl.where(down, tl.abs(c), 0.0)
         loss_sum += tl.where(mask, total, 0.0)
         above_sum += tl.where(mask, weight * rollout * above, 0.0)
-        r_sum += r
-        r_squares += r * r
-        r_max = tl.maximum(r_max, r)
+        e_sum += e
+        e_squares += e * e
         marked_sum += tl.where(mask & marked, 1.0, 0.0)
         clamped_sum += tl.where(mask & clamped, 1.0, 0.0)
         zeros += tl.where(mask & (gradient == 0.0), 1.0, 0.0)
@@ -190,8 +198,8 @@ def _policy_kernel(
         down_count += tl.where(down, 1.0, 0.0)
         down_max = tl.maximum(down_max, down_size)
 
-    rows = (loss_sum, above_sum, r_sum, marked_sum, clamped_sum, zeros, k1, k3, kl_sum, entropy_sum, r_squares, members,
-            up_sum, down_sum, up_count, down_count, r_max, up_max, down_max)  # fmt: skip
+    rows = (loss_sum, above_sum, marked_sum, clamped_sum, zeros, k1, k3, kl_sum, entropy_sum, e_sum, e_squares, members,
+            up_sum, down_sum, up_count, down_count, peak + zero, up_max, down_max)  # fmt: skip
     for i in tl.static_range(len(rows)):
         tl.store(partials + i * B + s, tl.max(rows[i]) if i >= len(rows) - 3 else tl.sum(rows[i]))
     tl.store(partials + len(rows) * B + s, adv)
@@ -256,8 +264,23 @@ def _finish(partials: Tensor, lad: bool, ref: bool, entropy: bool) -> tuple[Tens
     metrics["frac_over_target" if lad else "clip_share"] = metrics.pop("marked")
     for name in [*([] if ref else ["kl_ref"]), *([] if entropy else ["entropy"])]:
         del metrics[name]
-    metrics |= zip(MAXIMA, maxima.unbind())
+    metrics |= zip(MAXIMA[1:], maxima[1:].unbind())
     metrics |= zip(("coef_mean_positive", "coef_mean_negative"), (sums[-4:-2] / sums[-2:].clamp(min=1)).unbind())
-    squares = total["ratio_squared"] * tokens
-    ess = total["ratio_mean"] ** 2 / torch.where(squares == 0, 1.0, squares)
-    return total["loss"], metrics | {"ess": ess, "loss_above_start": total["loss_above_start"]}
+    metrics |= _ratios(*(partials[len(SUMS) + i] for i in _RATIO_ROWS), tokens)
+    return total["loss"], metrics | {"loss_above_start": total["loss_above_start"]}
+
+
+_RATIO_ROWS = (0, SUMS.index("e_sum") - len(SUMS), SUMS.index("e_squares") - len(SUMS))
+
+
+def _ratios(peak: Tensor, sums: Tensor, squares: Tensor, tokens: Tensor) -> dict[str, Tensor]:  # [B], [B], [B], []
+    """Mean, maximum and effective sample size of ratios; sums of them and their squares are relative to e^peak."""
+    held = peak.isfinite()  # [B]
+    top = torch.where(held, peak, -torch.inf).amax() if len(peak) else peak.new_full((), -torch.inf)  # []
+    scale = torch.where(held, peak - top, -torch.inf).exp()  # [B]
+    weight, square = (sums * scale).sum(), (squares * scale**2).sum() * tokens  # [], []
+    return {
+        "ratio_mean": (sums * torch.where(held, peak, 0.0).exp()).sum() / tokens,
+        "ratio_max": top.exp(),
+        "ess": weight**2 / torch.where(square == 0, 1.0, square),
+    }

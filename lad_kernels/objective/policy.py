@@ -327,6 +327,14 @@ class _Sequences:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         return self.clean(x.to(wide)).sum() / self._tokens
 
+    def effective_share(self, d: Tensor) -> Tensor:  # [M] -> []
+        """(sum r)^2 / (n sum r^2) of r = e^d, relative to the largest ratio: no power of it overflows."""
+        d = torch.cat([self.clean(d, -torch.inf), d.new_full((1,), -torch.inf)])  # [M + 1]
+        top = d.amax()  # []
+        r = (d - torch.where(top.isinf(), 0.0, top)).exp()  # [M + 1]
+        squares = r.square().sum() * self._tokens
+        return r.sum().square() / torch.where(squares == 0, 1.0, squares)
+
 
 def _metrics(
     seq: _Sequences, token_d: Tensor, d: Tensor, a: Tensor, coef: Tensor, bites: Tensor, dlogprobs: Tensor
@@ -342,6 +350,5 @@ def _metrics(
     metrics["zero_coef_share"] = seq.mean(dlogprobs == 0)
     metrics["approx_kl_k1"] = seq.mean(-token_d)
     metrics["approx_kl_k3"] = seq.mean(token_d.expm1() - token_d)
-    squares = (r**2).sum() * seq._tokens
-    metrics["ess"] = r.sum() ** 2 / torch.where(squares == 0, 1.0, squares)
+    metrics["ess"] = seq.effective_share(d)
     return metrics

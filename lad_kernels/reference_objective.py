@@ -227,6 +227,10 @@ class _Tokens:
         if config.kl_coef != 0:
             gap = self.pick(ref_logprobs) - self.logprobs
             k3 = gap.exp() - gap - 1  # [M], Schulman's estimate of KL(pi || pi_ref)
+            if config.kl_clamp is not None:
+                beyond = k3.detach() > config.kl_clamp
+                gap = torch.where(beyond, 0.0, gap)  # autograd would multiply its zero by an infinity
+                k3 = torch.where(beyond, config.kl_clamp, gap.exp() - gap - 1)
             loss = loss + config.kl_coef * (w * k3).sum()
             metrics["kl_ref"] = self.mean(k3.detach())
         if entropy is not None:

@@ -295,7 +295,7 @@ def test_bug_in_the_choice_of_pairs_is_caught(bug, tmp_path, device):
 
 POLICY = {
     "js": ("objective/divergences.py", "return Terms(loss, r_slope / 2,", "return Terms(loss, r_slope,"),
-    "hd": ("objective/divergences.py", "(d / 2).exp() * gap / 2, above)", "(d / 2).exp() * gap, above)"),
+    "hd": ("objective/divergences.py", "_exp_gap(d, (d + u) / 2) / 2, step", "_exp_gap(d, (d + u) / 2), step"),
     "tv": ("objective/divergences.py", "gap.abs(), d.exp() * side", "gap.abs(), side"),
     "kl": ("objective/divergences.py", "_times_ratio(r, w + 1)", "_times_ratio(r, w)"),
     "rkl": ("objective/divergences.py", "Terms(-e_u * d, -e_u,", "Terms(-e_u * d, e_u,"),
@@ -305,10 +305,11 @@ POLICY = {
     "length forgotten": ("objective/policy.py", "(w / seq.lengths)[seq.index]", "w.expand(len(d))"),
     "clamp passes the gradient": ("objective/policy.py", "torch.where(stopped & (not direct), 0.0,",
                                   "torch.where(d != d, 0.0,"),
-    "level not transposed": ("objective/policy.py", "dlogprobs = seq.level(through_ratio,",
-                             "dlogprobs = (lambda x, _: x)(through_ratio,"),
-    "kl sign": ("objective/policy.py", "dlogprobs - config.kl_coef * w * gap.expm1()",
-                "dlogprobs + config.kl_coef * w * gap.expm1()"),
+    "level not transposed": ("objective/policy.py", "dlogprobs = seq.clean(seq.level(through_ratio,",
+                             "dlogprobs = seq.clean((lambda x, _: x)(through_ratio,"),
+    "kl sign": ("objective/policy.py", "dlogprobs - config.kl_coef * w *",
+                "dlogprobs + config.kl_coef * w *"),
+    "kl clamp passes the gradient": ("objective/policy.py", "torch.where(beyond, 0.0, gap.expm1())", "gap.expm1()"),
     "rollout weights on the loss alone": ("objective/policy.py", "0.0, s * terms.coef)", "0.0, w * terms.coef)"),
     "mean instead of sum": ("objective/policy.py", 'total / self.lengths if level == "sequence" else total',
                             "total / self.lengths"),
@@ -341,6 +342,7 @@ def compare_terms(terms, divergence: str) -> None:
                 importance_sampling_level=level,
                 loss_agg_mode=mode,
                 kl_coef=0.2,
+                kl_clamp=2.0,
                 log_ratio_clamp=1.5,
             )
             leaf = logp.clone().requires_grad_()

@@ -40,6 +40,7 @@ def _check_shared(config: LADConfig | GRPOConfig) -> None:
     check_choice("advantage_scale", config.advantage_scale, ADVANTAGE_SCALES)
     check_number("log_ratio_clamp", config.log_ratio_clamp, 0.0, strict=True, optional=True)
     check_number("kl_coef", config.kl_coef, 0.0)
+    check_number("kl_clamp", config.kl_clamp, 0.0, strict=True, optional=True)
     if isinstance(config.entropy_coef, bool) or not math.isfinite(config.entropy_coef):
         raise ValueError(f"entropy_coef: expected a finite number, got {config.entropy_coef!r}")
     check_choice("backward", config.backward, BACKWARDS)
@@ -68,6 +69,8 @@ class LADConfig:
         log_ratio_clamp: bound on abs(log r); beyond it the gradient is zero. None: no bound.
         target_clamp: bound on abs(u). None: no bound.
         kl_coef: weight of the k3 estimate of KL(pi || pi_ref).
+        kl_clamp: upper bound on the k3 estimate of a token, beyond which its gradient is zero; verl's is 10. None, as
+            in TRL: no bound, and a reference 88 nats above the policy makes loss and gradient infinite in float32.
         entropy_coef: weight of an entropy bonus (subtracted from the loss).
         backward: `dense` is exact, `routed` multiplies the kept (token, vocabulary block) pairs alone, `auto` takes
             the cheaper by the model of head/dispatch.py.
@@ -92,6 +95,7 @@ class LADConfig:
     tail_mass: float | None = None
     tail: str = "unbiased"
     target_clamp: float | None = None
+    kl_clamp: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("divergence", self.divergence, DIVERGENCES)
@@ -136,6 +140,7 @@ class GRPOConfig:
     backward: str = "auto"
     tail_mass: float | None = None
     tail: str = "unbiased"
+    kl_clamp: float | None = None
 
     def __post_init__(self) -> None:
         check_number("epsilon_low", self.epsilon_low, 0.0)

@@ -3,7 +3,8 @@
 With d = log r (log-ratio of policy to behaviour policy), u = A / eta and w = log x = d - u, a LAD term is e^u f(e^w)
 and its coefficient is c = d loss / d d = r f'(x). x itself is never formed: every difference of exponentials goes
 through expm1, ln(2x / (x + 1)) through a log-sigmoid, and near x = 1 the Jensen-Shannon terms use hyperbolic
-functions of w / 2, where they do not cancel. The js terms are finite in float32 for |d| <= 20 and |u| <= 80.
+functions of w / 2, where they do not cancel. For |d| <= 300 and |u| <= 80 every value is finite in float32 if the true
+one is below 1e37, infinite with its sign or large beyond, and never NaN.
 
 `above_start` is loss(d, u) - loss(0, u), worked out by hand for each divergence, because the e^u terms of the loss
 itself (hundreds at eta 0.25) would swallow it. At r = 0 (log pi = -inf) every product of r with a logarithm is 0.
@@ -24,7 +25,6 @@ from torch import Tensor
 from lad_kernels.objective.config import GRPOConfig
 
 LN2 = math.log(2.0)
-SLOPE_AT_ONE = {"kl": 1.0, "rkl": -1.0}  # f'(1), what `centered` takes out; zero for every other divergence
 
 
 class Terms(NamedTuple):
@@ -36,9 +36,9 @@ class Terms(NamedTuple):
 
 
 def _exp_gap(p: Tensor, q: Tensor) -> Tensor:
-    """e^p - e^q, without cancellation where p and q are close."""
-    gap = p - q
-    return torch.where(gap.abs() < 1, q.exp() * gap.expm1(), p.exp() - q.exp())
+    """e^p - e^q as sign(p - q) e^max(p, q) (1 - e^-|p - q|): no cancellation, and no infinity less another."""
+    gap = torch.where(p == q, 0.0, p - q)
+    return gap.sign() * torch.maximum(p, q).exp() * -(-gap.abs()).expm1()
 
 
 def _times_ratio(r: Tensor, x: Tensor) -> Tensor:
@@ -61,19 +61,20 @@ def _js(d: Tensor, u: Tensor) -> Terms:
     far = (r_slope + u.exp() * _js_slope(-w)) / 2
     near = ((d + u) / 2).exp() * (a * a.sinh() - a.cosh() * _log_cosh(a))
     loss = torch.where(w.abs() < 1, near, far)
-    # rise = log((1 + e^w) / (1 + e^-u)) and lag = d - rise, each from the log1p whose argument stays off -1
-    down = (d < 0) & (u < 0)
-    lift = torch.log1p(torch.where(down, (-d).expm1() * torch.sigmoid(u), d.expm1() * torch.sigmoid(-u)))
-    rise, lag = torch.where(down, d + lift, lift), torch.where(down, -lift, d - lift)
-    above = (d.expm1() * _js_slope(w) + lag - u.exp() * rise) / 2
-    at_zero = loss - (_js_slope(-u) + u.exp() * _js_slope(u)) / 2
-    return Terms(loss, r_slope / 2, torch.where(r == 0, at_zero, above))
+    # rise = log((1 + e^w) / (1 + e^-u)), whose parts linear in d and u are taken apart where e^d may overflow
+    tails = torch.log1p((-w.abs()).exp()) - torch.log1p((-u.abs()).exp())
+    linear = torch.where((w > 0) & (u < 0), d, w.clamp(min=0) - (-u).clamp(min=0))
+    e1 = d.expm1()
+    rise = torch.where(d.abs() < 1, torch.log1p(d.clamp(-1, 1).expm1() * torch.sigmoid(-u)), linear + tails)
+    lift = torch.where((w < -40) & (u > 40), e1, u.exp() * rise)  # e^u rise, whose factors may leave the range there
+    above = torch.where(d < -1, r_slope - _js_slope(-u) - lift, e1 * _js_slope(w) + (d - rise) - lift) / 2
+    return Terms(loss, r_slope / 2, above)
 
 
 def _hd(d: Tensor, u: Tensor) -> Terms:
     gap = _exp_gap(d / 2, u / 2)
-    above = (d / 2).expm1() * (((d / 2).exp() + 1) / 2 - (u / 2).exp())
-    return Terms(gap**2 / 2, (d / 2).exp() * gap / 2, above)
+    step = (d / 2).expm1()
+    return Terms(gap**2 / 2, _exp_gap(d, (d + u) / 2) / 2, step * (step / 2 - (u / 2).expm1()))
 
 
 def _tv(d: Tensor, u: Tensor) -> Terms:
@@ -82,9 +83,21 @@ def _tv(d: Tensor, u: Tensor) -> Terms:
     return Terms(gap.abs(), d.exp() * side, above)
 
 
+def _kl_moved(d: Tensor, u: Tensor) -> Tensor:
+    """r d - u (r - 1), what r (d - u) has moved since r = 1."""
+    r = d.exp()
+    return torch.where(d > 1, r * (d - u) + u, _times_ratio(r, d) - u * d.expm1())
+
+
 def _kl(d: Tensor, u: Tensor) -> Terms:
     w, r = d - u, d.exp()
-    return Terms(_times_ratio(r, w), _times_ratio(r, w + 1), _times_ratio(r, d) - u * d.expm1())
+    return Terms(_times_ratio(r, w), _times_ratio(r, w + 1), _kl_moved(d, u))
+
+
+def _kl_centered(d: Tensor, u: Tensor) -> Terms:
+    w, r = d - u, d.exp()
+    loss = torch.where(w > 1, r * (w - 1) + u.exp(), _times_ratio(r, w) - _exp_gap(d, u))
+    return Terms(loss, _times_ratio(r, w), _kl_moved(d, u + 1))
 
 
 def _rkl(d: Tensor, u: Tensor) -> Terms:
@@ -92,33 +105,36 @@ def _rkl(d: Tensor, u: Tensor) -> Terms:
     return Terms(-e_u * d, -e_u, -e_u * d)
 
 
+def _rkl_centered(d: Tensor, u: Tensor) -> Terms:
+    e_u, gap = u.exp(), _exp_gap(d, u)
+    return Terms(gap - e_u * d, gap, d.expm1() - e_u * d)
+
+
 def _jf(d: Tensor, u: Tensor) -> Terms:
     w, r, gap = d - u, d.exp(), _exp_gap(d, u)
-    return Terms(gap * w, _times_ratio(r, w) + gap, _times_ratio(r, d) - u * d.expm1() - u.exp() * d)
+    return Terms(gap * w, _times_ratio(r, w) + gap, _kl_moved(d, u) - u.exp() * d)
 
 
 def _ps(d: Tensor, u: Tensor) -> Terms:
-    above = d.expm1() + (2 * u).exp() * (-d).expm1()
+    grown, over = d.expm1(), (2 * u - d).expm1()
+    above = torch.where((grown == 0) | (over == 0), 0.0, -grown * over)  # r - 1 + e^2u (1 / r - 1)
     return Terms(_exp_gap(d / 2, u - d / 2) ** 2, _exp_gap(d, 2 * u - d), above)
 
 
 def _pearson(d: Tensor, u: Tensor) -> Terms:
-    above = (-u).exp() * (2 * d).expm1() - 2 * d.expm1()
+    grown = d.expm1()
+    above = grown * ((-u).exp() * grown + 2 * (-u).expm1())
     return Terms(_exp_gap(d - u / 2, u / 2) ** 2, 2 * _exp_gap(2 * d - u, d), above)
 
 
 _LAD_TERMS = {"js": _js, "hd": _hd, "tv": _tv, "kl": _kl, "rkl": _rkl, "jf": _jf, "ps": _ps, "pearson": _pearson}
+_CENTERED = {"kl": _kl_centered, "rkl": _rkl_centered}  # f'(1) is 1 and -1; it is zero for every other divergence
 
 
 def lad_terms(divergence: str, log_ratio: Tensor, target: Tensor, *, centered: bool = False) -> Terms:
     """Terms of e^u f(r / e^u) for log_ratio d [M] and target u [M]; `centered` uses f(x) - f'(1) (x - 1)."""
-    terms = _LAD_TERMS[divergence](log_ratio, target)
-    if not centered or divergence not in SLOPE_AT_ONE:
-        return terms
-    slope, gap = SLOPE_AT_ONE[divergence], _exp_gap(log_ratio, target)
-    r = log_ratio.exp()
-    coef = _times_ratio(r, log_ratio - target) if divergence == "kl" else gap  # r w, r - e^u: no subtraction left
-    return Terms(terms.loss - slope * gap, coef, terms.above_start - slope * log_ratio.expm1())
+    kinds = _LAD_TERMS | _CENTERED if centered else _LAD_TERMS
+    return kinds[divergence](log_ratio, target)
 
 
 def grpo_terms(config: GRPOConfig, logprobs: Tensor, log_ratio: Tensor, advantages: Tensor) -> tuple[Terms, Tensor]:

@@ -114,7 +114,7 @@ def _load_tokens(tokens, t0, end, ADVANTAGE: tl.constexpr, ISW_TOKEN: tl.constex
 @triton.jit
 def _policy_kernel(
     logprobs, old, source, groups, cu_seqlens, ref, entropy, isw, normalizer, usable, dlogprobs, dentropy, partials,
-    N, eta, ratio_clamp, target_clamp, eps_low, eps_high, dual_clip, kl_coef, entropy_coef,
+    N, ratio_clamp, kl_coef, kl_clamp, entropy_coef, setting0, setting1, setting2, setting3,
     OBJECTIVE: tl.constexpr, LEVEL: tl.constexpr, SEQ_MEAN: tl.constexpr, SCALE: tl.constexpr, CENTERED: tl.constexpr,
     TARGET_NORM: tl.constexpr, ADVANTAGE: tl.constexpr, ISW_TOKEN: tl.constexpr,
 ):  # fmt: skip
@@ -129,10 +129,10 @@ def _policy_kernel(
         end = tl.load(cu_seqlens + s + 1).to(tl.int64)
     adv, shift = 0.0, 0.0
     if ADVANTAGE != "token":
-        adv, shift = _advantage(source, groups, s, eta, B, SCALE, ADVANTAGE == "rewards", TARGET_NORM)
+        adv, shift = _advantage(source, groups, s, setting0, B, SCALE, ADVANTAGE == "rewards", TARGET_NORM)
     isw_s = 1.0 if isw is None or ISW_TOKEN else tl.load(isw + s)
     tokens = (logprobs, old, source, isw, adv, isw_s, usable)
-    scalars = (eta, ratio_clamp, target_clamp, eps_low, eps_high, dual_clip)
+    settings = (setting0, setting1, setting2, setting3)
     zero = tl.zeros([BLOCK], tl.float32)
 
     level_d, level_c, members, peak = zero, zero, zero, zero - float("inf")
@@ -150,7 +150,9 @@ def _policy_kernel(
         for t0 in range(start, end, BLOCK):
             t, mask, logp, d, a, rollout = _load_tokens(tokens, t0, end, ADVANTAGE, ISW_TOKEN)
             d = level_d
-            d, loss, c, stopped, above, marked, clamped = _policy_term(logp, d, a, shift, scalars, OBJECTIVE, CENTERED)
+            d, loss, c, stopped, above, marked, clamped = _policy_term(
+                logp, d, a, shift, ratio_clamp, settings, OBJECTIVE, CENTERED
+            )
             level_c += tl.where(mask & ~stopped, weight * rollout * c, 0.0)
         level_c = tl.sum(level_c) * share + zero
 
@@ -165,12 +167,15 @@ def _policy_kernel(
         k1 -= d
         k3 += _exps(d)[2]
         d = d if LEVEL == "token" else level_d
-        d, loss, c, stopped, above, marked, clamped = _policy_term(logp, d, a, shift, scalars, OBJECTIVE, CENTERED)
+        d, loss, c, stopped, above, marked, clamped = _policy_term(
+            logp, d, a, shift, ratio_clamp, settings, OBJECTIVE, CENTERED
+        )
         total = weight * rollout * loss
         gradient = tl.where(stopped, 0.0, weight * rollout * c) if LEVEL == "token" else level_c
         if ref is not None:
             gap = _minus(tl.load(ref + t, mask=mask, other=0.0), logp)
             _, slope, kl = _exps(gap)
+            slope, kl = tl.where(kl > kl_clamp, 0.0, slope), tl.where(kl > kl_clamp, kl_clamp, kl)
             total += kl_coef * weight * kl
             gradient -= kl_coef * weight * slope
             kl_sum += kl
@@ -234,9 +239,7 @@ def policy_terms(
     tensors = (logprobs, old_logprobs, advantages if rewards is None else rewards, group_ids if grouped else None,
                cu_seqlens, ref_logprobs if config.kl_coef != 0 else None, entropy, rollout_is_weights,
                normalizer, usable)  # fmt: skip
-    scalars = (config.eta if lad else 1.0, config.log_ratio_clamp, config.target_clamp if lad else None,
-               0.0 if lad else config.epsilon_low, 0.0 if lad else config.epsilon_high,
-               None if lad else config.dual_clip, config.kl_coef, config.entropy_coef)  # fmt: skip
+    scalars = (config.log_ratio_clamp, config.kl_coef, config.kl_clamp, config.entropy_coef, *_settings(config))
     options = dict(
         OBJECTIVE=config.divergence if lad else config.policy_loss, LEVEL=config.importance_sampling_level,
         SEQ_MEAN=config.loss_agg_mode == "seq-mean-token-mean", SCALE=config.advantage_scale,
@@ -252,6 +255,13 @@ def policy_terms(
             )  # fmt: skip
     loss, metrics = _finish(partials, lad, config.kl_coef != 0, entropy is not None)
     return loss, dlogprobs, dentropy, advantages if rewards is None else partials[-1], metrics
+
+
+def _settings(config: LADConfig | GRPOConfig) -> tuple[float | None, ...]:
+    """The four numbers of the objective itself, as `kernel_terms._policy_term` reads them; None is infinity."""
+    if isinstance(config, LADConfig):
+        return config.eta, config.target_clamp, 0.0, 0.0
+    return config.epsilon_low, config.epsilon_high, config.dual_clip, 0.0
 
 
 def _finish(partials: Tensor, lad: bool, ref: bool, entropy: bool) -> tuple[Tensor, dict[str, Tensor]]:

@@ -73,6 +73,12 @@ def _js(d, u, r, e1):
 
 
 @triton.jit
+def _kl_moved(d, u, r, e1):
+    """r d - u (r - 1), what r (d - u) has moved since r = 1; d is finite."""
+    return tl.where(d > 1.0, r * (d - u) + u, r * d - u * e1)
+
+
+@triton.jit
 def _lad_term(d, u, OBJECTIVE: tl.constexpr, CENTERED: tl.constexpr):
     """Loss, c = d loss / d d and loss(d, u) - loss(0, u) of one divergence; no term cancels at d = 0."""
     w = d - u
@@ -81,47 +87,48 @@ def _lad_term(d, u, OBJECTIVE: tl.constexpr, CENTERED: tl.constexpr):
     sign = tl.where(w > 0.0, 1.0, tl.where(w < 0.0, -1.0, 0.0))
     gap = -_expm1(-tl.abs(w))  # 1 - e^-|w|
     difference = sign * _exp(tl.maximum(d, u)) * gap  # r - e^u
-    slope = 0.0  # f'(1)
     if OBJECTIVE == "js":
         loss, c, above = _js(finite, u, r, e1)
     elif OBJECTIVE == "hd":
-        root = _exp(0.5 * d)
         root_difference = sign * _exp(0.5 * tl.maximum(d, u)) * -_expm1(-0.5 * tl.abs(w))
-        loss, c = 0.5 * root_difference * root_difference, 0.5 * root * root_difference
-        above = _expm1(0.5 * d) * (0.5 * (root + 1.0) - _exp(0.5 * u))
+        loss = 0.5 * root_difference * root_difference
+        c = 0.5 * sign * _exp(0.5 * (d + tl.maximum(d, u))) * -_expm1(-0.5 * tl.abs(w))
+        grown = _expm1(0.5 * d)
+        above = grown * (0.5 * grown - _expm1(0.5 * u))
     elif OBJECTIVE == "tv":
         loss, c = tl.abs(difference), r * sign
         side = tl.where(w >= 0.0, 1.0, -1.0)
         above = side * (e1 - tl.where((w >= 0.0) == (u <= 0.0), 0.0, 2.0 * _expm1(u)))
     elif OBJECTIVE == "kl":
-        slope = 1.0
         loss, c = r * (finite - u), r * (finite - u + 1.0)
-        above = r * finite - u * e1
+        above = _kl_moved(finite, u, r, e1)
+        if CENTERED:
+            loss = tl.where(w > 1.0, r * (w - 1.0) + _exp(u), loss - difference)
+            c, above = r * (finite - u), _kl_moved(finite, u + 1.0, r, e1)
     elif OBJECTIVE == "rkl":
-        slope = -1.0
         loss, c, above = -_exp(u) * d, -_exp(u) + tl.zeros_like(d), -_exp(u) * d
+        if CENTERED:
+            loss, c, above = loss + difference, difference, above + e1
     elif OBJECTIVE == "jf":
         loss, c = difference * w, r * (finite - u) + difference
-        above = r * finite - u * e1 - _exp(u) * d
+        above = _kl_moved(finite, u, r, e1) - _exp(u) * d
     elif OBJECTIVE == "ps":
         larger = _exp(u + tl.abs(w))
         loss, c = larger * gap * gap, sign * larger * -_expm1(-2.0 * tl.abs(w))
-        above = e1 + _exp(2.0 * u) * _expm1(-d)
+        over = _expm1(2.0 * u - d)
+        above = tl.where(over == 0.0, 0.0, -e1 * over)  # r - 1 + e^2u (1 / r - 1)
     else:
         tl.static_assert(OBJECTIVE == "pearson", "unknown divergence")
         loss = _exp(u + 2.0 * tl.maximum(w, 0.0)) * gap * gap
         c = 2.0 * sign * _exp(d + tl.maximum(w, 0.0)) * gap
         above = e1 * (_exp(-u) * e1 + 2.0 * _expm1(-u))
-    if CENTERED:
-        loss -= slope * difference
-        c = difference if OBJECTIVE == "rkl" else c - slope * r
-        above -= slope * e1
     return loss, c, tl.where(d == 0.0, 0.0, above), w > 0.0
 
 
 @triton.jit
-def _grpo_term(logp, d, adv, eps_low, eps_high, dual_clip, OBJECTIVE: tl.constexpr):
+def _grpo_term(logp, d, adv, settings, OBJECTIVE: tl.constexpr):
     """Loss, c, loss minus its value at r = 1 (cispo, reinforce: c d, what has moved), where the ratio is clipped."""
+    eps_low, eps_high, dual_clip, _ = settings
     r = _exp(d)
     bounded = tl.minimum(tl.maximum(r, 1.0 - eps_low), 1.0 + eps_high)
     if OBJECTIVE == "ppo":
@@ -139,17 +146,20 @@ def _grpo_term(logp, d, adv, eps_low, eps_high, dual_clip, OBJECTIVE: tl.constex
 
 
 @triton.jit
-def _policy_term(logp, d, adv, shift, scalars, OBJECTIVE: tl.constexpr, CENTERED: tl.constexpr):
-    """Log ratio as used, loss, c, where the clamp stops the gradient, loss above start, x > 1 or clipped, clamped."""
-    eta, ratio_clamp, target_clamp, eps_low, eps_high, dual_clip = scalars
+def _policy_term(logp, d, adv, shift, ratio_clamp, settings, OBJECTIVE: tl.constexpr, CENTERED: tl.constexpr):
+    """Log ratio as used, loss, c, where the clamp stops the gradient, loss above start, x > 1 or clipped, clamped.
+
+    settings are the objective's own: eta and target_clamp of LAD; eps_low, eps_high, dual_clip of PPO and CISPO.
+    """
     stopped = tl.abs(d) > ratio_clamp
     clamped = stopped
     d = tl.where(stopped, tl.where(d > 0.0, ratio_clamp, -ratio_clamp), d)
     if OBJECTIVE == "ppo" or OBJECTIVE == "cispo" or OBJECTIVE == "reinforce":
-        loss, c, above, marked = _grpo_term(logp, d, adv, eps_low, eps_high, dual_clip, OBJECTIVE)
+        loss, c, above, marked = _grpo_term(logp, d, adv, settings, OBJECTIVE)
         if OBJECTIVE != "ppo":
             stopped = tl.zeros_like(d) > 0.0  # c multiplies logp itself, not the ratio
     else:
+        eta, target_clamp, _, _ = settings
         u = adv / eta - shift
         beyond = tl.abs(u) > target_clamp
         u = tl.where(beyond, tl.where(u > 0.0, target_clamp, -target_clamp), u)

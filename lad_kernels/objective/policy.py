@@ -276,8 +276,10 @@ def policy_terms(
     if config.kl_coef != 0:
         gap = ref_logprobs - logprobs  # [M]
         k3 = torch.where(gap.isinf(), torch.inf, gap.expm1() - gap)  # [M]
+        beyond = k3 > (torch.inf if config.kl_clamp is None else config.kl_clamp)  # [M]
+        k3 = torch.where(beyond, config.kl_clamp or 0.0, k3)
         loss = loss + config.kl_coef * (w * k3).sum()
-        dlogprobs = dlogprobs - config.kl_coef * w * gap.expm1()
+        dlogprobs = dlogprobs - config.kl_coef * w * torch.where(beyond, 0.0, gap.expm1())
         extra["kl_ref"] = seq.mean(k3)
     dentropy = None
     if entropy is not None:

@@ -32,8 +32,8 @@ RIGHT = (1, 4, 7)  # right answers in a group of 8
 def coefficients(config: LADConfig | GRPOConfig, log_ratio: Tensor, advantages: Tensor) -> Tensor:
     """c = d loss / d log pi of tokens with these log-ratios and advantages, token level: [M], [M] -> [M] float64."""
     loss = lad_loss if isinstance(config, LADConfig) else grpo_loss
-    logprobs = log_ratio.to(torch.float64, copy=True).requires_grad_()  # [M]
-    old = torch.zeros_like(logprobs)  # [M]
+    old = torch.full(log_ratio.shape, -8.0, dtype=torch.float64)  # [M]
+    logprobs = (old + log_ratio).requires_grad_()  # [M], below 0
     loss(logprobs, old, advantages.double(), config=config, normalizer=1.0).loss.backward()
     return logprobs.grad
 
@@ -42,10 +42,11 @@ def by_length(level: str, lengths: list[int], drift: float, target: float) -> Te
     """-c of one token of a completion whose tokens all have log-ratio `drift`, times the token count; [lengths]."""
     found = []
     for length in lengths:
-        logprobs = torch.full((length,), drift, dtype=torch.float64, requires_grad=True)  # [N]
+        old = torch.full((length,), -1.0, dtype=torch.float64)  # [N]
+        logprobs = (old + drift).requires_grad_()  # [N]
         bounds, advantage = torch.tensor([0, length]), torch.tensor([target], dtype=torch.float64)  # [2], [1]
         config = LADConfig(eta=1.0, importance_sampling_level=level)
-        lad_loss(logprobs, torch.zeros_like(logprobs), advantage, cu_seqlens=bounds, config=config).loss.backward()
+        lad_loss(logprobs, old, advantage, cu_seqlens=bounds, config=config).loss.backward()
         found.append(-length * logprobs.grad[0])
     return torch.stack(found)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import numbers
 import os
 from itertools import pairwise
 
@@ -19,7 +20,8 @@ _always_read_values = os.environ.get("LAD_KERNELS_VALIDATE", "0") == "1"
 
 
 def validate_values(on: bool) -> None:
-    """Switch checks that read tensor values on accelerators (a host sync each): target range, cu_seqlens order."""
+    """Switch checks that read tensor values on accelerators (a host sync each): target range, cu_seqlens order,
+    signs and finiteness of log-probs, advantages, weights, temperatures and the normalizer."""
     global _always_read_values
     _always_read_values = bool(on)
 
@@ -27,6 +29,11 @@ def validate_values(on: bool) -> None:
 def may_read(x: Tensor) -> bool:
     """Whether a check may look at values: always on the CPU."""
     return _always_read_values or x.device.type == "cpu"
+
+
+def is_number(value: object) -> bool:
+    """A real number of Python or numpy; a truth value is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _shape(x: Tensor) -> str:
@@ -86,7 +93,7 @@ def _same_device(name: str, x: Tensor, like: Tensor, like_name: str) -> None:
         )
 
 
-def _floating(name: str, x: Tensor) -> None:
+def floating_dtype(name: str, x: Tensor) -> None:
     if not x.dtype.is_floating_point or x.element_size() < 2:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
 
@@ -132,8 +139,8 @@ def head(
         )
     if weight.shape[0] < 2 and not sharded:
         raise ValueError(f"lm_head_weight: expected a vocabulary of at least 2 rows, got {weight.shape[0]}")
-    _floating("hidden_states", hidden)
-    _floating("lm_head_weight", weight)
+    floating_dtype("hidden_states", hidden)
+    floating_dtype("lm_head_weight", weight)
     if not autocast and weight.dtype != hidden.dtype:
         raise TypeError(
             f"lm_head_weight: expected {hidden.dtype} as hidden_states, got {weight.dtype}; cast one of them, or call "
@@ -149,7 +156,7 @@ def head(
     if bias is not None:
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias: expected [{weight.shape[0]}], got {_shape(bias)}")
-        _floating("bias", bias)
+        floating_dtype("bias", bias)
 
 
 def target_range(targets: Tensor, vocabulary: int) -> None:
@@ -169,18 +176,22 @@ def transform(temperature: float | Tensor, logit_scale: float, softcap: float | 
         plain_tensor("temperature", temperature)
         if temperature.requires_grad:
             raise ValueError("temperature: expected a constant, got a tensor that requires grad; detach it")
-        if temperature.ndim and temperature.shape != targets.shape:
+        by_sequence = targets.ndim == 2 and temperature.shape == (len(targets), 1)  # is spread over the tokens
+        if temperature.ndim and temperature.shape != targets.shape and not by_sequence:
+            hint = f" or one per sequence [{len(targets)}, 1]" if targets.ndim == 2 else ""
             raise ValueError(
-                f"temperature: expected a number or one per token {_shape(targets)}, got {_shape(temperature)}"
+                f"temperature: expected a number or one per token {_shape(targets)}{hint}, got {_shape(temperature)}"
             )
         _same_device("temperature", temperature, targets, "target_ids")
-        if temperature.numel() and may_read(temperature) and not bool((temperature > 0).all()):
-            raise ValueError("temperature: expected values > 0; greedy decoding (0) has no log-probabilities")
-    elif not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
+        if temperature.dtype == torch.bool:
+            raise TypeError("temperature: expected numbers, got torch.bool")
+        if may_read(temperature) and not bool(((temperature > 0) & (temperature < math.inf)).all()):
+            raise ValueError("temperature: expected finite values > 0; greedy decoding (0) has no log-probabilities")
+    elif not (is_number(temperature) and math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature: expected a finite number > 0 or a tensor, got {temperature!r}")
-    if not (isinstance(logit_scale, (int, float)) and math.isfinite(logit_scale) and logit_scale != 0):
+    if not (is_number(logit_scale) and math.isfinite(logit_scale) and logit_scale != 0):
         raise ValueError(f"logit_scale: expected a finite number other than 0, got {logit_scale!r}")
-    if softcap is not None and not (isinstance(softcap, (int, float)) and math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not (is_number(softcap) and math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
 
 
@@ -193,7 +204,7 @@ def per_token(name: str, x: Tensor | None, like: Tensor, like_name: str, *, floa
         raise ValueError(f"{name}: expected {_shape(like)} as {like_name}, got {_shape(x)}")
     _same_device(name, x, like, like_name)
     if floating:
-        _floating(name, x)
+        floating_dtype(name, x)
 
 
 def layout(like: Tensor, like_name: str, cu_seqlens: Tensor | None) -> int | None:
@@ -260,6 +271,37 @@ def per_sequence(name: str, x: Tensor, count: int | None, like: Tensor, like_nam
     raise ValueError(f"{name}: expected {sequences}{_shape(like)} (one per token), got {_shape(x)}{hint}")
 
 
+POSITIVE = 0.5  # a log-prob above is no rounding of 0: 16-bit logits of 50 may leave 0.25
+
+
+def log_probs(name: str, x: Tensor | None, counts: Tensor | None) -> None:
+    """Of tokens that count (a mask in the shape of `x`; None: all), none is far above 0. NaN and -inf pass."""
+    if x is None or not x.numel() or not may_read(x):
+        return
+    above = x.detach() > POSITIVE
+    above = (above if counts is None else above & counts) & (x < math.inf)
+    if bool(above.any()):
+        raise ValueError(
+            f"{name}: expected log-probabilities in nats, which are not above 0, got {x[above].max().item():g}; "
+            f"probabilities need .log(), negative log-likelihoods a minus sign"
+        )
+
+
+def signal(name: str, x: Tensor | None, counts: Tensor) -> None:
+    """Finite values wherever `counts`, a mask in the shape of `x`, is set."""
+    if x is not None and may_read(x) and not bool((x.detach().isfinite() | ~counts).all()):
+        raise ValueError(
+            f"{name}: expected finite values wherever a token counts, got NaN or infinity; mask such tokens out, or "
+            f"give rewards, of which those that are not finite count as unscorable"
+        )
+
+
+def weights(name: str, x: Tensor | None, counts: Tensor) -> None:
+    """No negative value wherever `counts` is set; one that is not finite drops its token."""
+    if x is not None and may_read(x) and bool(((x.detach() < 0) & (x > -math.inf) & counts).any()):
+        raise ValueError(f"{name}: expected importance weights >= 0, got negative ones; pass ratios, not their logs")
+
+
 def rewards(x: Tensor, like: Tensor | None = None, like_name: str = "") -> None:
     plain_tensor("rewards", x)
     if like is not None:
@@ -277,8 +319,9 @@ def groups(count: int, device: torch.device, group_size: int | None, group_ids: 
             "group_size, group_ids: expected exactly one, got " + ("neither" if group_size is None else "both")
         )
     if group_ids is None:
-        if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
-            raise ValueError(f"group_size: expected an integer >= 1, got {group_size!r}")
+        if isinstance(group_size, bool) or not isinstance(group_size, numbers.Integral) or group_size < 2:
+            why = "; alone in its group every completion has advantage 0" if group_size == 1 else ""
+            raise ValueError(f"group_size: expected an integer >= 2, got {group_size!r}{why}")
         if count % group_size:
             raise ValueError(
                 f"group_size: expected a divisor of the {count} rewards, got {group_size}; use group_ids for groups of "
@@ -301,7 +344,11 @@ def normalizer(value: float | Tensor | None) -> None:
         plain_tensor("normalizer", value)
         if value.numel() != 1:
             raise ValueError(f"normalizer: expected a number or a 0-d tensor, got {_shape(value)}")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        if value.dtype == torch.bool:
+            raise TypeError("normalizer: expected a number, got torch.bool; pass mask.sum(), not mask.any()")
+        if may_read(value) and not 0 < float(value) < math.inf:
+            raise ValueError(f"normalizer: expected a finite number > 0, got {float(value)}; clamp it: .clamp(min=1)")
+    elif not is_number(value) or not math.isfinite(value) or value <= 0:
         raise ValueError(
             f"normalizer: expected a finite number > 0, got {value!r}; for token-mean it is the number of loss tokens "
             f"in the global batch"

@@ -163,7 +163,7 @@ def _linear_policy_loss(
     inputs = PolicyInputs(**objective)
     checks.plain_tensor("target_ids", target_ids)
     checks.vocab_group(vocab_group, impl, config.backward)
-    validate(inputs, target_ids, "target_ids", config)
+    inputs = validate(inputs, target_ids, "target_ids", config)
     hidden, weight, targets, packing, transform = prepare(
         hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, inputs.loss_mask, impl,
         inputs.cu_seqlens, sharded=vocab_group is not None,
@@ -174,7 +174,8 @@ def _linear_policy_loss(
         loss: Any = reference.linear_lad_loss if isinstance(config, LADConfig) else reference.linear_grpo_loss
         return without_autocast(loss)(
             hidden, weight, target_ids.long(), bias=bias, temperature=temperature, logit_scale=logit_scale,
-            softcap=softcap, config=config, return_entropy=return_entropy, return_logprobs=return_logprobs, **objective,
+            softcap=softcap, config=config, return_entropy=return_entropy, return_logprobs=return_logprobs,
+            **{name: getattr(inputs, name) for name in objective},
         )  # fmt: skip
     triton = checks.use_triton(impl, hidden.device, hidden.dtype)
     grad = torch.is_grad_enabled()

@@ -52,7 +52,7 @@ def linear_logprobs(
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     if isinstance(temperature, Tensor) and temperature.ndim:
-        temperature = temperature.reshape(-1, 1)[kept].to(dtype)  # [M, 1]
+        temperature = temperature.expand(target_ids.shape).reshape(-1, 1)[kept].to(dtype)  # [M, 1]
     z = z / temperature
     lse = z.logsumexp(-1)  # [M]
     logprobs = z.gather(1, target_ids.reshape(-1, 1)[kept])[:, 0] - lse  # [M]

@@ -85,7 +85,7 @@ BAD = {
     "target padding": (good(target_ids=torch.full((2, 3), -100)), ValueError, "loss_mask = target_ids != -100"),
     "bias size": (good(bias=torch.zeros(8)), ValueError, r"bias: expected \[11\], got \[8\]"),
     "temperature zero": (good(temperature=0.0), ValueError, "temperature: expected a finite number > 0"),
-    "temperature shape": (good(temperature=torch.ones(3)), ValueError, r"temperature: expected a number or one per token \[2, 3\]"),
+    "temperature shape": (good(temperature=torch.ones(3)), ValueError, r"temperature: expected a number or one per token \[2, 3\] or one per sequence \[2, 1\]"),
     "softcap": (good(softcap=-1.0), ValueError, "softcap: expected a finite number > 0 or None"),
     "logit scale": (good(logit_scale=float("nan")), ValueError, "logit_scale: expected a finite number"),
     "old shape": (good(old_logprobs=torch.zeros(6)), ValueError, r"old_logprobs: expected \[2, 3\]"),
@@ -96,7 +96,7 @@ BAD = {
     "advantages dtype": (good(advantages=torch.tensor([1, 2])), TypeError, "advantages: expected a floating dtype"),
     "rewards count": (good(advantages=None, rewards=torch.zeros(3), group_size=3), ValueError, "got 3 for 2 sequences"),
     "group size": (good(advantages=None, rewards=torch.zeros(2), group_size=3), ValueError, "divisor of the 2 rewards"),
-    "group size kind": (good(advantages=None, rewards=torch.zeros(2), group_size=0), ValueError, "integer >= 1, got 0"),
+    "group size kind": (good(advantages=None, rewards=torch.zeros(2), group_size=0), ValueError, "integer >= 2, got 0"),
     "no groups": (good(advantages=None, rewards=torch.zeros(2)), ValueError, "group_size, group_ids: .*got neither"),
     "group ids": (good(advantages=None, rewards=torch.zeros(2), group_ids=torch.zeros(3)), ValueError, r"int64 \[2\]"),
     "cu_seqlens of padded": (good(cu_seqlens=torch.tensor([0, 6])), ValueError, "cu_seqlens: expected None for padded"),
@@ -225,8 +225,8 @@ def test_torch_func_is_refused():
 def test_value_checks_have_a_switch(monkeypatch):
     """What needs a host sync runs on the CPU always, elsewhere when asked."""
     on_device = torch.zeros(1, device="meta")
-    assert not checks._may_read(on_device)
+    assert not checks.may_read(on_device)
     monkeypatch.setattr(checks, "_always_read_values", False)
     checks.validate_values(True)
-    assert checks._may_read(on_device)
-    assert checks._may_read(torch.zeros(1))
+    assert checks.may_read(on_device)
+    assert checks.may_read(torch.zeros(1))

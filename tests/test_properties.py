@@ -145,13 +145,12 @@ def test_loss_on_logprobs_has_the_gradient_of_its_value(divergence, advantage, l
 @many
 @given(st.floats(-2, 2), st.floats(0.05, 0.5), st.floats(-1.0, 1.0))
 def test_grpo_clip_silences_exactly_the_clipped(advantage, epsilon, log_ratio):
-    logp = torch.tensor([log_ratio], dtype=torch.float64, requires_grad=True)
+    old = torch.full((1,), -2.0, dtype=torch.float64)
+    logp = (old + log_ratio).requires_grad_()
     config = GRPOConfig(epsilon_low=epsilon, epsilon_high=epsilon)
-    out = grpo_loss(
-        logp, torch.zeros(1, dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64), config=config
-    )
+    out = grpo_loss(logp, old, torch.tensor([advantage], dtype=torch.float64), config=config)
     out.loss.backward()
-    ratio = logp.detach().exp().item()
+    ratio = (logp.detach() - old).exp().item()
     clipped = (advantage > 0 and ratio > 1 + epsilon) or (advantage < 0 and ratio < 1 - epsilon)
     assert (logp.grad.item() == 0) == (clipped or advantage == 0)
     assert out.metrics["clip_share"].item() == float(clipped)

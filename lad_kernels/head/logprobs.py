@@ -128,6 +128,9 @@ def prepare(
     if isinstance(temperature, Tensor):
         full = temperature.detach().to(torch.promote_types(hidden.dtype, torch.float32)).expand(target_ids.shape)
         temperature = packing.take(full)  # [M]
+    else:
+        temperature = float(temperature)
+    softcap = None if softcap is None else float(softcap)
     return hidden, weight, targets, packing, LogitTransform(float(logit_scale), softcap, temperature)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
-from lad_kernels.objective.config import ADVANTAGE_SCALES, check_choice
+from lad_kernels.objective.config import ADVANTAGE_SCALES, check_choice, check_number
 
 EPSILON = 1e-4  # added to the standard deviation, as TRL does
 
@@ -37,10 +37,10 @@ def group_advantages(
 
     Args:
         rewards: [B] floating point, one per completion.
-        group_size: completions per prompt, contiguous; divides B. Give this or `group_ids`.
-        group_ids: [B] integers; equal ids make a group, of any size and in any order.
+        group_size: completions per prompt, at least 2, contiguous; divides B. Give this or `group_ids`.
+        group_ids: [B] integers; equal ids make a group, of any size and in any order. Alone: advantage 0.
         scale: `group`, `batch`, `none` or `loo`.
-        eps: added to the standard deviation, in units of reward.
+        eps: added to the standard deviation, in units of reward; above 0, or equal rewards would give 0 / 0.
         impl: `reference` runs `lad_kernels.reference`; the others share one PyTorch path here.
 
     Returns:
@@ -51,6 +51,7 @@ def group_advantages(
     """
     checks.rewards(rewards)
     check_choice("scale", scale, ADVANTAGE_SCALES)
+    eps = check_number("eps", eps, 0.0, strict=True)
     checks.impl(impl)
     ids = checks.groups(len(rewards), rewards.device, group_size, group_ids)  # [B]
     if impl == "reference":

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass
+from typing import Any
+
+from lad_kernels import checks
 
 DIVERGENCES = ("js", "hd", "tv", "kl", "rkl", "jf", "ps", "pearson")
 LEVELS = ("token", "sequence", "sequence_sum")
@@ -24,27 +27,37 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
 
 
-def check_number(name: str, value: object, low: float, *, strict: bool = False, optional: bool = False) -> None:
-    """Raise ValueError / TypeError unless `value` is a finite number >= low (> low if strict), or None if optional."""
+def check_number(name: str, value: Any, low: float = -math.inf, *, strict: bool = False, optional: bool = False) -> Any:
+    """`value` as an int or float of Python; it may be numpy's.
+
+    Raises:
+        ValueError, TypeError: unless it is a finite number >= low (> low if strict), or None if optional.
+    """
     if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if not checks.is_number(value):
         raise TypeError(f"{name}: expected a number{' or None' if optional else ''}, got {value!r}")
     if not math.isfinite(value) or value < low or (strict and value == low):
-        raise ValueError(f"{name}: expected a finite number {'>' if strict else '>='} {low:g}, got {value!r}")
+        least = "" if low == -math.inf else f" {'>' if strict else '>='} {low:g}"
+        raise ValueError(f"{name}: expected a finite number{least}, got {value!r}")
+    return value if type(value) in (int, float) else float(value)
+
+
+def _number(config: LADConfig | GRPOConfig, name: str, low: float = -math.inf, **how: bool) -> None:
+    """Check a field and keep it as a number of Python."""
+    object.__setattr__(config, name, check_number(name, getattr(config, name), low, **how))
 
 
 def _check_shared(config: LADConfig | GRPOConfig) -> None:
     check_choice("importance_sampling_level", config.importance_sampling_level, LEVELS)
     check_choice("loss_agg_mode", config.loss_agg_mode, AGGREGATIONS)
     check_choice("advantage_scale", config.advantage_scale, ADVANTAGE_SCALES)
-    check_number("log_ratio_clamp", config.log_ratio_clamp, 0.0, strict=True, optional=True)
-    check_number("kl_coef", config.kl_coef, 0.0)
-    check_number("kl_clamp", config.kl_clamp, 0.0, strict=True, optional=True)
-    if isinstance(config.entropy_coef, bool) or not math.isfinite(config.entropy_coef):
-        raise ValueError(f"entropy_coef: expected a finite number, got {config.entropy_coef!r}")
+    _number(config, "log_ratio_clamp", 0.0, strict=True, optional=True)
+    _number(config, "kl_coef", 0.0)
+    _number(config, "kl_clamp", 0.0, strict=True, optional=True)
+    _number(config, "entropy_coef")
     check_choice("backward", config.backward, BACKWARDS)
-    check_number("tail_mass", config.tail_mass, 0.0, optional=True)
+    _number(config, "tail_mass", 0.0, optional=True)
     check_choice("tail", config.tail, TAILS)
 
 
@@ -99,11 +112,13 @@ class LADConfig:
 
     def __post_init__(self) -> None:
         check_choice("divergence", self.divergence, DIVERGENCES)
-        check_number("eta", self.eta, 0.0, strict=True)
+        _number(self, "eta", 0.0, strict=True)
+        if not isinstance(self.centered, bool):
+            raise TypeError(f"centered: expected True or False, got {self.centered!r}")
         _check_shared(self)
         if self.target_norm is not None:
             check_choice("target_norm", self.target_norm, ("group",))
-        check_number("target_clamp", self.target_clamp, 0.0, strict=True, optional=True)
+        _number(self, "target_clamp", 0.0, strict=True, optional=True)
 
 
 @dataclass(frozen=True)
@@ -121,7 +136,8 @@ class GRPOConfig:
     | REINFORCE, RLOO (2402.14740) | `policy_loss="reinforce"`, `advantage_scale="loo"` |
 
     Attributes:
-        epsilon_low, epsilon_high: the ratio is clipped to [1 - epsilon_low, 1 + epsilon_high].
+        epsilon_low, epsilon_high: offsets: the ratio is clipped to [1 - epsilon_low, 1 + epsilon_high], in every
+            policy loss. epsilon_low of 1 or more: no lower bound.
         dual_clip: upper bound (> 1) on the ratio where the advantage is negative; None: no bound.
         policy_loss: `ppo`, `cispo` (clipped ratio as a constant weight on log pi) or `reinforce` (no ratio).
         The other fields mean what they mean in `LADConfig`.
@@ -143,9 +159,9 @@ class GRPOConfig:
     kl_clamp: float | None = None
 
     def __post_init__(self) -> None:
-        check_number("epsilon_low", self.epsilon_low, 0.0)
-        check_number("epsilon_high", self.epsilon_high, 0.0)
-        check_number("dual_clip", self.dual_clip, 1.0, strict=True, optional=True)
+        _number(self, "epsilon_low", 0.0)
+        _number(self, "epsilon_high", 0.0)
+        _number(self, "dual_clip", 1.0, strict=True, optional=True)
         check_choice("policy_loss", self.policy_loss, POLICY_LOSSES)
         _check_shared(self)
         if self.policy_loss != "ppo" and self.importance_sampling_level != "token":

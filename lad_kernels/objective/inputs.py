@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lad_kernels import checks
 from lad_kernels.objective.config import GRPOConfig, LADConfig
-from lad_kernels.packing import Packing
+from lad_kernels.packing import Packing, pack
 
 Config = LADConfig | GRPOConfig
 
@@ -31,9 +31,13 @@ class PolicyInputs:
     rollout_is_weights: Tensor | None = None  # [B] or per token
 
 
-def validate(inputs: PolicyInputs, like: Tensor, like_name: str, config: Config) -> None:
-    """Check everything the objective needs, before anything runs; `like` holds one value per token."""
+def validate(inputs: PolicyInputs, like: Tensor, like_name: str, config: Config) -> PolicyInputs:
+    """Check everything the objective needs, before anything runs; `like` holds one value per token.
+
+    Returns the inputs with [B] where [B, 1] was given for one value per sequence.
+    """
     count = checks.layout(like, like_name, inputs.cu_seqlens)
+    inputs = _without_columns(inputs, like, count)
     for name in ("old_logprobs", "ref_logprobs", "entropy"):
         checks.per_token(name, getattr(inputs, name), like, like_name)
     checks.mask(inputs.loss_mask, like, like_name)
@@ -57,6 +61,37 @@ def validate(inputs: PolicyInputs, like: Tensor, like_name: str, config: Config)
         raise ValueError("advantages: target_norm='group' needs one per sequence [B], got one per token")
     if has_target_norm(config) or inputs.rewards is not None:
         checks.groups(count, like.device, inputs.group_size, inputs.group_ids)
+    _validate_values(inputs, like, config)
+    return inputs
+
+
+def _without_columns(inputs: PolicyInputs, like: Tensor, count: int | None) -> PolicyInputs:
+    """Frameworks keep one value per sequence as [B, 1], to broadcast over [B, T]."""
+
+    def flat(x: Tensor | None) -> Tensor | None:
+        column = isinstance(x, Tensor) and x.shape == (count, 1) and x.shape != like.shape
+        return x[:, 0] if column else x
+
+    return replace(inputs, advantages=flat(inputs.advantages), rollout_is_weights=flat(inputs.rollout_is_weights))
+
+
+def _validate_values(inputs: PolicyInputs, like: Tensor, config: Config) -> None:
+    """What only values tell, of the tokens that count; each check reads them where it may."""
+    if not checks.may_read(like):
+        return
+    packing = pack(like.detach(), inputs.loss_mask, inputs.cu_seqlens)
+    tokens = packing.place(torch.ones(packing.tokens, dtype=torch.bool, device=like.device))  # the shape of `like`
+    sequences = None if packing.cu_seqlens is None else lengths_of(packing.cu_seqlens, packing.inside) > 0  # [B]
+    for name in ("old_logprobs", "ref_logprobs"):
+        checks.log_probs(name, getattr(inputs, name), tokens)
+    if like.dtype.is_floating_point:
+        checks.log_probs("logprobs", like, tokens)
+    for name, check in (("advantages", checks.signal), ("rollout_is_weights", checks.weights)):
+        x = getattr(inputs, name)
+        if x is not None:
+            by_sequence = sequences is not None and x.shape == sequences.shape
+            every = has_target_norm(config) and name == "advantages"  # also of sequences without a token
+            check(name, x, torch.ones_like(sequences) if every else sequences if by_sequence else tokens)
 
 
 def _validate_signal(inputs: PolicyInputs, count: int | None, like: Tensor, like_name: str) -> None:

@@ -74,17 +74,19 @@ def lad_loss(
     Args:
         logprobs: [N] packed or [B, T] padded, nats; the gradient flows into it (and into `entropy`) alone.
         old_logprobs: the behaviour policy's log-probs, same shape; None means on-policy, ratio exactly 1.
-        advantages: [B], one per sequence, or one per token. Packed input needs `cu_seqlens` for [B].
+        advantages: [B] or [B, 1], one per sequence, or one per token; finite where a token counts. Packed input needs
+            `cu_seqlens` for [B].
         loss_mask: same shape as logprobs, nonzero where a token counts. Others may hold anything, NaN included.
         cu_seqlens: int32 [B + 1], cumulative sequence lengths of packed input; tokens beyond the last are padding.
         config: divergence, eta, ratio level, aggregation, clamps, KL and entropy weights.
         normalizer: the divisor of the sum over tokens (token-mean, seq-mean-token-sum-norm) or sequences (the other
             modes). Give the global batch's to make gradient accumulation and data parallelism exact. Default: this
             batch's tokens that take part, its sequences with at least one of them, or B * T.
-        ref_logprobs: reference policy's log-probs, needed when `config.kl_coef` is not 0.
-        group_size, group_ids: as in `group_advantages`; needed when `config.target_norm` is set.
+        ref_logprobs: reference policy's log-probs, needed when `config.kl_coef` is not 0, else not read.
+        group_size, group_ids: as in `group_advantages`; needed when `config.target_norm` is set, else not read.
         entropy: per-token entropy, needed when `config.entropy_coef` is not 0.
-        rollout_is_weights: importance weights of the rollout engine, per token or per sequence; constants.
+        rollout_is_weights: importance weights >= 0 of the rollout engine, per token or, [B] or [B, 1], per sequence;
+            constants.
         impl: `auto`, `triton`, `torch` or `reference`.
 
     Returns:
@@ -132,7 +134,8 @@ def grpo_loss(
 def _policy_loss(logprobs: Tensor, inputs: PolicyInputs, config: Config, impl: str) -> LossOutput:
     checks.impl(impl)
     checks.plain_tensor("logprobs", logprobs)
-    validate(inputs, logprobs, "logprobs", config)
+    checks.floating_dtype("logprobs", logprobs)
+    inputs = validate(inputs, logprobs, "logprobs", config)
     if impl == "reference":
         from lad_kernels import reference
 

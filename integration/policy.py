@@ -3,6 +3,10 @@
 The head's matrix product never happens here except for the few rows that are sampled from: a function of the caller
 takes its place inside the model's own forward (`integration.transformers`).
 
+Completions come from transformers' `generate` under the model's own generation configuration: they end at any of its
+end-of-sequence ids or the tokenizer's. What would draw them from another distribution than the one that is scored and
+trained (top_k, penalties) is set aside; what would change single tokens (suppressed or forced ones) is refused by name.
+
 Samples are packed, prompt and completion of each one after the other: N tokens in all, B samples, `cu_seqlens` as in
 flash-attention. With flash-attention the model runs on the packed tokens; otherwise it runs right-padded, which a
 causal model cannot notice, and the rows are packed before the head.
@@ -10,9 +14,10 @@ causal model cannot notice, and the rows are packed before the head.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +26,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DynamicCache,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen3Config,
@@ -34,6 +39,20 @@ from lad_kernels import LinearLogprobs, linear_logprobs
 
 logging.disable_progress_bar()  # the terminal belongs to the trainer's own progress
 
+# Of a generation configuration: what makes another distribution of the same logits, and the value that leaves it alone.
+SET_ASIDE = {
+    "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "top_h": None, "typical_p": 1.0, "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0, "repetition_penalty": 1.0,
+}  # fmt: skip
+# What depends on position, forces or forbids tokens, or needs more than one pass; and the value that does nothing.
+REFUSED = {
+    "suppress_tokens": [], "begin_suppress_tokens": [], "bad_words_ids": [], "sequence_bias": {},
+    "forced_bos_token_id": None, "forced_eos_token_id": None, "exponential_decay_length_penalty": None,
+    "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0, "guidance_scale": 1.0, "watermarking_config": None, "num_beams": 1,
+    "stop_strings": [], "max_time": None, "prompt_lookup_num_tokens": None, "token_healing": False,
+}  # fmt: skip
+
 
 @dataclass
 class Policy:
@@ -44,6 +63,18 @@ class Policy:
     device: torch.device
     packed_attention: bool  # flash-attention: the model takes packed tokens
     pretrained: bool
+    sampling: GenerationConfig  # see `sampling_config`
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Every id that ends a completion."""
+        return self.sampling.eos_token_id
+
+    @property
+    def set_aside(self) -> str:
+        """What the model's generation configuration asks for and sampling does not do: `name=value, ...`, or empty."""
+        own = {name: getattr(self.model.generation_config, name, None) for name in SET_ASIDE}
+        return ", ".join(f"{k}={v}" for k, v in own.items() if v not in (None, SET_ASIDE[k]))
 
     def autocast(self) -> Any:
         """bf16 on CUDA, nothing on the CPU."""
@@ -75,15 +106,44 @@ def build_policy(
 
         apply = getattr(liger, "_apply_liger_kernel_to_instance", lambda *_, **__: None)  # private: it may go
         apply(model, cross_entropy=False, fused_linear_cross_entropy=False)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    sampling = sampling_config(model.generation_config, tokenizer)
+    if set(model.generation_config.to_diff_dict()) & set(SET_ASIDE):
+        model.generation_config.do_sample = True  # transformers loads them without it, and then saves no such model
     if pretrained:
         model.gradient_checkpointing_enable()
-    policy = Policy(model.to(device), tokenizer, device, flash and path is not None, pretrained)
+    policy = Policy(model.to(device), tokenizer, device, flash and path is not None, pretrained, sampling)
     attach_fused_head(policy.model)
     with torch.no_grad():  # the first call compares with the model's own head
         logprobs_of(policy, pack([[0]], [list(range(1, 16))], device), 1.0)
     return policy
+
+
+def sampling_config(own: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The model's generation configuration for samples of exactly the distribution that is trained.
+
+    End-of-sequence ids are its own and the tokenizer's. Padding is told from tokens by the attention mask and the
+    length of a completion, never by its id, so that any id serves and the tokenizer stays as it is.
+
+    Raises:
+        ValueError: the configuration asks for what the scores of a completion would not know of; see `REFUSED`.
+    """
+    for name, neutral in REFUSED.items():
+        value = getattr(own, name, None)
+        if value is not None and value != neutral:
+            raise ValueError(
+                f"generation_config.{name}: expected it unset, got {value!r}; completions would not follow the "
+                f"distribution that is trained: remove it from the model's generation_config.json"
+            )
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *ends) if i is not None))
+    pads = (tokenizer.pad_token_id, own.pad_token_id, *ends, 0)
+    found = copy.deepcopy(own)
+    for name, neutral in SET_ASIDE.items():
+        setattr(found, name, neutral)
+    found.eos_token_id = ends
+    found.pad_token_id = next(i for i in pads if i is not None)
+    found.do_sample, found.disable_compile, found.max_length = True, True, None
+    return found
 
 
 def small_decoder(tokenizer: PreTrainedTokenizerBase, hidden_size: int, layers: int) -> Qwen3Config:
@@ -141,7 +201,7 @@ def through_head(policy: Policy, batch: Packed, function: Callable[..., Any]) ->
     if not policy.packed_attention:
         lengths = batch.cu_seqlens.diff()  # [B]
         valid = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]  # [B, T]
-        padded = torch.full(valid.shape, policy.tokenizer.pad_token_id, device=lengths.device)  # [B, T]
+        padded = torch.full(valid.shape, policy.sampling.pad_token_id, device=lengths.device)  # [B, T]
         padded[valid] = batch.input_ids
         inputs = {"input_ids": padded}  # causal: padding on the right is never seen
 
@@ -162,6 +222,32 @@ def logprobs_of(policy: Policy, batch: Packed, temperature: float, return_entrop
     return through_head(policy, batch, score)
 
 
+@contextmanager
+def drawing_from(generator: torch.Generator) -> Iterator[None]:
+    """`generator` in place of the default one of its device, which is all that `generate` draws from."""
+    if generator.device.type == "cpu":
+        module, where = torch, ()
+    else:
+        module, where = torch.get_device_module(generator.device), (generator.device,)
+    before = module.get_rng_state(*where)
+    module.set_rng_state(generator.get_state(), *where)
+    try:
+        yield
+    finally:
+        generator.set_state(module.get_rng_state(*where))
+        module.set_rng_state(before, *where)
+
+
+@contextmanager
+def generating_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """`config` whole in place of the model's own, from which `generate` fills in whatever is unset."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 @torch.no_grad()
 def sample(
     policy: Policy,
@@ -172,30 +258,22 @@ def sample(
     temperature: float,
     generator: torch.Generator,
 ) -> list[list[int]]:
-    """`group_size` completions per prompt by plain sampling; the prompt is processed once per group."""
-    model, tokenizer = policy.model.eval(), policy.tokenizer
-    padded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(policy.device)  # left-padded
-    mask = padded["attention_mask"]  # [P, T]
-    position = (mask.cumsum(-1) - 1).clamp_min(0)  # [P, T]
-    cache = DynamicCache(config=model.config)
-    arguments = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
-    with policy.autocast():
-        out = model(padded["input_ids"], attention_mask=mask, position_ids=position, **arguments)
-        cache.batch_repeat_interleave(group_size)
-        logits = out.logits[:, -1].repeat_interleave(group_size, 0)  # [B, V]
-        mask = mask.repeat_interleave(group_size, 0)  # [B, T]
-        position = position[:, -1:].repeat_interleave(group_size, 0)  # [B, 1]
-        done = torch.zeros(len(logits), dtype=torch.bool, device=policy.device)
-        tokens = []
-        for _ in range(max_new_tokens):
-            probabilities = torch.softmax(logits.float() / temperature, -1)  # [B, V]
-            token = torch.multinomial(probabilities, 1, generator=generator)  # [B, 1]
-            tokens.append(token.masked_fill(done[:, None], tokenizer.pad_token_id))
-            done = done | (token[:, 0] == tokenizer.eos_token_id)
-            if done.all():
-                break
-            mask = nn.functional.pad(mask, (0, 1), value=1)
-            position = position + 1
-            logits = model(tokens[-1], attention_mask=mask, position_ids=position, **arguments).logits[:, -1]
-    rows = torch.cat(tokens, 1).tolist()
-    return [row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in rows]
+    """`group_size` completions per prompt by `generate`, each up to and including its first end-of-sequence id."""
+    width, pad = max(map(len, prompts)), policy.sampling.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])  # [P, T], padded on the left
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])  # [P, T]
+    model = policy.model.eval()
+    with policy.autocast(), drawing_from(generator), generating_by(model, policy.sampling):
+        out = model.generate(
+            ids.to(policy.device),
+            attention_mask=mask.to(policy.device),
+            max_new_tokens=max_new_tokens,
+            num_return_sequences=group_size,
+            temperature=float(temperature),
+        )  # [B, T + new]
+    return [up_to_end(row, policy.end_ids) for row in out[:, width:].tolist()]
+
+
+def up_to_end(tokens: list[int], end_ids: list[int]) -> list[int]:
+    """Tokens up to and including the first that is in `end_ids`."""
+    return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in end_ids), tokens)

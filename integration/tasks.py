@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import reasoning_gym
+from jinja2 import TemplateError
 from reasoning_gym.dataset import ProceduralDataset
 from reasoning_gym.utils import SYSTEM_PROMPTS
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -119,15 +120,20 @@ class Task:
             return f"{' '.join(map(str, entry['metadata']['numbers']))}={entry['metadata']['target']}:"
         return entry["question"] + "\n"
 
-    def chat_prompt(self, entry: Entry, tokenizer: PreTrainedTokenizerBase) -> str:
-        """Prompt for a pretrained chat model, in its own template."""
-        messages = [
-            {"role": "system", "content": SYSTEM_PROMPTS["default"]},
-            {"role": "user", "content": entry["question"]},
-        ]
+    def chat_prompt(self, entry: Entry, tokenizer: PreTrainedTokenizerBase) -> str | list[dict[str, str]]:
+        """Prompt for a pretrained model: messages where the tokenizer has a chat template, text where it has none.
+
+        A template without a place for a system message gets that text ahead of the question.
+        """
+        system, question = SYSTEM_PROMPTS["default"], entry["question"]
         if tokenizer.chat_template is None:
-            return "\n\n".join(message["content"] for message in messages) + "\n\n"
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return f"{system}\n\n{question}\n\n"
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+        try:
+            tokenizer.apply_chat_template(messages, tokenize=False)
+        except TemplateError:  # Gemma 1 and 2, early Mistral
+            return [{"role": "user", "content": f"{system}\n\n{question}"}]
+        return messages
 
     def solution(self, entry: Entry, rng: random.Random) -> str:
         """A right answer to imitate; for countdown one of the orders of the expression's terms, drawn at random."""
@@ -194,6 +200,23 @@ class Task:
             return scoring.Outcome(float(self._dataset.score_answer(answer, entry)), 0.0)
         except Exception:  # any text: a scorer that chokes on it has not found it right
             return scoring.Outcome(0.0, 0.0)
+
+
+def encode_prompt(prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids by the tokenizer's own rules: text gets its special tokens, messages those of the chat template alone.
+
+    Raises:
+        ValueError: the tokenizer ends every text with its end-of-sequence token, so that a prompt has no continuation.
+    """
+    if not isinstance(prompt, str):
+        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    ids = tokenizer(prompt).input_ids
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        raise ValueError(
+            f"tokenizer: expected prompts that can be continued, got one that ends with {tokenizer.eos_token!r}; "
+            f"set add_eos_token to false in its tokenizer_config.json"
+        )
+    return ids
 
 
 def normalize(text: str) -> str:

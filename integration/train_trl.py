@@ -94,10 +94,12 @@ def main(arguments: list[str] | None = None) -> Any:
         write = task.prompt if small else lambda entry: task.chat_prompt(entry, tokenizer)
         return Dataset.from_list([{"prompt": write(entry), "number": i} for i, entry in enumerate(entries)])
 
-    def score(completions: list[str], number: list[int], trainer_state: Any, **_: Any) -> list[float]:
-        """The dataset's own score of each completion."""
+    def score(completions: list[Any], number: list[int], trainer_state: Any, **_: Any) -> list[float]:
+        """The dataset's own score of each completion: text, or the messages that answer messages."""
         entries = task.train if trainer.model.training else task.held_out
-        texts = completions if small else list(map(tagged_answer, completions))
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        if not small:
+            texts = list(map(tagged_answer, texts))
         return task.scores([entries[i] for i in number], texts)
 
     args.model_init_kwargs = {

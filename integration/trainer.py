@@ -34,7 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from integration.policy import Packed, Policy, build_policy, logprobs_of, pack, sample, through_head
-from integration.tasks import RIGHT, Entry, Task, normalize, tagged_answer
+from integration.tasks import RIGHT, Entry, Task, encode_prompt, normalize, tagged_answer
 from lad_kernels import (
     GRPOConfig,
     LADConfig,
@@ -108,7 +108,7 @@ def rollout(
     """Sample completions for `entries` and score them."""
     tokenizer = policy.tokenizer
     texts = [task.chat_prompt(e, tokenizer) if policy.pretrained else task.prompt(e) for e in entries]
-    prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    prompts = [encode_prompt(text, tokenizer) for text in texts]
     completions = sample(
         policy,
         prompts,
@@ -117,7 +117,8 @@ def rollout(
         temperature=config.temperature,
         generator=generator,
     )
-    answers = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    ended = [row[:-1] if row[-1] in policy.end_ids else row for row in completions]  # some end in a word of the text
+    answers = tokenizer.batch_decode(ended, skip_special_tokens=True)
     if policy.pretrained:
         answers = [tagged_answer(answer) for answer in answers]
     scores = task.scores([entry for entry in entries for _ in range(group_size)], answers)

@@ -144,10 +144,10 @@ def warm_start(policy: Policy, task: Task, config: TrainConfig) -> list[float]:
         solutions = policy.tokenizer([task.solution(e, rng) for e in entries]).input_ids
         batch = pack(prompts, [solution + end for solution in solutions], policy.device)
         loss = -logprobs_of(policy, batch, 1.0).logprobs.sum() / batch.loss_mask.sum()
-        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
         optimizer.step()
+        optimizer.zero_grad()  # or the first step of what follows would take the last gradient again
         schedule.step()
         losses.append(loss.item())
     return losses

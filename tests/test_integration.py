@@ -211,6 +211,7 @@ def test_checkpoint_loads_with_auto_classes(policy, task, tmp_path):
 def test_warm_start_lowers_the_loss_and_evaluation_reports_every_measure(policy, task):
     losses = warm_start(policy, task, replace(TINY, warm_steps=20))
     assert losses[-1] < losses[0]
+    assert all(p.grad is None for p in policy.model.parameters())  # none is left for the first step of what follows
     measures = evaluate(policy, task, TINY, samples=8)
     assert set(measures) == {"accuracy", "pass@8", "distinct", "entropy"}
     assert 0 < measures["entropy"] < 6

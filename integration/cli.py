@@ -48,12 +48,22 @@ class ProfileConfig:
     warm_steps: int = 150
     out: Path = Path("sparsity.png")
 
+    def __post_init__(self) -> None:
+        for name in ("prompts", "warm_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}; give 1 or more")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature: expected a finite number > 0, got {self.temperature}; 1 leaves logits alone"
+            )
+        if not 0 <= self.tail_mass < float("inf"):
+            raise ValueError(f"tail_mass: expected a finite number >= 0, got {self.tail_mass}; 3e-4 is the default")
+
 
 def train(arguments: list[str]) -> int:
     from integration import trainer
 
-    trainer.main(arguments)
-    return 0
+    return trainer.main(arguments)
 
 
 def bench(arguments: list[str]) -> int:
@@ -85,14 +95,25 @@ def profile(arguments: list[str]) -> int:
     asked = parse_flags(ProfileConfig, arguments, "lad-kernels profile", text)
     import torch
 
-    from integration.trainer import TrainConfig, load_policy
+    from integration.runs import Refused, claim_folder, complain
+    from integration.train_config import TrainConfig, check_machine
+    from integration.trainer import load_policy
     from lad_kernels import profile_sparsity
 
     config = TrainConfig(
         task=asked.task, model=asked.model, device=asked.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         seed=asked.seed, temperature=asked.temperature, warm_steps=asked.warm_steps, prompts_per_step=asked.prompts,
     )  # fmt: skip
-    policy = load_policy(config)
+    try:
+        check_machine(config)
+        if asked.ids is not None and not asked.ids.is_file():
+            raise Refused(f"ids: expected a file written by torch.save, got {str(asked.ids)!r}; check the path")
+        claim_folder(str(asked.out.parent), used=True)
+        policy = load_policy(config)
+    except Refused as error:
+        return complain("lad-kernels profile", f"--{error}", 2)
+    if policy.set_aside:
+        print(f"sampling from the distribution that is trained: the model's own {policy.set_aside} set aside")
     if asked.ids is not None:
         ids = torch.load(asked.ids, weights_only=True).to(policy.device)  # [B, T + 1]
         given = {"model_or_hidden": policy.model, "input_ids": ids}

@@ -21,7 +21,8 @@ from rich.console import Console
 import lad_kernels
 from integration import bandit, compare, memory
 from integration.report import Sheet
-from integration.trainer import TrainConfig
+from integration.runs import Refused, claim_folder, complain
+from integration.train_config import TrainConfig, check_machine
 from lad_kernels import reference
 
 PARITY = 1e-10  # relative error allowed between our float64 path and the specification's
@@ -78,14 +79,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=TrainConfig.steps, help="rollouts per run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
+    parser.add_argument("--out", help="a new or an empty folder; none makes runs/<time>")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run everything, report, and return the exit status."""
     flags, console, started = parse(arguments), Console(), time.perf_counter()
-    flags.out.mkdir(parents=True, exist_ok=True)
+    try:
+        if flags.seeds < 1:
+            raise Refused(f"seeds: expected at least 1, got {flags.seeds}; give 1 or more")
+        sizes = QUICK if flags.quick else {"steps": flags.steps}
+        config = TrainConfig(task=flags.task, device=flags.device, **sizes)
+        check_machine(config)
+        flags.out = claim_folder(flags.out)
+    except ValueError as error:
+        return complain("integration.demo", f"--{error}", 2)
 
     console.rule("1. bandit")
     arms = bandit.run_bandit(seeds=1, only=("js", "grpo")) if flags.quick else bandit.run_bandit()
@@ -104,7 +113,6 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(sheets[-1].rich())
 
     console.rule(f"3. LAD and GRPO on {flags.task}")
-    config = TrainConfig(task=flags.task, device=flags.device, **(QUICK if flags.quick else {"steps": flags.steps}))
     result = compare.compare(config, 1 if flags.quick else flags.seeds, flags.out, console)
     compare.plot_comparison(result, flags.out / "training.png")
     if not flags.quick:

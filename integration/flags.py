@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+from integration.runs import complain
+
 T = TypeVar("T")
 set_parsing_settings(unset_sentinel=True)  # null in a file is checked like any other value
 
@@ -17,7 +19,10 @@ class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
 
 
 class FlagParser(ArgumentParser):
-    """`hidden_size` and `hidden-size` are one flag, and one key of a file."""
+    """`hidden_size` and `hidden-size` are one flag, and one key of a file; an error is one line."""
+
+    def error(self, message, ex=None):
+        raise SystemExit(complain(self.prog, f"{message}; see {self.prog} --help", 2)) from ex
 
     def add_argument(self, *names, **options):
         return super().add_argument(*names, *(name.replace("_", "-") for name in names if "_" in name), **options)
@@ -42,8 +47,8 @@ def parse_flags(
         special: options of `add_argument` by field, for fields whose type does not say everything.
 
     Raises:
-        SystemExit: status 2, after a message, for a file that is missing or no mapping, an unknown flag or key, and a
-            value of the wrong type or that `kind` refuses with a ValueError.
+        SystemExit: status 2, after a line on stderr, for a file that is missing or no mapping, an unknown flag or
+            key, and a value of the wrong type or that `kind` refuses with a ValueError.
     """
     parser = FlagParser(
         program,
@@ -62,4 +67,4 @@ def parse_flags(
     try:
         return kind(**{field.name: given[field.name] for field in fields(kind)})
     except ValueError as error:
-        parser.error(str(error))
+        raise SystemExit(complain(program, f"--{error}", 2)) from error

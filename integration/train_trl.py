@@ -39,6 +39,7 @@ SMALL = {
     "report_to": "none",
     "save_strategy": "no",
 }
+WRITTEN = ("start", "*.safetensors", "checkpoint-*")  # marks of a run in its folder
 
 
 @dataclass
@@ -48,18 +49,44 @@ class TaskArguments:
     task: str = field(default="countdown", metadata={"help": "A reasoning-gym dataset."})
     train_size: int = field(default=3000, metadata={"help": "Problems generated for training."})
     held_out_size: int = field(default=200, metadata={"help": "Problems generated for evaluation."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the run in `output_dir`."})
     warm_steps: int = field(default=150, metadata={"help": "Supervised steps of the small decoder before LAD."})
 
 
-def build_small_model(folder: Path, task: Any, warm_steps: int, seed: int) -> None:
+def build_small_model(folder: Path, task: Any, config: Any) -> None:
     """Save a small decoder that imitates generated solutions, and its tokenizer, in `folder`."""
     from integration.policy import build_policy
-    from integration.trainer import TrainConfig, warm_start
+    from integration.trainer import warm_start
 
-    policy = build_policy(None, "cpu", pretrained=False, seed=seed)
-    warm_start(policy, task, TrainConfig(warm_steps=warm_steps, seed=seed))
+    policy = build_policy(None, "cpu", pretrained=False, seed=config.seed)
+    warm_start(policy, task, config)
     policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
+
+
+def settle(chosen: TaskArguments, args: Any, model: str | None) -> Any:
+    """The trainer's configuration of task and warm start; what cannot be trained with, or would be lost, is refused."""
+    from integration.runs import Refused, claim_folder
+    from integration.train_config import TrainConfig, check_task
+
+    group, batch = args.num_generations_eval or args.num_generations, args.per_device_eval_batch_size * args.world_size
+    if batch % group:
+        raise Refused(
+            f"per_device_eval_batch_size: expected a multiple of {group} completions over all ranks, got {batch}; take "
+            f"{args.per_device_eval_batch_size * group} a rank"
+        )
+    sizes = {name: getattr(chosen, name) for name in ("task", "train_size", "held_out_size", "warm_steps")}
+    config = TrainConfig(model=model, seed=args.seed, **sizes)
+    check_task(config.task)
+    if args.process_index == 0:
+        former = [p.name for mark in WRITTEN for p in Path(args.output_dir).glob(mark)]
+        if former and not (args.resume_from_checkpoint or chosen.overwrite):
+            raise Refused(
+                f"output_dir: expected a folder without a run, got {args.output_dir!r}, which holds {former[0]}; name "
+                f"another, or give --overwrite true to replace it, --resume_from_checkpoint true to go on with it"
+            )
+        claim_folder(args.output_dir, used=True, flag="output_dir")
+    return config
 
 
 def main(arguments: list[str] | None = None) -> Any:
@@ -78,16 +105,12 @@ def main(arguments: list[str] | None = None) -> Any:
     small = model_args.model_name_or_path is None
     if not small:
         chosen, args, model_args = TrlParser(kinds).parse_args_and_config(arguments)
-    group, batch = args.num_generations_eval or args.num_generations, args.per_device_eval_batch_size * args.world_size
-    if batch % group:
-        raise ValueError(
-            f"per_device_eval_batch_size: expected a multiple of {group} completions over all ranks, got {batch}"
-        )
-    task = Task(chosen.task, chosen.train_size, chosen.held_out_size, args.seed)
+    config = settle(chosen, args, model_args.model_name_or_path)
+    task = Task(config.task, config.train_size, config.held_out_size, args.seed)
     path = model_args.model_name_or_path or str(Path(args.output_dir) / "start")
     with args.main_process_first():
         if small and args.process_index == 0:
-            build_small_model(Path(path), task, chosen.warm_steps, args.seed)
+            build_small_model(Path(path), task, config)
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", revision=model_args.model_revision)
 
     def dataset(entries: list[dict]) -> Dataset:
@@ -125,4 +148,9 @@ def main(arguments: list[str] | None = None) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    from integration.runs import Refused, complain
+
+    try:
+        main()
+    except Refused as error:
+        raise SystemExit(complain("integration.train_trl", f"--{error}", 2)) from error

@@ -1,4 +1,4 @@
-"""LAD or GRPO on verifiable problems, one file, top to bottom: configuration, rollouts, update, evaluation, loop.
+"""LAD or GRPO on verifiable problems, top to bottom: rollouts, update, evaluation, loop, program.
 
 Without `--model` the policy is a small Qwen3-style decoder with random weights and a tokenizer built in process: a few
 supervised steps on generated solutions teach it the format, reinforcement learning does the rest. With
@@ -9,32 +9,41 @@ The logits of the training batch are never stored: the last hidden states go to 
 `linear_grpo_loss` with the head's weight, packed, [N, D] with `cu_seqlens`; `loss_mask` marks the rows that predict a
 completion token.
 
-A run is reproducible from its seed, and on the CPU `--resume` continues it bit for bit: model, optimiser, generator and
-step are in the checkpoint, and the problems of a step are a function of seed and step.
+Every run has a folder of its own, runs/train-DATE-TIME or `--out`; `--overwrite` alone replaces another's. A run is
+reproducible from its seed, and on the CPU `--resume` continues it bit for bit, after Ctrl-C, SIGTERM, a crash or a full
+disk: model, optimiser, generators and step are in the checkpoint, and the problems of a step are a function of seed and
+step. Every file of a checkpoint has a checksum, which `--resume` checks.
 
     python -m integration.trainer --algorithm lad --steps 100 --out runs/lad
-    python -m integration.trainer --resume runs/lad/checkpoint --steps 150
+    python -m integration.trainer --resume runs/lad --steps 150
     python -m integration.trainer --model Qwen/Qwen2.5-0.5B-Instruct --device cuda --task gsm_symbolic
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
-import shutil
+import signal
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from integration.policy import Packed, Policy, build_policy, logprobs_of, pack, sample, through_head
+from integration import checkpoint
+from integration.policy import Packed, Policy, logprobs_of, pack, sample, through_head
+from integration.runs import Interrupted, Refused, Signals, claim_folder, complain, cut_log, open_log
+from integration.state import State, initial_state, load_policy, make_optimizer, save_checkpoint
 from integration.tasks import RIGHT, Entry, Task, encode_prompt, normalize, tagged_answer
+from integration.train_config import TrainConfig, check_machine, parse_config
 from lad_kernels import (
     GRPOConfig,
     LADConfig,
@@ -42,51 +51,6 @@ from lad_kernels import (
     linear_grpo_loss,
     linear_lad_loss,
 )
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything a run depends on; every field is a command-line flag."""
-
-    algorithm: str = "lad"  # lad or grpo
-    task: str = "countdown"  # any reasoning-gym dataset
-    train_size: int = 3000  # problems generated for training
-    held_out_size: int = 200  # problems generated for evaluation
-    model: str | None = None  # path or hub id; none builds a small decoder
-    device: str = "cpu"
-    seed: int = 0  # of sampling and of the order of problems
-    steps: int = 200  # rollouts
-    prompts_per_step: int = 16
-    group_size: int = 8  # completions per prompt
-    updates_per_rollout: int = 2  # optimiser steps per rollout; from the second one on the ratio is not 1
-    micro_batch: int = 128  # completions per forward and backward
-    max_new_tokens: int = 0  # 0: as long as the longest training answer, or 512 for a pretrained model
-    temperature: float = 1.0
-    learning_rate: float = 3e-4
-    learning_rate_warmup: int = 10  # steps; Adam's first steps are as long as its later ones but know far less
-    max_grad_norm: float = 1.0
-    divergence: str = "js"  # LAD
-    eta: float = 0.25  # LAD
-    level: str = "token"  # LAD: token, sequence or sequence_sum
-    warm_steps: int = 150  # supervised steps before a small decoder meets reinforcement learning
-    warm_batch: int = 64
-    warm_learning_rate: float = 3e-3
-    hidden_size: int = 128  # small decoder
-    layers: int = 2  # small decoder
-    save_every: int = 0  # steps between checkpoints; 0: at the end only
-    out: str = "runs/trainer"
-    resume: str | None = None  # a checkpoint directory
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("algorithm", ("lad", "grpo")), ("level", ("token", "sequence", "sequence_sum"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected {' or '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
-        for name in ("group_size", "updates_per_rollout", "prompts_per_step", "micro_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)!r}")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature: expected a finite number > 0, got {self.temperature!r}")
-        LADConfig(self.divergence, eta=self.eta)  # refuses these two itself
 
 
 class Rollout(NamedTuple):
@@ -135,8 +99,11 @@ def warm_start(policy: Policy, task: Task, config: TrainConfig) -> list[float]:
     rng = random.Random(config.seed)
     optimizer = make_optimizer(policy, config.warm_learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.warm_learning_rate, total_steps=config.warm_steps, pct_start=0.1
-    )
+        optimizer,
+        config.warm_learning_rate,
+        total_steps=config.warm_steps,
+        pct_start=0.2 if config.warm_steps == 10 else 0.1,
+    )  # a tenth of 10 is a ramp of no length, by which torch would divide
     end, losses = [policy.tokenizer.eos_token_id], []
     for _ in range(config.warm_steps):
         entries = rng.choices(task.train, k=config.warm_batch)
@@ -151,11 +118,6 @@ def warm_start(policy: Policy, task: Task, config: TrainConfig) -> list[float]:
         schedule.step()
         losses.append(loss.item())
     return losses
-
-
-def make_optimizer(policy: Policy, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW without weight decay: the policy starts from weights worth keeping."""
-    return torch.optim.AdamW(policy.model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 def update(policy: Policy, optimizer: torch.optim.Optimizer, run: Rollout, config: TrainConfig) -> dict[str, float]:
@@ -242,53 +204,6 @@ def evaluate(policy: Policy, task: Task, config: TrainConfig, samples: int = 16)
     }
 
 
-@dataclass
-class State:
-    """Everything that changes during a run; the checkpoint holds exactly this."""
-
-    policy: Policy
-    optimizer: torch.optim.AdamW
-    generator: torch.Generator
-    step: int = 0
-
-
-def save_checkpoint(state: State, config: TrainConfig) -> Path:
-    """Write `out/checkpoint`: model and tokenizer as `from_pretrained` reads them, and the trainer's own state."""
-    path = Path(config.out) / "checkpoint"
-    fresh = path.with_name("checkpoint.new")  # a crash while writing leaves the previous one whole
-    shutil.rmtree(fresh, ignore_errors=True)
-    state.policy.model.save_pretrained(fresh)
-    state.policy.tokenizer.save_pretrained(fresh)
-    saved = {"optimizer": state.optimizer.state_dict(), "generator": state.generator.get_state(), "step": state.step}
-    torch.save({**saved, "config": asdict(config)}, fresh / "trainer_state.pt")
-    shutil.rmtree(path, ignore_errors=True)
-    return fresh.rename(path)
-
-
-def load_policy(config: TrainConfig) -> Policy:
-    """The checkpoint to resume, the model to fine-tune, or a small decoder with random weights."""
-    return build_policy(
-        config.resume or config.model,
-        config.device,
-        pretrained=config.model is not None,
-        seed=config.seed,
-        hidden_size=config.hidden_size,
-        layers=config.layers,
-    )
-
-
-def initial_state(policy: Policy, config: TrainConfig) -> State:
-    """A fresh state, or the one saved in `config.resume`."""
-    optimizer = make_optimizer(policy, config.learning_rate)
-    generator = torch.Generator(policy.device).manual_seed(config.seed)
-    if config.resume is None:
-        return State(policy, optimizer, generator)
-    saved = torch.load(Path(config.resume) / "trainer_state.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(saved["optimizer"])
-    generator.set_state(saved["generator"])
-    return State(policy, optimizer, generator, saved["step"])
-
-
 def problems_of_step(task: Task, step: int, config: TrainConfig) -> list[Entry]:
     """The training problems of a step, a function of seed and step: every epoch is a new permutation."""
     chosen = []
@@ -299,51 +214,62 @@ def problems_of_step(task: Task, step: int, config: TrainConfig) -> list[Entry]:
     return chosen
 
 
-def open_log(state: State, config: TrainConfig) -> TextIO:
-    """`out/metrics.jsonl` with the lines up to the state's step, ready for the next one."""
-    path = Path(config.out) / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() and config.resume else []
-    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= state.step))
-    return path.open("a", buffering=1)  # a line at a time, for whoever is watching
+def train(
+    policy: Policy,
+    task: Task,
+    config: TrainConfig,
+    progress: Progress | None = None,
+    stopped: Callable[[], Any] = lambda: False,
+) -> list[dict[str, Any]]:
+    """The reinforcement learning loop; returns one record per step and appends it to `out/metrics.jsonl`.
 
-
-def train(policy: Policy, task: Task, config: TrainConfig, progress: Progress | None = None) -> list[dict[str, Any]]:
-    """The reinforcement learning loop; returns one record per step and appends it to `out/metrics.jsonl`."""
-    state = initial_state(policy, config)
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    records = []
-    bar = None
-    if progress is not None:
-        bar = progress.add_task(
-            f"{config.algorithm} seed {config.seed}", total=config.steps, completed=state.step, text=""
-        )
-    with open_log(state, config) as log:
-        while state.step < config.steps:
-            started = time.perf_counter()
-            for group in state.optimizer.param_groups:
-                group["lr"] = config.learning_rate * min(1.0, (state.step + 1) / max(1, config.learning_rate_warmup))
-            entries = problems_of_step(task, state.step, config)
-            run = rollout(policy, task, entries, config.group_size, config, state.generator)
-            metrics = update(policy, state.optimizer, run, config)
-            state.step += 1
-            tokens = sum(map(len, run.prompts)) + sum(map(len, run.completions))
-            record = {
-                "algorithm": config.algorithm,
-                "seed": config.seed,
-                "step": state.step,
-                "reward": run.scores.mean().item(),
-                "accuracy": run.accuracy,
-                "distinct": run.distinct,
-                "tokens_per_second": tokens / (time.perf_counter() - started),
-                **metrics,
-            }
-            records.append(record)
-            log.write(json.dumps(record) + "\n")
+    A checkpoint is there before the first step. Where `stopped()` holds after a step, the loop saves one and returns.
+    """
+    state, folder, records = initial_state(policy, config), Path(config.out), []
+    title = f"{config.algorithm} seed {config.seed}"
+    bar = progress and progress.add_task(title, total=config.steps, completed=state.step, text="")
+    with open_log(folder) as log:
+        if checkpoint.continues(config.resume, folder):
+            checkpoint.tidy(folder)
+        else:
+            save_checkpoint(state, config)
+        cut_log(folder, state.step)
+        if config.resume is not None and progress is not None:
+            progress.console.print(
+                f"{config.resume}: going on after step {state.step} of {config.steps}", soft_wrap=True
+            )
+        while state.step < config.steps and not stopped():
+            records.append(train_step(state, task, config))
+            log.write(json.dumps(records[-1]) + "\n")
             if progress is not None:
-                progress.update(bar, completed=state.step, text=progress_line(record))
-            if state.step == config.steps or (config.save_every and state.step % config.save_every == 0):
+                progress.update(bar, completed=state.step, text=progress_line(records[-1]))
+            due = config.save_every and state.step % config.save_every == 0
+            if due or state.step == config.steps or stopped():
+                os.fsync(log.fileno())  # no checkpoint is ahead of its log
                 save_checkpoint(state, config)
     return records
+
+
+def train_step(state: State, task: Task, config: TrainConfig) -> dict[str, Any]:
+    """A rollout and its updates; returns the step's record."""
+    started = time.perf_counter()
+    for group in state.optimizer.param_groups:
+        group["lr"] = config.learning_rate * min(1.0, (state.step + 1) / max(1, config.learning_rate_warmup))
+    entries = problems_of_step(task, state.step, config)
+    run = rollout(state.policy, task, entries, config.group_size, config, state.generator)
+    metrics = update(state.policy, state.optimizer, run, config)
+    state.step += 1
+    tokens = sum(map(len, run.prompts)) + sum(map(len, run.completions))
+    return {
+        "algorithm": config.algorithm,
+        "seed": config.seed,
+        "step": state.step,
+        "reward": run.scores.mean().item(),
+        "accuracy": run.accuracy,
+        "distinct": run.distinct,
+        "tokens_per_second": tokens / (time.perf_counter() - started),
+        **metrics,
+    }
 
 
 def progress_line(record: dict[str, Any]) -> str:
@@ -365,32 +291,66 @@ def make_progress(console: Console) -> Progress:
     )
 
 
-def parse_config(arguments: list[str] | None = None) -> TrainConfig:
-    """Flags are the fields of `TrainConfig`; with `--resume` the saved ones hold wherever no flag is given."""
-    from integration.flags import parse_flags
-
-    parse = partial(parse_flags, TrainConfig, arguments, "lad-kernels train", __doc__)
-    config = parse()
-    if config.resume is None:
-        return config
-    saved = torch.load(Path(config.resume) / "trainer_state.pt", map_location="cpu", weights_only=True)
-    return parse(defaults=saved["config"])
-
-
-def main(arguments: list[str] | None = None) -> None:
-    config, console = parse_config(arguments), Console()
-    policy = load_policy(config)
-    task = Task(config.task, config.train_size, config.held_out_size)
+def run_program(config: TrainConfig, console: Console, signals: Signals) -> int:
+    """Everything between flags and exit status; `config.out` is the run's folder."""
+    policy, again = load_policy(config), f"lad-kernels train --resume {config.out}"
+    try:
+        task = Task(config.task, config.train_size, config.held_out_size)
+    except (AssertionError, ValueError) as error:
+        raise Refused(
+            f"task: expected problems to train on, got {error}; take another or a larger --train-size"
+        ) from error
+    if policy.set_aside:
+        console.print(f"sampling from the distribution that is trained: the model's own {policy.set_aside} set aside")
     if config.model is None and config.resume is None:
         losses = warm_start(policy, task, config)
         console.print(f"warm start: supervised loss {losses[0]:.2f} -> {losses[-1]:.2f}")
     before = evaluate(policy, task, config)
-    with make_progress(console) as progress:
-        train(policy, task, config, progress)
+    with signals.held(), make_progress(console) as progress:
+        train(policy, task, config, progress, lambda: signals.caught)
+    if signals.caught:
+        console.print(
+            f"stopped by {signal_name(signals)}; the checkpoint is saved, go on with: {again}", soft_wrap=True
+        )
+        return 128 + signals.caught
     console.print("held-out, before:", before)
     console.print("held-out, after: ", evaluate(policy, task, config))
-    console.print(f"checkpoint: {Path(config.out) / 'checkpoint'}")
+    console.print(f"checkpoint: {Path(config.out) / checkpoint.LINK}")
+    return 0
+
+
+def signal_name(signals: Signals) -> str:
+    return signal.Signals(signals.caught).name
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse flags, train, evaluate; returns the exit status: 2 for a wrong flag, 1 for a failed write, 128 + signal."""
+    console, out = Console(), None
+    try:
+        with Signals() as signals:
+            config = parse_config(arguments, __doc__)
+            check_machine(config)
+            resuming = config.out is not None and checkpoint.continues(config.resume, Path(config.out))
+            cure = f"go on with that run by --resume {config.out}, replace it by --overwrite, or name another folder"
+            out = claim_folder(config.out, "train-", used=config.overwrite or resuming, cure=cure)
+            return run_program(replace(config, out=str(out)), console, signals)
+    except Refused as error:
+        return complain("lad-kernels train", f"--{error}", 2)
+    except checkpoint.SaveError as error:
+        return complain("lad-kernels train", str(error), 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS) or out is None:
+            raise
+        words = f"{out} cannot be written to ({error.strerror}); make room and go on with --resume {out}"
+        return complain("lad-kernels train", words, 1)
+    except Interrupted:
+        there = out is not None and (out / checkpoint.LINK).exists()
+        words = (
+            f"go on with: lad-kernels train --resume {out}" if there else "nothing is lost, for nothing was trained yet"
+        )
+        console.print(f"stopped by {signal_name(signals)}; {words}", soft_wrap=True)
+        return 128 + signals.caught
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

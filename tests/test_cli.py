@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -355,17 +355,6 @@ def test_train_refuses_what_it_does_not_know(small_programs, capsys, text, words
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", "--stepz", "1"])
     assert stopped.value.code == 2
-
-
-def test_resume_keeps_saved_values_where_no_flag_is_given(small_programs):
-    from integration.trainer import TrainConfig, parse_config
-
-    saved = TrainConfig(steps=7, eta=0.5, model="a model", out="there")
-    torch.save({"config": asdict(saved)}, small_programs / "trainer_state.pt")
-    path = yaml(small_programs, f"resume: {small_programs}\nsteps: 8\n")
-    assert parse_config(["--config", path, "--out", "here"]) == replace(
-        saved, resume=str(small_programs), steps=8, out="here"
-    )
 
 
 def test_a_printed_config_is_a_config(small_programs, capsys):

@@ -297,8 +297,10 @@ def test_transformed_logits_are_understood(config, tmp_path):
 def test_checkpoint_replaces_the_previous_one(policy, task, tmp_path):
     config = replace(TINY, out=str(tmp_path))
     state = initial_state(policy, config)
-    assert save_checkpoint(state, config) == save_checkpoint(state, config)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    for name in ("checkpoint-0", "checkpoint-0-again", "checkpoint-0"):
+        assert save_checkpoint(state, config) == tmp_path / "checkpoint"
+        assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", name}
+        assert (tmp_path / "checkpoint").resolve() == tmp_path / name
 
 
 def test_demo_quick_passes(tmp_path):

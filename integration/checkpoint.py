@@ -1,0 +1,165 @@
+"""Checkpoints that neither a crash nor a full disk nor a flipped bit takes away unseen.
+
+    runs/lad/checkpoint          a link to the newest whole checkpoint
+    runs/lad/checkpoint-200/     what `from_pretrained` reads, the trainer's own files, checksums.json
+
+A checkpoint is written into a folder of its own and flushed to the disk, checksums last; then the link is replaced by
+one atomic rename, and only after that is the former checkpoint removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from integration.runs import Refused
+
+LINK, CHECKSUMS = "checkpoint", "checksums.json"
+_OURS = re.compile(r"checkpoint-(\d+(-again)?|copied)")
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; the previous one is as it was."""
+
+
+def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Write a checkpoint of `step` by `write(folder)` and make `folder/checkpoint` lead to it; returns that link.
+
+    Raises:
+        SaveError: with the reason; what was written of this checkpoint is removed.
+    """
+    link = folder / LINK
+    former = os.readlink(link) if link.is_symlink() else None
+    name = next(n for n in (f"{LINK}-{step}", f"{LINK}-{step}-again") if n != former)
+    try:
+        tidy(folder)
+        (folder / name).mkdir(parents=True)
+        write(folder / name)
+        _seal(folder / name)
+        _lead(link, name)
+    except Exception as error:  # OSError, and what torch and safetensors make of it
+        if not link.is_symlink() or os.readlink(link) != name:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        words = " ".join(str(error).split())
+        kept = (
+            f"the one in {link} is whole: go on with --resume {folder}" if link.exists() else "there is none before it"
+        )
+        raise SaveError(f"the checkpoint of step {step} could not be written ({words}); {kept}") from error
+    tidy(folder)
+    return link
+
+
+def tidy(folder: Path) -> None:
+    """Remove the checkpoints that `folder/checkpoint` does not lead to: former ones, and what a crash has left."""
+    link = folder / LINK
+    name = os.readlink(link) if link.is_symlink() else None
+    for path in folder.glob(f"{LINK}-*"):
+        if _OURS.fullmatch(path.name) and path.name != name:
+            shutil.rmtree(path, ignore_errors=True)  # what cannot go now goes with the next one
+
+
+def _seal(checkpoint: Path) -> None:
+    """Flush every file to the disk and write their checksums."""
+    files = {}
+    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
+        _flush(path)
+        files[path.relative_to(checkpoint).as_posix()] = _sha256(path)
+    sums = checkpoint / CHECKSUMS
+    sums.write_text(json.dumps({"files": files, "sha256": _own(files)}, indent=1) + "\n")
+    for path in (sums, *(p for p in checkpoint.rglob("*") if p.is_dir()), checkpoint):
+        _flush(path)
+
+
+def _lead(link: Path, name: str) -> None:
+    if link.is_dir() and not link.is_symlink():  # a copy of the run that followed the link
+        link.rename(link.with_name(f"{LINK}-copied"))
+    fresh = link.with_name(f"{LINK}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(name)
+    os.replace(fresh, link)
+    _flush(link.parent)
+
+
+def _flush(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _own(files: dict[str, str]) -> str:
+    """Checksum of the checksums."""
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def find(given: str) -> Path:
+    """The checkpoint meant by `--resume`: of a run's folder the newest whole one, or a checkpoint itself.
+
+    Raises:
+        Refused: there is none.
+    """
+    path = Path(given)
+    for checkpoint in (path, path / LINK):
+        if (checkpoint / CHECKSUMS).is_file():
+            return checkpoint
+    others = sorted(str(p) for p in path.glob(f"{LINK}-*") if (p / CHECKSUMS).is_file())
+    if others:
+        cure = f"name one of {', '.join(others)}"
+    elif path.is_dir():
+        cure = "nothing was saved here, or not to the end: start again with --out and --overwrite"
+    else:
+        cure = "name the folder of a run or a checkpoint in it"
+    raise Refused(f"resume: expected a folder with a whole checkpoint, got {given!r}; {cure}")
+
+
+def run_folder(checkpoint: Path) -> Path | None:
+    """The folder of the run that `checkpoint` belongs to; None for one that lies alone."""
+    link = checkpoint.parent / LINK
+    return checkpoint.parent if link.exists() and link.resolve() == checkpoint.resolve() else None
+
+
+def continues(resume: str | None, folder: Path) -> bool:
+    """Whether a run that resumes from `resume` and writes to `folder` goes on in its own folder."""
+    run = None if resume is None else run_folder(find(resume))
+    return run is not None and folder.exists() and run.samefile(folder)
+
+
+def verify(checkpoint: Path, *names: str) -> None:
+    """Check the files `names`, or all of them, against their checksums.
+
+    Raises:
+        Refused: a file is missing or holds other bytes than were written; the message names it.
+    """
+    path = checkpoint / CHECKSUMS
+    try:
+        sums = json.loads(path.read_bytes())
+        files = sums["files"]
+        whole = sums["sha256"] == _own(files)
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise _damaged(path, "is not what was written")
+    for name in names or files:
+        try:
+            if _sha256(checkpoint / name) != files[name]:
+                raise _damaged(checkpoint / name, "is not what was written: its sha256 is another")
+        except OSError as error:
+            raise _damaged(checkpoint / name, f"cannot be read: {error.strerror}") from error
+
+
+def _damaged(path: Path, what: str) -> Refused:
+    return Refused(
+        f"resume: expected a checkpoint as it was written, got {str(path.parent)!r}, where {path.name} {what}; put "
+        f"this file back from a copy, or resume from another checkpoint"
+    )

@@ -1,0 +1,178 @@
+"""A run's folder, its log, and how a run is stopped: nothing that a run has written is lost or replaced by another's.
+
+`metrics.jsonl` belongs to one process at a time, by a lock that ends with the process, and is only ever appended to or
+cut at its end.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+LOG = "metrics.jsonl"
+logger = logging.getLogger(__name__)
+
+
+class Refused(ValueError):
+    """A flag, file or folder that cannot be used; the message begins with the flag's name and ends with the cure."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM outside of a step."""
+
+
+def complain(program: str, words: str, status: int) -> int:
+    """One line on stderr; returns the status."""
+    print(f"{program}: error: {' '.join(words.split())}", file=sys.stderr)
+    return status
+
+
+def claim_folder(
+    out: str | None, prefix: str = "", *, used: bool = False, flag: str = "out", cure: str = "name another folder"
+) -> Path:
+    """The folder of a run, made and tried: a file, its flush to the disk, a link and a rename.
+
+    Args:
+        out: None makes a new folder `runs/<prefix><date>-<time>`.
+        used: the folder may hold something.
+        flag: the name of `out` for whoever gave it.
+        cure: what to do where it holds something and may not.
+
+    Raises:
+        Refused: it holds something, or cannot be written.
+    """
+    folder = Path(out) if out is not None else Path("runs") / f"{prefix}{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        if out is None:
+            folder = _new(folder)
+        elif not used and folder.exists() and (held := sorted(path.name for path in folder.iterdir())):
+            raise Refused(f"{flag}: expected a new or an empty folder, got {out!r}, which holds {held[0]}; {cure}")
+        folder.mkdir(parents=True, exist_ok=True)
+        _try_out(folder)
+    except OSError as error:
+        raise Refused(
+            f"{flag}: expected a folder that can be written to, got {str(folder)!r} ({error.strerror}); name another"
+        ) from error
+    return folder
+
+
+def _new(folder: Path) -> Path:
+    """`folder`, or a numbered neighbour where another process was faster in the same second."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for name in (folder.name, *(f"{folder.name}-{i}" for i in range(2, 100))):
+        with suppress(FileExistsError):
+            folder.with_name(name).mkdir()
+            return folder.with_name(name)
+    raise FileExistsError(17, "a hundred runs began in this second", str(folder))
+
+
+def _try_out(folder: Path) -> None:
+    probe, link = folder / ".probe", folder / ".probe.link"
+    with probe.open("wb") as file:
+        file.write(b"\0" * 4096)
+        file.flush()
+        os.fsync(file.fileno())
+    link.unlink(missing_ok=True)  # of a run that was killed here
+    link.symlink_to(probe.name)
+    link.replace(probe)
+    probe.unlink()
+
+
+@contextmanager
+def open_log(folder: Path) -> Iterator[TextIO]:
+    """`metrics.jsonl` for appending, a line at a time for whoever is watching; one process may hold it.
+
+    Raises:
+        Refused: another process writes it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOG).open("a", buffering=1) as log:
+        _lock(log, folder)
+        yield log
+
+
+def _lock(log: TextIO, folder: Path) -> None:
+    """A lock that ends with the process, however it ends; none where system or file system has no such locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise Refused(
+            f"out: expected a folder that no other process trains in, got {str(folder)!r}; wait for that run or stop it"
+        ) from error
+    except (ImportError, OSError):
+        logger.debug("%s cannot be locked", folder / LOG)
+
+
+def cut_log(folder: Path, step: int) -> None:
+    """Cut `metrics.jsonl` after the line of `step`; what cannot be read, half a line say, is cut off with a warning."""
+    path, kept, last = folder / LOG, 0, 0
+    with path.open("rb") as file:
+        for line in file:
+            number = _step(line)
+            if number is None:
+                logger.warning("%s: half a line after step %d was cut off; its step is done again", path, last)
+            if number is None or number > step:
+                break
+            kept, last = kept + len(line), number
+    if last < step:
+        logger.warning("%s: the lines of steps %d to %d are lost; the checkpoint has them all", path, last + 1, step)
+    if kept < path.stat().st_size:
+        os.truncate(path, kept)
+
+
+def _step(line: bytes) -> int | None:
+    """The step of a whole line."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+class Signals:
+    """Ctrl-C and SIGTERM while it is entered: noted inside `held()`, `Interrupted` elsewhere; a second one ends it all.
+
+    Attributes:
+        caught: number of the signal, or None.
+    """
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+        self._holding = False
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        with suppress(ValueError):  # only the main thread may
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._former[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, former in self._former.items():
+            signal.signal(number, former)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A signal in here waits for whoever looks at `caught`."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+
+    def _note(self, number: int, _: Any) -> None:
+        if self.caught is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.caught = number
+        if not self._holding:
+            raise Interrupted

@@ -6,7 +6,9 @@
 | slime | `--loss-type custom_loss --custom-loss-function-path integration.losses.slime_lad_loss` |
 
 Masks, weights and the global divisor stay the framework's, so micro-batches and ranks do not change the gradient. What
-a call could not honour is refused by name.
+masked tokens hold has no effect. A loss token without a finite old log-prob (or reference log-prob, or weight, where
+they take part) is dropped and counted in a metric; the frameworks themselves would let it spoil the step, and their
+divisors still count it. What a call could not honour is refused by name.
 """
 
 from __future__ import annotations
@@ -52,9 +54,10 @@ def prime_rl_lad_loss(inputs: Any, **settings: Any) -> LossOutputs:
         "rollout_is_weights": inputs.loss_weights,
     }
     rows = {name: None if x is None else x[None] for name, x in given.items()}  # [1, T]
-    out = lad_loss(inputs.trainer_logprobs[None], config=LADConfig(**settings), **rows)
+    tokens = inputs.loss_mask.sum().clamp(min=1)  # [] those that prime-rl counts, dropped ones included
+    out = lad_loss(inputs.trainer_logprobs[None], config=LADConfig(**settings), normalizer=tokens, **rows)
     metrics = {f"lad/{name}": value for name, value in out.metrics.items()}
-    return LossOutputs(out.loss * inputs.loss_mask.sum(), metrics)
+    return LossOutputs(out.loss * tokens, metrics)
 
 
 # What slime's own policy loss adds; a custom loss replaces all of it.
@@ -97,17 +100,30 @@ def slime_lad_loss(
         **get_rollout_top_p_logprob_kwargs(args, batch),
     )
     logprobs = torch.cat(scored["log_probs"])  # [M]
+    mask = _loss_tokens(sum_of_sample_mean, logprobs)  # [M]
     old = batch["rollout_log_probs"] if args.use_rollout_logprobs else batch.get("log_probs")
-    old = torch.cat(old) if old else logprobs.detach()  # [M]
-    leaf = logprobs.detach().requires_grad_()
-    out = lad_loss(leaf, old, torch.cat(batch["advantages"]), config=LADConfig(**settings), normalizer=1)
+    old = torch.cat(old) if old else None  # [M]
+    keep = mask if old is None else mask & old.isfinite()  # [M]
+    leaf, advantages = logprobs.detach().requires_grad_(), torch.cat(batch["advantages"])  # [M], [M]
+    out = lad_loss(leaf, old, advantages, loss_mask=keep, config=LADConfig(**settings), normalizer=1)
     (coefficients,) = torch.autograd.grad(out.loss, leaf)  # [M]
-    loss = sum_of_sample_mean(coefficients * logprobs)
+
+    def reduce(x: Tensor) -> Tensor:  # [M] -> []; slime multiplies by its mask, which keeps NaN and infinities
+        return sum_of_sample_mean(torch.where(keep, x, 0.0))
+
+    loss = reduce(coefficients * logprobs)
     if logprobs.numel() == 0:
         loss = loss + 0 * logits.sum()
-    log_ratio = leaf.detach() - old  # [M]
+    log_ratio = leaf.detach() - (leaf.detach() if old is None else old)  # [M]
     seen = {"ppo_kl": -log_ratio, "lad/ratio": log_ratio.exp(), "lad/abs_coef": coefficients.abs()}
-    return loss, {"loss": loss.detach(), **{name: sum_of_sample_mean(x) for name, x in seen.items()}}
+    metrics = {"loss": loss.detach(), **{name: reduce(x) for name, x in seen.items()}}
+    return loss, metrics | {"lad/dropped_share": sum_of_sample_mean((mask & ~keep).to(leaf.dtype))}
+
+
+def _loss_tokens(sum_of_sample_mean: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:  # [M] -> bool [M]
+    """Tokens to which slime's reducer gives a weight: its loss masks, of this rank's part under context parallelism."""
+    probe = torch.zeros_like(like, requires_grad=True)  # [M]
+    return torch.autograd.grad(sum_of_sample_mean(probe), probe)[0] != 0
 
 
 def _refuse(settings: dict[str, Any], why: str, *names: str) -> None:

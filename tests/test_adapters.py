@@ -5,16 +5,14 @@ verl's adapter is tested against verl itself in tests_verl/, TRL's in test_trl.p
 
 from __future__ import annotations
 
-import importlib
 import pickle
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from adapter_stubs import LossInputs, get_log_probs_and_entropy, slime_case, stub_slime, stub_torchtitan
 from torch import Tensor
 
 from integration.losses import prime_rl_lad_loss, slime_lad_loss
@@ -54,18 +52,6 @@ def close(x: Tensor, expected: Tensor) -> bool:
     return ((x.double() - expected).norm() / expected.norm()).item() < 1e-6
 
 
-@dataclass
-class LossInputs:
-    """prime-rl 0.8's record of one sequence."""
-
-    trainer_logprobs: Tensor
-    inference_logprobs: Tensor
-    ref_logprobs: Tensor | None
-    advantages: Tensor
-    loss_mask: Tensor
-    loss_weights: Tensor | None = None
-
-
 @pytest.mark.parametrize("level", ("token", "sequence"))
 @pytest.mark.parametrize("weighted", (False, True))
 def test_prime_rl_sums_over_sequences(weighted, level):
@@ -100,51 +86,9 @@ def test_prime_rl_refuses_what_it_cannot_honour():
             prime_rl_lad_loss(inputs, **{"kl_coef" if name == "ref_logprobs" else "entropy_coef": 0.1})
 
 
-def slime_module() -> ModuleType:
-    """The two functions of slime that the loss calls."""
-    module = ModuleType("slime.backends.megatron_utils.loss")
-
-    def get_log_probs_and_entropy(logits, *, args, unconcat_tokens, total_lengths, response_lengths, **top_p):
-        logp = (logits[0] / args.rollout_temperature).log_softmax(-1)  # [N, V]
-        rows, start = [], 0
-        for tokens, total, response in zip(unconcat_tokens, total_lengths, response_lengths):
-            own = logp[start + total - response - 1 : start + total - 1]
-            rows.append(own.gather(-1, tokens[total - response :, None])[:, 0])
-            start += total
-        return torch.empty(0), {"log_probs": rows}
-
-    module.get_log_probs_and_entropy = get_log_probs_and_entropy
-    module.get_rollout_top_p_logprob_kwargs = lambda args, batch: {}
-    return module
-
-
 @pytest.fixture
 def slime(monkeypatch):
-    for name in ("slime", "slime.backends", "slime.backends.megatron_utils"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, "slime.backends.megatron_utils.loss", slime_module())
-
-
-def slime_case(**more):
-    """Arguments, batch, logits [1, N, V] and the reducer: a sum of means over samples, divisors fixed beforehand."""
-    g = torch.Generator().manual_seed(1)
-    totals, responses, vocab = [6, 4], [4, 2], 11
-    masks = [torch.tensor([1.0, 1, 0, 1]), torch.tensor([1.0, 1])]
-    divisors = [5, 5]  # both samples belong to one rollout
-    logits = torch.randn(1, sum(totals), vocab, generator=g)
-    batch = {
-        "unconcat_tokens": [torch.randint(0, vocab, (n,), generator=g) for n in totals],
-        "total_lengths": totals,
-        "response_lengths": responses,
-        "advantages": [torch.randn(1, generator=g).expand(n) for n in responses],
-        "log_probs": [-3 * torch.rand(n, generator=g) for n in responses],
-    }
-
-    def reduce(x):
-        return sum((a * m).sum() / d for a, m, d in zip(x.split(responses), masks, divisors))
-
-    args = SimpleNamespace(rollout_temperature=0.8, use_rollout_logprobs=False, lad={"eta": 0.6}, **more)
-    return args, batch, logits, reduce, torch.cat(masks)
+    stub_slime(monkeypatch)
 
 
 def test_slime_has_lads_gradient_under_its_own_reduction(slime):
@@ -154,7 +98,7 @@ def test_slime_has_lads_gradient_under_its_own_reduction(slime):
     loss.backward()
 
     wide = logits.double().requires_grad_()
-    scored = slime_module().get_log_probs_and_entropy(wide, args=args, **{
+    scored = get_log_probs_and_entropy(wide, args=args, **{
         k: batch[k] for k in ("unconcat_tokens", "total_lengths", "response_lengths")})[1]  # fmt: skip
     logp, old = torch.cat(scored["log_probs"]), torch.cat(batch["log_probs"]).double()
     u = torch.cat(batch["advantages"]).double() / 0.6
@@ -182,24 +126,7 @@ def test_slime_refuses_what_it_cannot_honour(slime):
 
 @pytest.fixture
 def torchtitan(monkeypatch):
-    """integration.torchtitan beside a stub of torchtitan's loss module."""
-
-    class BaseLoss:
-        @dataclass(kw_only=True, slots=True)
-        class Config:
-            pass
-
-    def compute_logprobs(logits, labels):
-        return logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
-
-    loss = ModuleType("torchtitan.components.loss")
-    loss.BaseLoss, loss.compute_logprobs = BaseLoss, compute_logprobs
-    for name in ("torchtitan", "torchtitan.components"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, "torchtitan.components.loss", loss)
-    monkeypatch.delitem(sys.modules, "integration.torchtitan", raising=False)
-    yield importlib.import_module("integration.torchtitan")
-    sys.modules.pop("integration.torchtitan")
+    return stub_torchtitan(monkeypatch)
 
 
 def test_torchtitan_chunks_add_up(torchtitan):

@@ -32,7 +32,7 @@ bench: $(VENV)/.bench
 
 docs: $(VENV)/.test
 	$(BIN)/python -m integration.figures
-	$(BIN)/python -m pdoc -d google --no-show-source -o docs/api lad_kernels '!lad_kernels[.].*' integration.transformers integration.trl integration.distributed integration.verl integration.losses integration.torchtitan
+	$(BIN)/python -m pdoc -d google --no-show-source -o docs/api lad_kernels '!lad_kernels[.].*' integration.transformers integration.trl integration.trl_options integration.distributed integration.verl integration.losses integration.torchtitan
 
 # Frameworks whose versions exclude those of the other tests, each in an environment of its own.
 test-verl:

@@ -21,6 +21,7 @@ from benchmarks.data import ENTROPY
 from benchmarks.measure import describe, quartiles
 from benchmarks.providers import PROMISE
 from integration import trl as adapter
+from integration import trl_options
 from lad_kernels import grpo_loss, lad_loss
 from lad_kernels.testing import relative_error
 
@@ -43,8 +44,8 @@ LOSS_TOLERANCE = {"cpu": 1e-5, "cuda": 2e-4}
 def trl_steps(run: Run) -> None:
     """Gate, steps, largest micro-batch; LAD_KERNELS_TRL_SIZE chooses from SIZES."""
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
-    if adapter.unusable:
-        run.missing({"TRL steps": f"no supported TRL, but {adapter.unusable}"})
+    if trl_options.unusable:
+        run.missing({"TRL steps": f"no supported TRL, but {trl_options.unusable}"})
         return
     torch.manual_seed(0)
     size = os.environ.get("LAD_KERNELS_TRL_SIZE", "tiny" if run.dry_run else "0.5B")
@@ -76,8 +77,8 @@ def make_trainers(run: Run, shape: dict[str, int]) -> dict[str, Any]:
     options = dict(output_dir=str(run.path.parent / "trl"), use_cpu=run.device == "cpu", bf16=True, report_to="none")
     injected = {"_prepare_inputs": lambda self, batch: batch}  # where TRL would generate
     kinds = {
-        STOCK: (adapter.GRPOConfig, adapter.GRPOTrainer),
-        FUSED: (adapter.GRPOConfig, adapter.FusedHeadMixin, adapter.GRPOTrainer),
+        STOCK: (trl_options.GRPOConfig, trl_options.GRPOTrainer),
+        FUSED: (trl_options.GRPOConfig, adapter.FusedHeadMixin, trl_options.GRPOTrainer),
         LAD: (adapter.LADConfig, adapter.LADTrainer),
     }
     for name, (config, *bases) in kinds.items():

@@ -225,6 +225,7 @@ def test_imports_without_a_supported_trl_and_says_so_on_use(version, monkeypatch
     else:
         monkeypatch.setattr(trl, "__version__", version)
     monkeypatch.delitem(sys.modules, "adapter_again", raising=False)
+    monkeypatch.delitem(sys.modules, "integration.trl_options")
     module = reloaded()
     for use in (module.LADConfig, lambda: module.LADTrainer(None), lambda: module.FusedHeadMixin(None)):
         with pytest.raises(ImportError, match=r"trl: expected 1\.14 to 1\.16 and not 1\.15\.0") as caught:

@@ -17,9 +17,9 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from trl_cases import ON_CPU, PROMPTS, build, load, options, save_model
 
-import integration.trl as adapter
 import lad_kernels
 from integration.trl import LADConfig, LADTrainer
+from integration.trl_options import trl_has_fused_head
 from lad_kernels import reference
 
 pytestmark = ON_CPU
@@ -293,7 +293,7 @@ def test_lora(trained, folder, tmp_path):
     targets = ["q_proj", "lm_head"] if trained == "attention and head" else ["q_proj"]
     saved = ["lm_head"] if trained == "attention and saved head" else None
     config = peft.LoraConfig(r=4, target_modules=targets, modules_to_save=saved, task_type="CAUSAL_LM")
-    if "lm_head" in targets and adapter.trl_has_fused_head:
+    if "lm_head" in targets and trl_has_fused_head:
         with pytest.raises(ValueError, match="lm_head"):  # TRL itself refuses
             run_lad(folder, tmp_path, peft_config=config)
         return

@@ -10,6 +10,7 @@ pytest.importorskip("trl", reason="TRL is not installed; the measurement of TRL'
 from benchmarks import experiments, gpu, report, trl_step
 from benchmarks.trl_step import FUSED, LAD, STOCK
 from integration import trl as adapter
+from integration import trl_options
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_doubling_stops_at_memory_or_time(run, monkeypatch):
 
 
 def test_missing_trl_is_named(run, monkeypatch):
-    monkeypatch.setattr(adapter, "unusable", "TRL 1.15.0")
+    monkeypatch.setattr(trl_options, "unusable", "TRL 1.15.0")
     trl_step.trl_steps(run)
     assert run.results.missing == {"TRL steps": "no supported TRL, but TRL 1.15.0"}
 

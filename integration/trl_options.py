@@ -1,0 +1,114 @@
+"""TRL's options: which versions, LAD's own beside TRL's, and those of TRL that are refused.
+
+Every field of `trl.GRPOConfig` is honoured, by TRL's code or by ours, or refused by name: tests/test_trl_options.py
+says which.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import lad_kernels
+
+try:
+    import trl
+    import trl.trainer.utils
+    from packaging.version import Version
+    from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
+
+    known = Version("1.14") <= Version(trl.__version__) < Version("1.17") and trl.__version__ != "1.15.0"
+    unusable = None if known else f"TRL {trl.__version__}"
+    trl_has_fused_head = hasattr(trl.trainer.utils, "add_fused_lm_head")  # since 1.15
+except (ImportError, RuntimeError) as error:  # RuntimeError: TRL lacks a package of its own
+    GRPOConfig = GRPOTrainer = RLOOTrainer = object
+    unusable, trl_has_fused_head = f"one that cannot be imported ({error})", False
+
+# Options of TRL that have no meaning for LAD: refused unless they keep TRL's default.
+NO_CLIP = "LAD does not clip the ratio; log_ratio_clamp bounds it"
+SAPO, VESPO = "TRL's loss_type='sapo' alone reads it; drop it", "TRL's loss_type='vespo' alone reads it; drop it"
+ADAPTIVE = "only a constant entropy_coef is supported"
+REFUSED = {
+    "loss_type": "LAD is the loss; loss_agg_mode chooses the average ('token-mean' averages as TRL's dapo does)",
+    "epsilon": NO_CLIP,
+    "epsilon_high": NO_CLIP,
+    "delta": NO_CLIP,
+    "sapo_temperature_neg": SAPO,
+    "sapo_temperature_pos": SAPO,
+    "vespo_k_pos": VESPO,
+    "vespo_lambda_pos": VESPO,
+    "vespo_k_neg": VESPO,
+    "vespo_lambda_neg": VESPO,
+    "off_policy_mask_threshold": "LAD drops no sequences; log_ratio_clamp stops the gradient of those far off",
+    "use_adaptive_entropy": ADAPTIVE,
+    "entropy_coef_min": ADAPTIVE,
+    "entropy_coef_max": ADAPTIVE,
+    "entropy_coef_delta": ADAPTIVE,
+    "entropy_target": ADAPTIVE,
+    "label_smoothing_factor": "there are no labels to smooth, in TRL's losses neither; drop it",
+}
+
+# Fields of LADConfig that lad_kernels.LADConfig has under the same name and with the same meaning.
+OBJECTIVE = (
+    "divergence", "eta", "importance_sampling_level", "loss_agg_mode", "target_norm", "centered", "log_ratio_clamp",
+    "target_clamp", "tail_mass", "tail", "backward",
+)  # fmt: skip
+
+
+def require_trl() -> None:
+    """Raise ImportError unless a supported TRL is installed."""
+    if unusable is not None:
+        raise ImportError(f"trl: expected 1.14 to 1.16 and not 1.15.0, got {unusable}; pip install 'trl<1.17'")
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class LADConfig(GRPOConfig):
+    """`trl.GRPOConfig` plus LAD's own options, which mean what they mean in `lad_kernels.LADConfig`.
+
+    Taken from TRL: `importance_sampling_level` (which may also be `sequence_sum`), `beta` (with
+    `use_bias_correction_kl`), `entropy_coef`, `top_entropy_quantile`, `scale_rewards`, `temperature`.
+
+    Raises:
+        ImportError: no supported TRL.
+        ValueError, TypeError: an option out of range, or one of TRL's that has no meaning for LAD.
+    """
+
+    divergence: str = _option("js", "f-divergence: js, hd, tv, kl, rkl, jf, ps or pearson.")
+    eta: float = _option(0.25, "Temperature of the target distribution pi_old * exp(advantage / eta).")
+    loss_agg_mode: str = _option(
+        "token-mean",
+        "Average: token-mean (over the tokens of all accumulated micro-batches), seq-mean-token-mean, "
+        "seq-mean-token-sum or seq-mean-token-sum-norm (divided by max_completion_length).",
+    )
+    target_norm: str | None = _option(None, "'group' normalises the target over each prompt's completions.")
+    centered: bool = _option(False, "Subtract f'(1)(x - 1) from f: no drift in groups without reward variance.")
+    log_ratio_clamp: float | None = _option(None, "Bound on |log ratio|; beyond it the gradient is zero.")
+    target_clamp: float | None = _option(None, "Bound on |advantage / eta|.")
+    tail_mass: float | None = _option(
+        None, "Threshold below which vocabulary blocks may be dropped; None: 3e-4 in 16-bit precision, else 0 (exact)."
+    )
+    tail: str = _option("unbiased", "What becomes of blocks below tail_mass: unbiased or drop.")
+    backward: str = _option("auto", "Backward of the head: auto, dense or routed.")
+    log_entropy: bool = _option(
+        True, "Log the entropy. False lets tokens without gradient skip the head when the ratio is 1."
+    )
+
+    def __post_init__(self):
+        require_trl()
+        super().__post_init__()
+        defaults = {f.name: f.default for f in fields(GRPOConfig)}
+        for name in REFUSED.keys() & defaults.keys():  # versions of TRL differ
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{name}: expected {defaults[name]!r} for LAD, got {getattr(self, name)!r}; {REFUSED[name]}"
+                )
+        self.objective()
+
+    def objective(self) -> lad_kernels.LADConfig:
+        """What `lad_kernels` is asked to minimise."""
+        kl_coef = 0.0 if self.use_bias_correction_kl else self.beta  # the corrected term is the trainer's
+        return lad_kernels.LADConfig(kl_coef=kl_coef, **{name: getattr(self, name) for name in OBJECTIVE})

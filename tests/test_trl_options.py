@@ -1,0 +1,109 @@
+"""Every option of TRL's GRPOConfig is honoured by LADTrainer, by TRL's code or by ours, or refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+
+import pytest
+
+pytest.importorskip("trl", reason="TRL is not installed; its options go unchecked")
+
+import test_trl
+import test_trl_loss
+from test_trl_loss import LAD
+from trl_cases import ON_CPU, options, trl
+
+from integration.trl import LADConfig
+from integration.trl_options import REFUSED
+
+pytestmark = ON_CPU
+
+# What our loss reads, and where it is shown to be read: a case of test_trl_loss.LAD that sets it, or a test.
+OURS = {
+    "beta": "reference",
+    "use_bias_correction_kl": "reference",
+    "entropy_coef": "entropy bonus, accumulation",
+    "top_entropy_quantile": "high entropy",
+    "importance_sampling_level": "sequence, iterations",
+    "temperature": "kl, centered, temperature",
+    "num_iterations": "clamps",
+    "gradient_accumulation_steps": "token-mean, accumulation",
+    "steps_per_generation": "steps per generation",
+    "generation_batch_size": "steps per generation",
+    "max_completion_length": "seq-mean-token-sum-norm",
+    "gradient_checkpointing": "checkpointing",
+    "router_aux_loss_coef": "test_mixture_of_experts_loss_keeps_trl_coefficient",
+    "bf16": "test_gradient_under_bf16_autocast_is_no_worse_than_that_of_stored_logits",
+    "cast_lm_head_to_fp32": "test_trainer_refuses_by_name",
+    "use_liger_kernel": "test_trainer_refuses_by_name",
+}
+# What TRL does before our loss, or after it, in code that is not replaced: rollouts, advantages, the reference, logs.
+TRLS = """
+model_init_kwargs trust_remote_code disable_dropout num_generations num_generations_eval ds3_gather_for_generation
+shuffle_dataset pad_to_multiple_of top_p top_k min_p generation_kwargs chat_template_kwargs repetition_penalty
+cache_implementation use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex
+vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization
+vllm_max_model_length vllm_tensor_parallel_size reward_weights multi_objective_aggregation scale_rewards
+mask_truncated_completions sync_ref_model ref_model_mixup_alpha ref_model_sync_steps max_tool_calling_iterations
+vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max
+vllm_importance_sampling_clip_min vllm_importance_sampling_cap log_completions log_multimodal num_completions_to_print
+log_unique_prompts log_completions_hub_repo use_transformers_continuous_batching transformers_continuous_batching_config
+use_transformers_paged liger_kernel_config
+"""
+# What transformers' Trainer does around the loss: the loop, the optimizer, wrapping, evaluation, logs, checkpoints.
+TRAINERS = """
+accelerator_config adam_beta1 adam_beta2 adam_epsilon auto_find_batch_size average_tokens_across_devices
+batch_eval_metrics bf16_full_eval data_seed dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
+dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_backend
+ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed
+disable_tqdm do_eval do_predict do_train enable_jit_checkpoint eval_accumulation_steps eval_delay eval_do_concat_batches
+eval_on_start eval_steps eval_strategy eval_use_gather_object fp16 fp16_full_eval fsdp fsdp_config full_determinism
+gradient_checkpointing_kwargs greater_is_better hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy
+hub_token ignore_data_skip include_for_metrics include_num_input_tokens_seen label_names learning_rate
+length_column_name load_best_model_at_end local_rank log_level log_level_replica log_on_each_node logging_first_step
+logging_nan_inf_filter logging_steps logging_strategy lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_steps
+metric_for_best_model neftune_noise_alpha num_train_epochs optim optim_args optim_target_modules output_dir
+parallelism_config per_device_eval_batch_size per_device_train_batch_size prediction_loss_only project push_to_hub
+remove_unused_columns report_to restore_callback_states_from_checkpoint resume_from_checkpoint run_name
+save_on_each_node save_only_model save_steps save_strategy save_total_limit seed skip_memory_metrics tf32 torch_compile
+torch_compile_backend torch_compile_mode torch_empty_cache_steps trackio_bucket_id trackio_space_id
+trackio_static_space_id train_sampling_strategy use_cache use_cpu warmup_steps weight_decay
+"""
+LISTS = {"ours": list(OURS), "TRL's": TRLS.split(), "Trainer's": TRAINERS.split(), "refused": list(REFUSED)}
+
+
+def test_every_option_stands_in_exactly_one_list():
+    """A new option of TRL fails here until somebody has decided what it means for LAD."""
+    for field in fields(trl.GRPOConfig):
+        found = [name for name, names in LISTS.items() for n in names if n == field.name]
+        assert len(found) == 1, (field.name, found)
+    if trl.__version__ == "1.16.0":
+        known = {field.name for field in fields(trl.GRPOConfig)}
+        assert [n for names in LISTS.values() for n in names if n not in known] == []
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_is_ours_is_tested(name):
+    where = OURS[name]
+    if where.startswith("test_"):
+        assert hasattr(test_trl, where) or hasattr(test_trl_loss, where)
+        return
+    default = next(f.default for f in fields(trl.GRPOConfig) if f.name == name)
+    if name == "max_completion_length":  # every run sets it; this average divides by it
+        assert LAD[where]["loss_agg_mode"] == "seq-mean-token-sum-norm"
+    elif name == "generation_batch_size":  # the other way to say it
+        assert LAD[where]["steps_per_generation"] == 4
+    else:
+        assert LAD[where][name] != default or default is MISSING or name == "gradient_checkpointing"
+
+
+OTHER = {"loss_type": "grpo", "use_adaptive_entropy": True}
+
+
+@pytest.mark.parametrize("name", [n for n in REFUSED if n in {f.name for f in fields(trl.GRPOConfig)}])
+def test_what_has_no_meaning_is_refused(name, tmp_path):
+    default = next(f.default for f in fields(trl.GRPOConfig) if f.name == name)
+    given = OTHER[name] if name in OTHER else 0.5 + (default or 0)
+    with pytest.raises(ValueError, match=f"^{name}: expected ") as caught:
+        LADConfig(**options(tmp_path, **{name: given}))
+    assert repr(given) in str(caught.value) and repr(default) in str(caught.value)

@@ -180,11 +180,14 @@ def _padded_loss(
     """`context_parallel_loss` of checked, padded tensors [B, S]."""
     level, mode = config.importance_sampling_level, config.loss_agg_mode
     logp = logprobs.detach().to(torch.promote_types(logprobs.dtype, torch.float32))
-    keep = torch.ones_like(logp, dtype=torch.bool) if loss_mask is None else loss_mask != 0
+    chosen = torch.ones_like(logp, dtype=torch.bool) if loss_mask is None else loss_mask != 0  # [B, S]
     weights = torch.ones_like(logp)  # [B, S]
     if rollout_is_weights is not None:
         weights = rollout_is_weights.detach()
         weights = (weights if weights.ndim == 2 else weights[:, None]).expand_as(logp)
+    keep = chosen & weights.isfinite()  # [B, S] what lad_loss keeps: it would not see these numbers at sequence levels
+    for x in (old_logprobs, ref_logprobs if config.kl_coef != 0 else None):
+        keep = keep if x is None else keep & x.detach().isfinite()
     d = torch.zeros_like(logp)  # [B, S] log-ratio, 0 where masked or equal, -inf included
     if old_logprobs is not None:
         d = torch.where(keep & (logp != old_logprobs), logp - old_logprobs.detach(), 0.0)
@@ -204,10 +207,11 @@ def _padded_loss(
         weights = (sums[2] / counts)[:, None].to(logp).expand_as(logp)
     local = {"importance_sampling_level": "token", "loss_agg_mode": "token-mean", "kl_coef": 0.0, "entropy_coef": 0.0}
     out = (lad_loss if isinstance(config, LADConfig) else grpo_loss)(
-        seen, old, advantages, loss_mask=loss_mask, config=replace(config, **local), normalizer=normalizer,
+        seen, old, advantages, loss_mask=keep, config=replace(config, **local), normalizer=normalizer,
         rollout_is_weights=weights * share, group_size=group_size, group_ids=group_ids, impl=impl,
     )  # fmt: skip
     loss, metrics, many = out.loss, out.metrics, keep.sum().clamp(min=1)
+    metrics["nonfinite_share"] = (chosen & ~keep).sum() / chosen.sum().clamp(min=1)
     each = (share / normalizer).expand_as(logp)[keep]  # [M] weight of a token
     if level != "token":
         metrics |= {"approx_kl_k1": -d.sum() / many, "approx_kl_k3": (d.expm1() - d).sum() / many}
@@ -218,8 +222,8 @@ def _padded_loss(
     if entropy is not None:
         loss = loss - config.entropy_coef * (each * entropy[keep]).sum()
         metrics["entropy"] = entropy.detach()[keep].sum() / many
-        entropy = torch.where(keep, entropy.detach(), 0.0)
-    return LossOutput(loss, torch.where(keep, logp, 0.0), entropy, advantages, metrics)
+        entropy = torch.where(chosen, entropy.detach(), 0.0)
+    return LossOutput(loss, torch.where(chosen, logp, 0.0), entropy, advantages, metrics)
 
 
 def _check(

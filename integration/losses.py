@@ -117,7 +117,7 @@ def slime_lad_loss(
     log_ratio = leaf.detach() - (leaf.detach() if old is None else old)  # [M]
     seen = {"ppo_kl": -log_ratio, "lad/ratio": log_ratio.exp(), "lad/abs_coef": coefficients.abs()}
     metrics = {"loss": loss.detach(), **{name: reduce(x) for name, x in seen.items()}}
-    return loss, metrics | {"lad/dropped_share": sum_of_sample_mean((mask & ~keep).to(leaf.dtype))}
+    return loss, metrics | {"lad/nonfinite_share": sum_of_sample_mean((mask & ~keep).to(leaf.dtype))}
 
 
 def _loss_tokens(sum_of_sample_mean: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:  # [M] -> bool [M]

@@ -68,4 +68,5 @@ class LADLoss(BaseLoss):
                 metrics[f"lad/{name}/max"] = value
             elif name not in NO_MEANS:
                 metrics[f"lad/{name}/mean"] = value * share
+        metrics["lad/nonfinite_share/mean"] = (loss_mask & ~mask).sum() / total  # as its own nan_frac
         return loss, {"loss/mean": loss.detach(), **metrics}

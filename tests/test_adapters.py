@@ -155,7 +155,9 @@ def test_torchtitan_chunks_add_up(torchtitan):
     assert close(leaf.grad, wide.grad)
     assert sum(part[1]["loss/mean"] for part in parts).item() == pytest.approx(out.loss.item(), rel=1e-6)
     whole = lad_loss(logp, old.double(), rest["advantages"].double(), loss_mask=kept, config=LADConfig(eta=0.7))
-    for key in parts[0][1].keys() - {"loss/mean"}:
+    dropped = "lad/nonfinite_share/mean"
+    assert sum(part[1][dropped] for part in parts).item() == pytest.approx(1 / total)
+    for key in parts[0][1].keys() - {"loss/mean", dropped}:
         _, name, kind = key.split("/")
         seen, true = torch.stack([part[1][key] for part in parts]), whole.metrics[name].item()
         found, true = (seen.amax(), true) if kind == "max" else (seen.sum(), true * kept.sum().item() / total)

@@ -198,8 +198,11 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
                 "model: expected the wrapped model (trainer.model_wrapped), got another one; gradients would not be "
                 "reduced over the ranks"
             )
-        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)  # [B, T]
+        chosen = inputs["completion_mask"] * inputs.get("tool_mask", 1) != 0  # [B, T]
         weights = inputs.get("importance_sampling_ratio")  # [B, T] or [B, 1]
+        mask = chosen  # [B, T] tokens that take part in every term: those whose given numbers are finite
+        for x in (inputs.get("old_per_token_logps"), inputs.get("ref_per_token_logps"), weights):
+            mask = mask if x is None else mask & x.isfinite()
         given = {
             "advantages": inputs["advantages"],  # [B] or [B, T]
             "loss_mask": mask,
@@ -214,7 +217,7 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
         if aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * aux_loss / self._steps()
             self._record("aux_loss", self.accelerator.gather(aux_loss.detach()).mean().item())
-        self._record_metrics(out.metrics, mask, inputs["advantages"])
+        self._record_metrics(out.metrics, mask, chosen.sum(), inputs["advantages"])
         return loss
 
     def _steps(self) -> int:
@@ -263,7 +266,8 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
         if self.args.top_entropy_quantile < 1:
             chosen = self.get_high_entropy_mask(entropy.detach(), mask, 1 - self.args.top_entropy_quantile)  # [B, T]
             weights = given["rollout_is_weights"]
-            given = {**given, "rollout_is_weights": chosen.to(entropy.dtype) * (1 if weights is None else weights)}
+            weights = torch.ones_like(entropy) if weights is None else weights
+            given = {**given, "rollout_is_weights": torch.where(chosen, weights, 0.0)}
         out = lad_loss(logprobs, old, **given)
         loss, metrics = out.loss, {**out.metrics, "entropy": _masked_mean(entropy.detach(), mask)}
         if self.corrects_kl:
@@ -280,24 +284,27 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
 
     def _corrected_kl(self, logprobs: Tensor, old: Tensor | None, ref: Tensor, mask: Tensor) -> Tensor:
         """k3 times the ratio, [B, T], 0 where masked: its gradient is that of KL(pi, pi_ref)."""
-        keep = mask != 0
-        gap = torch.where(keep, ref - logprobs, 0.0)  # [B, T]
-        log_ratio = torch.where(keep, logprobs - (logprobs.detach() if old is None else old), 0.0)  # [B, T]
+        gap = torch.where(mask, ref - logprobs, 0.0)  # [B, T]
+        log_ratio = torch.where(mask, logprobs - (logprobs.detach() if old is None else old), 0.0)  # [B, T]
         if self.args.importance_sampling_level != "token":
             log_ratio = log_ratio.sum(1, keepdim=True)  # [B, 1]
         if self.args.importance_sampling_level == "sequence":
-            log_ratio = log_ratio / keep.sum(1, keepdim=True).clamp(min=1)
+            log_ratio = log_ratio / mask.sum(1, keepdim=True).clamp(min=1)
         return (gap.expm1() - gap) * log_ratio.exp()
 
     def _record(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value)
 
-    def _record_metrics(self, metrics: dict[str, Tensor], mask: Tensor, advantages: Tensor) -> None:
-        """Sums and counts over all ranks, so that a mean is never a mean of means; one host sync."""
+    def _record_metrics(self, metrics: dict[str, Tensor], mask: Tensor, chosen: Tensor, advantages: Tensor) -> None:
+        """Sums and counts over all ranks, so that a mean is never a mean of means; one host sync.
+
+        Means are over the tokens of mask [B, T]; of `chosen` [], the loss tokens, the others were dropped.
+        """
         signs = (advantages if advantages.ndim == 2 else advantages[:, None]).sign() * mask  # [B, T]
         tokens, positive, negative = mask.sum(), (signs > 0).sum(), (signs < 0).sum()
         counts = {name: tokens for name in TOKEN_MEANS}
-        counts |= {"coef_mean_positive": positive, "coef_mean_negative": negative}
+        counts |= {"coef_mean_positive": positive, "coef_mean_negative": negative, "nonfinite_share": chosen}
+        metrics = {**metrics, "nonfinite_share": (chosen - tokens) / chosen.clamp(min=1)}
         names = [name for name in counts if name in metrics]
         above = metrics["loss_above_start"] * self._steps() / self.accelerator.num_processes
         sums = torch.stack([above, *(metrics[n] * counts[n] for n in names), *(counts[n] for n in names)])

@@ -72,7 +72,22 @@ class TamperedTrainer(LADTrainer):
             out["group"] = (torch.arange(len(everyone)) // self.args.num_generations)[mine]
         if "nan" in self.extras:
             out["sampling_per_token_logps"] = torch.full(shape, math.nan)
+        if "broken numbers" in self.extras:
+            for name, place, bad in (("old", (0, 1), math.nan), ("old", (1, 2), -math.inf), ("ref", (2, 0), math.inf)):
+                if f"{name}_per_token_logps" in out:
+                    out[f"{name}_per_token_logps"][place] = bad
         return out
+
+    def _generate(self, prompts):
+        """With "sampler": log-probs as vLLM would have returned them, one not a number (None) and one of -inf."""
+        if "sampler" not in self.extras:
+            return super()._generate(prompts)
+        self.use_vllm = False
+        out = list(super()._generate(prompts))
+        self.use_vllm = True  # from here on TRL corrects for the sampler
+        out[4] = [[-1.0 - 0.3 * i for i in range(len(ids))] for ids in out[1]]
+        out[4][0][1], out[4][1][2] = None, -math.inf
+        return tuple(out)
 
 
 def joined(batches) -> dict[str, torch.Tensor]:
@@ -89,8 +104,8 @@ def joined(batches) -> dict[str, torch.Tensor]:
 def assert_scored_alike(padded, logprobs) -> None:
     """Before anybody has stepped, what the rollout was scored with must be what the weights say, [B, T]."""
     for name in padded.keys() & {"old_per_token_logps", "ref_per_token_logps"}:
-        apart = (padded[name] - logprobs.detach()) * padded["completion_mask"]
-        assert apart.abs().max() < 1e-5, name
+        known = (padded["completion_mask"] != 0) & padded[name].isfinite()
+        assert (padded[name] - logprobs.detach())[known].abs().max() < 1e-5, name
 
 
 def truth(trainer, model, batches, rollout=None, untrained=False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -103,9 +118,12 @@ def truth(trainer, model, batches, rollout=None, untrained=False) -> tuple[torch
     log_p = logits.log_softmax(-1)
     logprobs = log_p.gather(2, padded["completion_ids"][..., None])[..., 0]  # [B, T]
     entropy = -(log_p.exp() * log_p).sum(-1)  # [B, T]
-    mask = (padded["completion_mask"] * padded.get("tool_mask", 1)).double()
+    chosen = (padded["completion_mask"] * padded.get("tool_mask", 1)).bool()
     weights = torch.ones_like(logprobs).detach() * padded.get("importance_sampling_ratio", 1)
-    mode, count = args.loss_agg_mode, len(ids)
+    mask, old, ref = chosen & weights.isfinite(), padded.get("old_per_token_logps"), padded.get("ref_per_token_logps")
+    for x in (old, ref):
+        mask = mask if x is None else mask & x.isfinite()
+    mask, mode, count = mask.double(), args.loss_agg_mode, len(ids)
     tokens = (whole["completion_mask"] * whole.get("tool_mask", 1)).sum() * count / len(whole["prompt_ids"])
     normalizer = {"token-mean": tokens, "seq-mean-token-sum-norm": count * args.max_completion_length}
     config = lad_kernels.LADConfig(
@@ -119,7 +137,6 @@ def truth(trainer, model, batches, rollout=None, untrained=False) -> tuple[torch
     )  # fmt: skip
     if untrained:
         assert_scored_alike(padded, logprobs)
-    old = padded.get("old_per_token_logps")
     if args.target_norm is not None:
         given["group_ids"] = padded["group"]
     if args.top_entropy_quantile < 1:  # one micro-batch: TRL takes its quantile from each
@@ -130,10 +147,11 @@ def truth(trainer, model, batches, rollout=None, untrained=False) -> tuple[torch
     if args.target_norm is None:  # with it the log's signs are those of the shifted advantages
         detached = lad_kernels.lad_loss(logprobs.detach(), old, rollout_is_weights=weights, **given).metrics
         metrics |= {f"lad/{n}": x.item() for n, x in detached.items() if n.startswith("coef")}
+    metrics["lad/nonfinite_share"] = 1 - (mask.sum() / chosen.sum()).item()
     metrics["entropy"] = ((entropy * mask).sum() / mask.sum()).item()
     if args.beta != 0:
-        gap = (padded["ref_per_token_logps"] - logprobs) * mask
-        log_ratio = (logprobs - (logprobs.detach() if old is None else old)) * mask
+        gap = torch.where(mask != 0, ref - logprobs, 0.0)
+        log_ratio = torch.where(mask != 0, logprobs - (logprobs.detach() if old is None else old), 0.0)
         if args.importance_sampling_level != "token":
             log_ratio = log_ratio.sum(1, keepdim=True)
         if args.importance_sampling_level == "sequence":
@@ -183,6 +201,28 @@ LAD = {
     "entropy bonus, accumulation": dict(entropy_coef=0.3, extras=("tools",), gradient_accumulation_steps=2),
     "target norm": dict(target_norm="group", gradient_accumulation_steps=2, num_iterations=2),
     "no entropy log": dict(log_entropy=False),
+    "sampler, sequences": dict(extras=("sampler",), num_iterations=2),
+    "sampler, tokens": dict(
+        extras=("sampler", "tools"), vllm_importance_sampling_mode="token_truncate", beta=0.1, num_iterations=2
+    ),
+    "sampler, an infinite weight": dict(
+        extras=("sampler",), vllm_importance_sampling_mode="token_mask", vllm_importance_sampling_clip_max=None
+    ),
+    "broken numbers": dict(extras=("broken numbers",), num_iterations=2),
+    "broken numbers, sequence, reference": dict(
+        extras=("broken numbers",),
+        num_iterations=2,
+        importance_sampling_level="sequence",
+        beta=0.2,
+        use_bias_correction_kl=False,
+        loss_agg_mode="seq-mean-token-mean",
+    ),
+    "broken numbers, corrected": dict(
+        extras=("broken numbers",), num_iterations=2, beta=0.2, loss_agg_mode="seq-mean-token-mean"
+    ),
+    "broken numbers, high entropy, bonus": dict(
+        extras=("broken numbers",), num_iterations=2, top_entropy_quantile=0.6, entropy_coef=0.3
+    ),
     "routed": dict(backward="routed", tail_mass=1e-9),
 }
 
@@ -224,6 +264,19 @@ def assert_equals_truth(trainer, steps, model):
 def test_gradient_equals_that_of_stored_logits(name, folder, tmp_path):
     trainer, steps = run_lad(folder, tmp_path, **LAD[name])
     assert_equals_truth(trainer, steps, load(folder, torch.float64))
+
+
+@pytest.mark.parametrize(("given", "ratio", "share"), [
+    (dict(vllm_importance_sampling_mode="token_truncate"), 3.0, 0.0),  # TRL's own bound
+    (dict(vllm_importance_sampling_mode="token_mask", vllm_importance_sampling_clip_max=None), math.inf, 1 / 24),
+])  # fmt: skip
+def test_what_the_sampler_cannot_score_is_trls(given, ratio, share, folder, tmp_path):
+    """A log-prob that is not a number gets ratio 1, one of -inf TRL's bound; without a bound its token is dropped."""
+    trainer, steps = run_lad(folder, tmp_path, extras=("sampler",), max_steps=1, **given)
+    ratios = joined(steps[0][2])["importance_sampling_ratio"]  # [B, T], 24 tokens
+    assert (ratios == 1).sum() == 1 and (ratios == ratio).sum() == 1
+    assert trainer.state.log_history[0]["lad/nonfinite_share"] == pytest.approx(share)
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
 
 
 RANKS = {

@@ -65,14 +65,16 @@ class FusedHeadMixin:
                 "unsloth: expected not to be imported, as it rewrites TRL's trainers and the models' forwards; use "
                 "one or the other"
             )
-        if args is not None and args.use_liger_kernel:
+        if args is not None and args.use_liger_kernel and not trl_has_fused_head:  # later: Liger's layers alone
             raise ValueError(
-                "use_liger_kernel: expected False, got True; it replaces the same forward as lad_kernels' head"
+                "use_liger_kernel: expected False with TRL 1.14, got True; it would replace the model's forward, and "
+                "ours with it; TRL 1.15.1 and later apply Liger's layers alone"
             )
         if getattr(args, "cast_lm_head_to_fp32", False) and (args.bf16 or args.fp16):
             raise ValueError(
                 "cast_lm_head_to_fp32: expected False under bf16 or fp16 autocast, got True; logits are accumulated "
-                "in float32 without it, or load the model in bfloat16 and set bf16=False"
+                "in float32 without it; for a float32 head on a 16-bit body load the model in bfloat16 "
+                "(model_init_kwargs={'dtype': 'bfloat16'}) and set bf16=False"
             )
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         require_sound_ranks(self.accelerator, reference_model=self.ref_model is not None)

@@ -174,8 +174,6 @@ def test_config_refuses_by_name(given, words, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "config", "given", "error", "words"),
     [
-        (LADTrainer, LADConfig, dict(use_liger_kernel=True), ValueError, "use_liger_kernel: expected False, got True"),
-        (FusedGRPOTrainer, trl.GRPOConfig, dict(use_liger_kernel=True), ValueError, "use_liger_kernel: expected False"),
         (LADTrainer, LADConfig, dict(bf16=True, cast_lm_head_to_fp32=True), ValueError, "cast_lm_head_to_fp32"),
         (LADTrainer, trl.GRPOConfig, {}, TypeError, "args: expected integration.trl.LADConfig, got GRPOConfig"),
     ],

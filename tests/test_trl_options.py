@@ -10,6 +10,7 @@ pytest.importorskip("trl", reason="TRL is not installed; its options go unchecke
 
 import test_trl
 import test_trl_loss
+import test_trl_patched
 from test_trl_loss import LAD
 from trl_cases import ON_CPU, options, trl
 
@@ -34,8 +35,9 @@ OURS = {
     "gradient_checkpointing": "checkpointing",
     "router_aux_loss_coef": "test_mixture_of_experts_loss_keeps_trl_coefficient",
     "bf16": "test_gradient_under_bf16_autocast_is_no_worse_than_that_of_stored_logits",
-    "cast_lm_head_to_fp32": "test_trainer_refuses_by_name",
-    "use_liger_kernel": "test_trainer_refuses_by_name",
+    "cast_lm_head_to_fp32": "test_a_float32_head_on_a_16_bit_body",
+    "use_liger_kernel": "test_ligers_layers",
+    "liger_kernel_config": "test_ligers_layers",
 }
 # What TRL does before our loss, or after it, in code that is not replaced: rollouts, advantages, the reference, logs.
 TRLS = """
@@ -48,7 +50,7 @@ mask_truncated_completions sync_ref_model ref_model_mixup_alpha ref_model_sync_s
 vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max
 vllm_importance_sampling_clip_min vllm_importance_sampling_cap log_completions log_multimodal num_completions_to_print
 log_unique_prompts log_completions_hub_repo use_transformers_continuous_batching transformers_continuous_batching_config
-use_transformers_paged liger_kernel_config
+use_transformers_paged
 """
 # What transformers' Trainer does around the loss: the loop, the optimizer, wrapping, evaluation, logs, checkpoints.
 TRAINERS = """
@@ -86,7 +88,7 @@ def test_every_option_stands_in_exactly_one_list():
 def test_what_is_ours_is_tested(name):
     where = OURS[name]
     if where.startswith("test_"):
-        assert hasattr(test_trl, where) or hasattr(test_trl_loss, where)
+        assert any(hasattr(module, where) for module in (test_trl, test_trl_loss, test_trl_patched))
         return
     default = next(f.default for f in fields(trl.GRPOConfig) if f.name == name)
     if name == "max_completion_length":  # every run sets it; this average divides by it

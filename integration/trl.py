@@ -5,10 +5,11 @@ trainer = LADTrainer(model, reward_funcs, args=LADConfig(eta=0.25), train_datase
 
 `FusedHeadMixin` in front of `trl.GRPOTrainer` or `trl.RLOOTrainer` computes every log-probability with `lad_kernels`
 and leaves TRL's loss as it is. `LADTrainer` replaces the loss. Sampling, advantages, the reference model and the logs
-remain TRL's in both. The head always runs inside the wrapped model's forward. TRL's own losses and gradient norms stay
-within 5e-6 in float32. Tested on two ranks: LADTrainer under DDP, FSDP2 (by layer or in one group, tied or not) and
-ZeRO-3, the mixin under DDP, both with PEFT's `modules_to_save=["lm_head"]`, where TRL 1.16's own head has a wrong
-gradient (FSDP2). What fails: accelerate's SIZE_BASED_WRAP, before training, and LoRA on `lm_head` (TRL >= 1.15).
+remain TRL's in both. The head always runs inside the wrapped model's forward, on the device of its weight. TRL's own
+losses and gradient norms stay within 5e-6 in float32. Tested on two ranks: LADTrainer under DDP, FSDP2 (by layer or in
+one group, tied or not) and ZeRO-3, the mixin under DDP, both with PEFT's `modules_to_save=["lm_head"]`, where TRL
+1.16's own head has a wrong gradient (FSDP2). What fails: accelerate's SIZE_BASED_WRAP, before training, and LoRA on
+`lm_head` (TRL >= 1.15). Not run: a model on several devices of one process (`device_map`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from integration.distributed import require_sound_ranks
 from integration.transformers import attach_fused_head
@@ -125,14 +127,15 @@ class FusedHeadMixin:
         targets = labels[:, 1:]
 
         def head(hidden: Tensor, weight: Tensor, **transform: Any) -> LinearLogprobs:  # [B, L, D], [V, D]
+            ids = targets.to(hidden.device)
             return linear_logprobs(
-                hidden[:, :-1], weight, targets, loss_mask=targets != -100, temperature=self.temperature,
+                hidden[:, :-1], weight, ids, loss_mask=ids != -100, temperature=self.temperature,
                 return_entropy=want_entropy, **transform,
             )  # fmt: skip
 
         out = model(**inputs, use_cache=False, fused_head=head)
-        logprobs, entropy, _ = out.result
-        aux_loss = out.aux_loss / self._router_coefficient() if inputs.get("output_router_logits") else None
+        (logprobs, entropy, _), aux_loss = _on(labels.device, (out.result, out.aux_loss))
+        aux_loss = aux_loss / self._router_coefficient() if inputs.get("output_router_logits") else None
         return SimpleNamespace(log_probs=logprobs, entropy=entropy, aux_loss=aux_loss)
 
     def _router_coefficient(self) -> float:
@@ -240,7 +243,8 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
 
         def head(hidden: Tensor, weight: Tensor, **transform: Any) -> Any:  # [B, L, D], [V, D]
             rows = hidden[:, -completion_ids.shape[1] - 1 : -1]  # [B, T, D]
-            return loss_or_logprobs(rows, weight, completion_ids, temperature=self.temperature, **options, **transform)
+            ids, given = _on(hidden.device, (completion_ids, options))
+            return loss_or_logprobs(rows, weight, ids, temperature=self.temperature, **given, **transform)
 
         images = {name: inputs[name] for name in MULTIMODAL if inputs.get(name) is not None}
         if self.aux_loss_enabled:
@@ -251,7 +255,8 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
                 attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
                 use_cache=False, fused_head=head, **images,
             )  # fmt: skip
-        return out.result, out.aux_loss / self._router_coefficient() if self.aux_loss_enabled else None
+        result, aux_loss = _on(completion_ids.device, (out.result, out.aux_loss))
+        return result, aux_loss / self._router_coefficient() if self.aux_loss_enabled else None
 
     def _loss_in_one_call(self, model: Any, inputs: dict[str, Any], given: dict) -> tuple[LossOutput, Tensor | None]:
         return self._forward(
@@ -318,6 +323,11 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
         values = self.accelerator.gather(torch.stack([metrics[name] for name in largest])[None]).amax(0)
         for name, value in zip(largest, values.tolist()):
             self._record(f"lad/{name}", value)
+
+
+def _on(device: torch.device, tree: Any) -> Any:
+    """The tree with its tensors on the device: a model spread by `device_map` has its head where its weight is."""
+    return pytree.tree_map_only(Tensor, lambda x: x.to(device), tree)
 
 
 def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:

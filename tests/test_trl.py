@@ -112,6 +112,39 @@ def test_images_reach_the_model(folder, tmp_path):
     assert all(seen[name] is images[name] for name in images)
 
 
+@pytest.mark.parametrize("way", [{}, dict(entropy_coef=0.1), dict(beta=0.1)])
+@pytest.mark.parametrize("kind", [LADTrainer, FusedGRPOTrainer])
+def test_what_the_loss_is_given_follows_the_head(kind, way, folder, tmp_path, monkeypatch):
+    """A model spread over devices; "meta" stands for the head's. What comes back goes to the rollout's device."""
+    config = LADConfig if kind is LADTrainer else trl.GRPOConfig
+    trainer = build(kind, config(**options(tmp_path, num_iterations=2, **way)), load(folder))
+    trainer.current_gradient_accumulation_steps = 1
+    rollout = trainer._generate_and_score_completions(list(PROMPTS.select([0] * 4)))
+    rollout |= {"importance_sampling_ratio": torch.ones(4, 1), "tool_mask": torch.ones_like(rollout["completion_mask"])}
+    names = {}
+
+    def called(hidden, weight, ids, **given):
+        names.update({n: x.device.type for n, x in given.items() if isinstance(x, torch.Tensor)}, ids=ids.device.type)
+        result = torch.empty(ids.shape, device="meta") if "return_entropy" in given else None
+        return adapter.LinearLogprobs(result, result, result)
+
+    monkeypatch.setattr(adapter, "linear_logprobs", called)
+    monkeypatch.setattr(adapter, "linear_lad_loss", called)
+
+    def model(input_ids, fused_head, **_):
+        hidden = torch.empty(*input_ids.shape, SIZES["hidden_size"], device="meta")
+        found = fused_head(hidden, torch.empty(SIZES["vocab_size"], SIZES["hidden_size"], device="meta"), bias=None)
+        return SimpleNamespace(result=found, aux_loss=None)
+
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):  # on its way back
+        trainer.compute_loss(model, rollout)
+    assert set(names.values()) == {"meta"}
+    assert names.keys() >= ({"ids", "loss_mask"} if way or kind is FusedGRPOTrainer else {"ids", *OF_THE_ROLLOUT})
+
+
+OF_THE_ROLLOUT = ("loss_mask", "old_logprobs", "advantages", "normalizer", "rollout_is_weights")
+
+
 def even_digits(completions, **_) -> list[float]:
     return [float(text[:1] in tuple("02468")) for text in completions]
 

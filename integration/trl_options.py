@@ -48,6 +48,16 @@ REFUSED = {
     "label_smoothing_factor": "there are no labels to smooth, in TRL's losses neither; drop it",
 }
 
+# TRL's loss types as lad_kernels.GRPOConfig has them: policy_loss and loss_agg_mode.
+LOSS_TYPES = {
+    "dapo": ("ppo", "token-mean"),
+    "bnpo": ("ppo", "token-mean"),
+    "grpo": ("ppo", "seq-mean-token-mean"),
+    "luspo": ("ppo", "seq-mean-token-sum"),
+    "dr_grpo": ("ppo", "seq-mean-token-sum-norm"),
+    "cispo": ("cispo", "token-mean"),
+}
+
 # Fields of LADConfig that lad_kernels.LADConfig has under the same name and with the same meaning.
 OBJECTIVE = (
     "divergence", "eta", "importance_sampling_level", "loss_agg_mode", "target_norm", "centered", "log_ratio_clamp",
@@ -112,3 +122,43 @@ class LADConfig(GRPOConfig):
         """What `lad_kernels` is asked to minimise."""
         kl_coef = 0.0 if self.use_bias_correction_kl else self.beta  # the corrected term is the trainer's
         return lad_kernels.LADConfig(kl_coef=kl_coef, **{name: getattr(self, name) for name in OBJECTIVE})
+
+
+def grpo_config(args: GRPOConfig) -> lad_kernels.GRPOConfig:
+    """The objective of TRL's options for `linear_grpo_loss`; some of TRL's names mean something else there.
+
+    | TRL | lad_kernels |
+    |---|---|
+    | `loss_type` | `policy_loss` and `loss_agg_mode`, see LOSS_TYPES; the divisor is the caller's |
+    | `epsilon`, `epsilon_high` | offsets: the ratio is clipped to [1 - `epsilon_low`, 1 + `epsilon_high`] |
+    | the same with `cispo` | `epsilon_high` is the bound itself, as in Liger: min(r, `epsilon_high`), no lower bound |
+    | `delta` | `dual_clip` |
+    | `beta`, `scale_rewards` | `kl_coef`, `advantage_scale` |
+
+    Args:
+        args: `trl.GRPOConfig`; what its loss does not read has no effect here either.
+
+    Raises:
+        ValueError: an option that `lad_kernels.GRPOConfig` has no counterpart for.
+    """
+    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    cispo = args.loss_type == "cispo"
+    for name, fine, wanted in (
+        ("loss_type", args.loss_type in LOSS_TYPES, f"one of {', '.join(LOSS_TYPES)}"),
+        ("epsilon_high", not cispo or high >= 1, "at least 1 with cispo, where it is the bound itself"),
+        ("delta", args.delta is None or args.delta >= 1 + high, f"at least 1 + epsilon_high = {1 + high:g}"),
+        ("use_bias_correction_kl", args.beta == 0 or not args.use_bias_correction_kl, "False with beta"),
+        ("off_policy_mask_threshold", args.off_policy_mask_threshold is None, "None"),
+        ("top_entropy_quantile", args.top_entropy_quantile == 1, "1"),
+        ("entropy_coef", args.entropy_coef == 0, "0; TRL's bonus is a mean of its own over each micro-batch"),
+        ("use_adaptive_entropy", not args.use_adaptive_entropy, "False"),
+    ):
+        if not fine:
+            raise ValueError(f"{name}: expected {wanted}, got {getattr(args, name)!r}; train with FusedHeadMixin")
+    policy_loss, mode = LOSS_TYPES[args.loss_type]
+    return lad_kernels.GRPOConfig(
+        epsilon_low=1.0 if cispo else args.epsilon, epsilon_high=high - 1 if cispo else high,
+        dual_clip=None if cispo else args.delta, policy_loss=policy_loss, loss_agg_mode=mode,
+        importance_sampling_level=args.importance_sampling_level, advantage_scale=args.scale_rewards,
+        kl_coef=args.beta,
+    )  # fmt: skip

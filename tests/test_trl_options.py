@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 
 import pytest
+import torch
 
 pytest.importorskip("trl", reason="TRL is not installed; its options go unchecked")
 
@@ -12,10 +13,11 @@ import test_trl
 import test_trl_loss
 import test_trl_patched
 from test_trl_loss import LAD
-from trl_cases import ON_CPU, options, trl
+from trl_cases import ON_CPU, PROMPTS, build, load, options, save_model, trl
 
+import lad_kernels
 from integration.trl import LADConfig
-from integration.trl_options import REFUSED
+from integration.trl_options import LOSS_TYPES, REFUSED, grpo_config
 
 pytestmark = ON_CPU
 
@@ -109,3 +111,70 @@ def test_what_has_no_meaning_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match=f"^{name}: expected ") as caught:
         LADConfig(**options(tmp_path, **{name: given}))
     assert repr(given) in str(caught.value) and repr(default) in str(caught.value)
+
+
+TRANSLATED = {name: dict(loss_type=name) for name in LOSS_TYPES} | {
+    "cispo": dict(loss_type="cispo", epsilon_high=1.1),
+    "cispo, without effect of epsilon and delta": dict(loss_type="cispo", epsilon_high=5.0, epsilon=0.01, delta=9.0),
+    "clip higher": dict(epsilon=0.1, epsilon_high=0.28),
+    "delta": dict(epsilon=0.05, delta=1.06),
+    "sequence": dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-3, epsilon_high=4e-3),
+    "reference": dict(beta=0.3, use_bias_correction_kl=False),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    torch.set_num_threads(1)
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_grpo_config_is_trls_loss(name, folder, tmp_path):
+    """Loss and gradient of `grpo_loss` with the translated options are those of TRL's own loss, where ratios clip."""
+    args = trl.GRPOConfig(**options(tmp_path, num_iterations=2, **TRANSLATED[name]))
+    trainer = build(trl.GRPOTrainer, args, load(folder, torch.float64))
+    trainer.current_gradient_accumulation_steps = 1
+    rollout = trainer._generate_and_score_completions(list(PROMPTS.select([0] * 4)))
+    g, shape = torch.Generator().manual_seed(0), rollout["completion_ids"].shape  # [B, T]
+    for given in rollout.keys() & {"old_per_token_logps", "ref_per_token_logps"}:
+        rollout[given] = rollout[given] + 0.15 * torch.randn(shape, generator=g)
+
+    def gradient(loss):
+        trainer.model.zero_grad()
+        loss.backward()
+        return trainer.model.lm_head.weight.grad.clone()
+
+    theirs = trainer.compute_loss(trainer.model, rollout)
+    ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], 1)
+    attention = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], 1)
+    logits = trainer.model(ids, attention_mask=attention).logits[:, -shape[1] - 1 : -1]  # [B, T, V]
+    logprobs = logits.log_softmax(-1).gather(2, rollout["completion_ids"][..., None])[..., 0]  # [B, T]
+    config = grpo_config(args)
+    out = lad_kernels.grpo_loss(
+        logprobs, rollout["old_per_token_logps"], rollout["advantages"], loss_mask=rollout["completion_mask"],
+        config=config, ref_logprobs=rollout.get("ref_per_token_logps"),
+    )  # fmt: skip
+    assert "without effect" in name or out.metrics["clip_share"] > 0
+    assert out.loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+    expected = gradient(theirs)
+    assert (gradient(out.loss) - expected).norm() < 1e-5 * expected.norm()
+    assert config.advantage_scale == args.scale_rewards
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (dict(loss_type="sapo"), "^loss_type: expected one of dapo, .*, got 'sapo'"),
+        (dict(loss_type="cispo"), "^epsilon_high: expected at least 1 with cispo"),
+        (dict(delta=1.1), "^delta: expected at least 1 \\+ epsilon_high = 1.2, got 1.1"),
+        (dict(beta=0.1), "^use_bias_correction_kl: expected False with beta"),
+        (dict(off_policy_mask_threshold=0.5), "^off_policy_mask_threshold: "),
+        (dict(top_entropy_quantile=0.5), "^top_entropy_quantile: "),
+        (dict(entropy_coef=0.1), "^entropy_coef: "),
+        (dict(use_adaptive_entropy=True), "^use_adaptive_entropy: "),
+    ],
+)
+def test_grpo_config_refuses_what_has_no_counterpart(given, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        grpo_config(trl.GRPOConfig(**options(tmp_path, **given)))

@@ -47,7 +47,8 @@ BACKEND = "lad_kernels"
 class LADPolicyLossConfig(PolicyLossConfig):
     """verl's policy loss configuration plus what LAD needs; every field means what it means in `LADConfig`.
 
-    Aggregation, KL and entropy terms are verl's own (`actor.loss_agg_mode`, `use_kl_loss`, `entropy_coeff`).
+    Aggregation, KL and entropy terms are verl's own (`actor.loss_agg_mode`, `use_kl_loss`, `entropy_coeff`), and so are
+    the bounds that it puts on its KL estimates.
 
     Raises:
         ImportError: verl is not installed.
@@ -99,7 +100,9 @@ def lad_policy_loss(
         rollout_is_weights: [B, T] importance weights of the rollout engine, constants.
 
     Returns:
-        The loss [], scaled as `agg_loss` scales it, and metrics as Python floats, means over this micro-batch.
+        The loss [], scaled as `agg_loss` scales it, and metrics as Python floats, means over this micro-batch. A token
+        whose old log-prob or weight is not finite is dropped and counted in `actor/lad/nonfinite_share`; verl's counts,
+        by which the loss is scaled, contain it.
 
     Raises:
         ValueError: an unknown mode, or dp_size > 1 without the global counts.

@@ -216,14 +216,22 @@ def _padded_loss(
     if level != "token":
         metrics |= {"approx_kl_k1": -d.sum() / many, "approx_kl_k3": (d.expm1() - d).sum() / many}
     if config.kl_coef != 0:
-        gap = ref_logprobs.detach()[keep] - logprobs[keep]  # [M]
-        k3 = torch.where(gap.isinf(), torch.inf, gap.expm1() - gap)
+        k3 = _k3(ref_logprobs.detach()[keep] - logprobs[keep], config.kl_clamp)  # [M]
         loss, metrics["kl_ref"] = loss + config.kl_coef * (each * k3).sum(), k3.detach().sum() / many
     if entropy is not None:
         loss = loss - config.entropy_coef * (each * entropy[keep]).sum()
         metrics["entropy"] = entropy.detach()[keep].sum() / many
         entropy = torch.where(chosen, entropy.detach(), 0.0)
     return LossOutput(loss, torch.where(chosen, logp, 0.0), entropy, advantages, metrics)
+
+
+def _k3(gap: Tensor, bound: float | None) -> Tensor:  # [M] -> [M]
+    """e^gap - 1 - gap; beyond the bound the bound, without a gradient."""
+    k3 = torch.where(gap.isinf(), torch.inf, gap.expm1() - gap)
+    if bound is None:
+        return k3
+    beyond = k3.detach() > bound
+    return torch.where(beyond, bound, _k3(torch.where(beyond, 0.0, gap), None))  # no 0 * inf in the backward
 
 
 def _check(

@@ -180,3 +180,17 @@ def test_context_parallel_loss_drops_what_lad_loss_drops(level):
     for name in found.metrics:
         if "_mean_" not in name and "loss_above" not in name:
             assert found.metrics[name].item() == pytest.approx(whole.metrics[name].item(), rel=1e-5, abs=1e-6), name
+
+
+def test_context_parallel_loss_bounds_the_kl_term_as_lad_loss():
+    data, config = batch(), LADConfig(kl_coef=0.1, kl_clamp=0.05)
+    data["ref"][PLACE] = data["logp"][PLACE] + 95
+    found = {}
+    given = {"loss_mask": MASK, "config": config, "ref_logprobs": data["ref"]}
+    for loss, group in ((context_parallel_loss, {"group": dist.group.WORLD}), (lad_loss, {})):
+        leaf = data["logp"].clone().requires_grad_()
+        out = loss(leaf, data["old"], data["advantages"][:, 0], **given, **group)
+        out.loss.backward()
+        found[loss] = torch.cat([out.loss.detach()[None], out.metrics["kl_ref"][None], leaf.grad.flatten()])
+    torch.testing.assert_close(found[context_parallel_loss], found[lad_loss], rtol=1e-6, atol=1e-7)
+    assert found[lad_loss].isfinite().all()

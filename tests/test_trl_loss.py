@@ -82,6 +82,8 @@ class TamperedTrainer(LADTrainer):
         """With "sampler": log-probs as vLLM would have returned them, one not a number (None) and one of -inf."""
         if "sampler" not in self.extras:
             return super()._generate(prompts)
+        if not trl_has_fused_head:
+            pytest.skip("TRL 1.14 goes untested with a sampler that gives no number for a token")
         self.use_vllm = False
         out = list(super()._generate(prompts))
         self.use_vllm = True  # from here on TRL corrects for the sampler

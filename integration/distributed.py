@@ -202,8 +202,9 @@ def _padded_loss(
     if level != "token":  # the sequence's own log-ratio at every token, with the gradient that reaches each of them
         total, slope = (sums[0], counts) if level == "sequence_sum" else (sums[0] / counts, torch.ones_like(counts))
         change = torch.where(logprobs.isfinite(), logprobs - logprobs.detach(), 0.0)  # [B, S] zeros with a gradient
-        seen = total[:, None].to(logp) + slope[:, None].to(logp) * change
-        old = None if old_logprobs is None else torch.zeros_like(logp)
+        total = total[:, None].to(logp)  # [B, 1], seen - old below, exactly; as log-probs neither may be above 0
+        seen = torch.where(total > 0, 0.0, total) + slope[:, None].to(logp) * change
+        old = None if old_logprobs is None else torch.where(total > 0, -total, 0.0).expand_as(logp)
         weights = (sums[2] / counts)[:, None].to(logp).expand_as(logp)
     local = {"importance_sampling_level": "token", "loss_agg_mode": "token-mean", "kl_coef": 0.0, "entropy_coef": 0.0}
     out = (lad_loss if isinstance(config, LADConfig) else grpo_loss)(

@@ -83,7 +83,7 @@ def grpo_loss(
     rollout_is_weights: Tensor | None = None,
     impl: str = "reference",
 ) -> LossOutput:
-    """PPO-clip with asymmetric and dual clip (GRPO, DAPO, Dr. GRPO, GSPO by level), CISPO, REINFORCE."""
+    """PPO-clip with asymmetric and dual clip (GRPO, DAPO, Dr. GRPO, GSPO, LUSPO), CISPO, REINFORCE, SAPO, VESPO."""
     t = _Tokens(logprobs, old_logprobs, loss_mask, cu_seqlens, config, ref_logprobs, rollout_is_weights)
     a = t.per_token(advantages).to(t.logprobs.dtype)  # [M]
     low, high = 1 - config.epsilon_low, 1 + config.epsilon_high
@@ -95,6 +95,13 @@ def grpo_loss(
             return -a * t.logprobs
         if config.policy_loss == "cispo":
             return -r.clamp(low, high).detach() * a * t.logprobs
+        if config.policy_loss == "sapo":
+            tau = torch.where(a > 0, config.sapo_temperature_pos, config.sapo_temperature_neg)
+            return -a * torch.sigmoid(tau * (r - 1)) * 4 / tau
+        if config.policy_loss == "vespo":
+            k = torch.where(a >= 0, config.vespo_k_pos, config.vespo_k_neg)
+            rate = torch.where(a >= 0, config.vespo_lambda_pos, config.vespo_lambda_neg)
+            return -(r**k * (rate * (1 - r)).exp()).detach() * a * t.logprobs
         loss = torch.maximum(-a * r, -a * r.clamp(low, high))
         if config.dual_clip is not None:
             loss = torch.where(a < 0, torch.minimum(loss, -a * config.dual_clip), loss)
@@ -103,7 +110,7 @@ def grpo_loss(
     clipped = ((a > 0) & (ratio > high)) | ((a < 0) & (ratio < low))
     if config.policy_loss == "cispo":
         clipped = (ratio < low) | (ratio > high)
-    elif config.policy_loss == "reinforce":
+    elif config.policy_loss in ("reinforce", "sapo", "vespo"):
         clipped = torch.zeros_like(clipped)
     elif config.dual_clip is not None:
         clipped |= (a < 0) & (ratio > config.dual_clip)

@@ -165,6 +165,14 @@ def test_bad_grpo_config():
         GRPOConfig(dual_clip=0.5)
     with pytest.raises(ValueError, match="needs 'token'"):
         GRPOConfig(policy_loss="cispo", importance_sampling_level="sequence")
+    with pytest.raises(ValueError, match="'vespo' needs 'sequence_sum', got 'token'"):
+        GRPOConfig(policy_loss="vespo")
+    with pytest.raises(ValueError, match="'luspo' needs 'sequence', got 'token'"):
+        GRPOConfig(policy_loss="luspo")
+    with pytest.raises(ValueError, match=r"loss_agg_mode: .*needs 'seq-mean-token-sum', got 'token-mean'"):
+        GRPOConfig(policy_loss="luspo", importance_sampling_level="sequence")
+    with pytest.raises(ValueError, match="sapo_temperature_neg: expected a finite number > 0"):
+        GRPOConfig(sapo_temperature_neg=0)
     with pytest.raises(TypeError, match="eta: expected a number"):
         LADConfig(eta="0.25")
 

@@ -168,3 +168,24 @@ def test_bounded_kl(config, impl, device):
     torch.testing.assert_close(leaf.grad.cpu().double(), 0.1 / 8 * slope, rtol=1e-5, atol=1e-7)
     unbounded = loss(leaf, **kw, config=replace(config, kl_clamp=None), impl=impl)
     assert unbounded.loss.isinf()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [GRPOConfig(policy_loss="sapo"), GRPOConfig(policy_loss="vespo", importance_sampling_level="sequence_sum")],
+    ids=lambda c: c.policy_loss,
+)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_soft_gates_over_300_nats(impl, config, device):
+    """The gate closes before the ratio overflows: loss, gradient and metrics in float32 against float64."""
+    ours = kernel.policy_terms if impl == "triton" else policy.policy_terms
+    none = dict(rewards=None, group_ids=None, rollout_is_weights=None, weights_by_token=False, entropy=None)
+    found, truth = (
+        policy.PolicyTerms(*terms(**packed(dtype, device, "sequence"), **none, config=config))
+        for dtype, terms in ((torch.float32, ours), (torch.float64, policy.policy_terms))
+    )
+    assert agrees(found.dlogprobs, truth.dlogprobs, 1e-4 * (truth.dlogprobs.abs() + 1e-3)).all()
+    for name in truth.metrics.keys() - {"zero_coef_share"}:  # a closed gate's gradient of e^-200 is 0 in float32
+        got, want = found.metrics[name], truth.metrics[name]
+        assert agrees(got, want, 1e-4 * (want.abs() + 1e-3)), (name, got, want)
+    assert agrees(found.loss, truth.loss, 1e-4 * truth.loss.abs())

@@ -93,6 +93,12 @@ GRPO = {
     "gspo": GRPOConfig(importance_sampling_level="sequence", epsilon_low=3e-4, epsilon_high=4e-4),
     "cispo": GRPOConfig(policy_loss="cispo"),
     "rloo": GRPOConfig(policy_loss="reinforce", advantage_scale="loo"),
+    "sapo": GRPOConfig(policy_loss="sapo", loss_agg_mode="seq-mean-token-mean"),
+    "sapo of the mean": GRPOConfig(policy_loss="sapo", importance_sampling_level="sequence"),
+    "vespo": GRPOConfig(policy_loss="vespo", importance_sampling_level="sequence_sum", log_ratio_clamp=2.0),
+    "luspo": GRPOConfig(
+        policy_loss="luspo", importance_sampling_level="sequence", loss_agg_mode="seq-mean-token-sum"
+    ),
     "everything": GRPOConfig(kl_coef=0.1, entropy_coef=0.1, log_ratio_clamp=0.7, advantage_scale="batch"),
 }  # fmt: skip
 
@@ -117,7 +123,7 @@ def test_lad_float32(name, impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("name", ("dapo", "dual clip", "gspo", "cispo", "rloo", "everything"))
+@pytest.mark.parametrize("name", ("dapo", "dual clip", "gspo", "cispo", "rloo", "everything", "sapo", "vespo", "luspo"))
 def test_grpo_float32(name, impl, device):
     kw = batch(torch.float32, device)
     compare(kw, GRPO[name], impl, rewards=torch.tensor([1.0, 0, 0, 1, 1, 0], device=device), group_size=3)

@@ -13,7 +13,9 @@ DIVERGENCES = ("js", "hd", "tv", "kl", "rkl", "jf", "ps", "pearson")
 LEVELS = ("token", "sequence", "sequence_sum")
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 ADVANTAGE_SCALES = ("group", "batch", "none", "loo")
-POLICY_LOSSES = ("ppo", "cispo", "reinforce")
+POLICY_LOSSES = ("ppo", "cispo", "reinforce", "sapo", "vespo", "luspo")
+DIRECT_LOSSES = ("cispo", "reinforce", "vespo")  # c is per log-prob: the ratio is a constant weight, or absent
+_LEVEL_OF = {"cispo": "token", "reinforce": "token", "vespo": "sequence_sum", "luspo": "sequence"}
 BACKWARDS = ("auto", "dense", "routed")
 TAILS = ("unbiased", "drop")
 
@@ -134,12 +136,31 @@ class GRPOConfig:
     | GSPO (2507.18071) | `importance_sampling_level="sequence"`, `epsilon_low=3e-4`, `epsilon_high=4e-4` |
     | CISPO (2506.13585) | `policy_loss="cispo"` |
     | REINFORCE, RLOO (2402.14740) | `policy_loss="reinforce"`, `advantage_scale="loo"` |
+    | SAPO (2511.20347) | `policy_loss="sapo"`, `loss_agg_mode="seq-mean-token-mean"` for the paper's averaging |
+    | VESPO (2602.10693) | `policy_loss="vespo"`, `importance_sampling_level="sequence_sum"` |
+    | LUSPO (2602.05261) | `policy_loss="luspo"`, level `"sequence"`, `loss_agg_mode="seq-mean-token-sum"` |
+
+    | `policy_loss` | a token's term, with r the ratio at `importance_sampling_level` and sg a constant |
+    |---|---|
+    | `ppo` | -min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A) |
+    | `cispo` | -sg(clip(r, 1 - epsilon_low, 1 + epsilon_high)) A log pi, Eq. 4 and 5 with the paper's offsets |
+    | `reinforce` | -A log pi |
+    | `sapo` | -A sigmoid(tau (r - 1)) 4 / tau, tau = sapo_temperature_pos where A > 0, sapo_temperature_neg elsewhere |
+    | `vespo` | -sg(phi(r)) A log pi, phi(r) = r^k e^(lambda (1 - r)), vespo_*_pos where A >= 0, vespo_*_neg elsewhere |
+    | `luspo` | as `ppo`; each sequence weighs its length, in tokens that take part: masked ones do not count |
+
+    In VESPO rollout_is_weights multiply the term, as everywhere; to have the engine's ratio inside r, give the engine's
+    log-probs as old_logprobs (TRL adds the logs of its truncated weights to log r). TRL bounds log r there to
+    [log 1e-8, 20], below and above which phi vanishes.
 
     Attributes:
         epsilon_low, epsilon_high: offsets: the ratio is clipped to [1 - epsilon_low, 1 + epsilon_high], in every
             policy loss. epsilon_low of 1 or more: no lower bound.
         dual_clip: upper bound (> 1) on the ratio where the advantage is negative; None: no bound.
-        policy_loss: `ppo`, `cispo` (clipped ratio as a constant weight on log pi) or `reinforce` (no ratio).
+        policy_loss: `ppo`, `cispo`, `reinforce`, `sapo`, `vespo` or `luspo`.
+        sapo_temperature_pos, sapo_temperature_neg: tau of SAPO's gate: the larger, the narrower.
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: k and lambda of VESPO's weight: how fast it falls
+            below and above ratio 1.
         The other fields mean what they mean in `LADConfig`.
     """
 
@@ -157,15 +178,30 @@ class GRPOConfig:
     tail_mass: float | None = None
     tail: str = "unbiased"
     kl_clamp: float | None = None
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
 
     def __post_init__(self) -> None:
+        for name in ("sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg",
+                     "vespo_lambda_neg"):  # fmt: skip
+            _number(self, name, 0.0, strict=True)
         _number(self, "epsilon_low", 0.0)
         _number(self, "epsilon_high", 0.0)
         _number(self, "dual_clip", 1.0, strict=True, optional=True)
         check_choice("policy_loss", self.policy_loss, POLICY_LOSSES)
         _check_shared(self)
-        if self.policy_loss != "ppo" and self.importance_sampling_level != "token":
+        level = _LEVEL_OF.get(self.policy_loss, self.importance_sampling_level)
+        if self.importance_sampling_level != level:
             raise ValueError(
-                f"importance_sampling_level: policy_loss={self.policy_loss!r} weighs each token's own log-probability "
-                f"and needs 'token', got {self.importance_sampling_level!r}; use policy_loss='ppo' for GSPO"
+                f"importance_sampling_level: policy_loss={self.policy_loss!r} needs {level!r}, got "
+                f"{self.importance_sampling_level!r}; use policy_loss='ppo' for GSPO"
+            )
+        if self.policy_loss == "luspo" and self.loss_agg_mode != "seq-mean-token-sum":
+            raise ValueError(
+                f"loss_agg_mode: policy_loss='luspo' weighs a sequence by its length and needs 'seq-mean-token-sum', "
+                f"got {self.loss_agg_mode!r}; use policy_loss='ppo' for another average"
             )

@@ -137,18 +137,29 @@ def lad_terms(divergence: str, log_ratio: Tensor, target: Tensor, *, centered: b
     return kinds[divergence](log_ratio, target)
 
 
-def grpo_terms(config: GRPOConfig, logprobs: Tensor, log_ratio: Tensor, advantages: Tensor) -> tuple[Terms, Tensor]:
-    """Terms of PPO-clip, CISPO or REINFORCE, and which tokens are clipped; all [M].
+def grpo_terms(
+    config: GRPOConfig, logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, token_log_ratio: Tensor | None = None
+) -> tuple[Terms, Tensor]:
+    """Terms of `config.policy_loss` (equations: `GRPOConfig`), and which tokens are clipped; all [M].
 
-    CISPO (arXiv 2506.13585, Eq. 4) and REINFORCE weigh log pi itself, so their coefficient is per log-probability.
+    `log_ratio` is that of the level; `token_log_ratio` of the token itself, None: the same. CISPO, REINFORCE and VESPO
+    weigh log pi itself, so their coefficient is per log-probability and `above_start` is c times what it has moved.
     """
     a, r = advantages, log_ratio.exp()
     low, high = 1 - config.epsilon_low, 1 + config.epsilon_high
+    none = torch.zeros_like(a, dtype=torch.bool)
     if config.policy_loss == "reinforce":
-        return Terms(-a * logprobs, -a, -a * log_ratio), torch.zeros_like(a, dtype=torch.bool)
+        return Terms(-a * logprobs, -a, -a * log_ratio), none
     if config.policy_loss == "cispo":
         bounded = r.clamp(low, high)
         return Terms(-bounded * a * logprobs, -bounded * a, -bounded * a * log_ratio), r != bounded
+    if config.policy_loss == "sapo":
+        return _sapo(config, log_ratio, a), none
+    if config.policy_loss == "vespo":
+        k = torch.where(a >= 0, config.vespo_k_pos, config.vespo_k_neg)
+        rate = torch.where(a >= 0, config.vespo_lambda_pos, config.vespo_lambda_neg)
+        c = -a * (k * log_ratio - rate * log_ratio.expm1()).exp()
+        return Terms(c * logprobs, c, c * (log_ratio if token_log_ratio is None else token_log_ratio)), none
     clipped = ((a > 0) & (r > high)) | ((a < 0) & (r < low))
     loss = torch.maximum(-a * r, -a * r.clamp(low, high))
     if config.dual_clip is not None:
@@ -156,3 +167,11 @@ def grpo_terms(config: GRPOConfig, logprobs: Tensor, log_ratio: Tensor, advantag
         loss = torch.where(a < 0, torch.minimum(loss, -a * config.dual_clip), loss)
     above = torch.where(clipped, loss + a, -a * log_ratio.expm1())
     return Terms(loss, torch.where(clipped, torch.zeros_like(a), -a * r), above), clipped
+
+
+def _sapo(config: GRPOConfig, d: Tensor, a: Tensor) -> Terms:
+    """Sigmoid gate: d / dr of sigmoid(x) 4 / tau, x = tau (r - 1), is 4 sigmoid(x) (1 - sigmoid(x)), 1 at r = 1."""
+    tau = torch.where(a > 0, config.sapo_temperature_pos, config.sapo_temperature_neg).to(d.dtype)
+    x = tau * d.expm1()
+    slope = 4 * (d - x.abs()).exp() / (1 + (-x.abs()).exp()).square()  # r d / dr, without inf * 0
+    return Terms(-a * torch.sigmoid(x) * (4 / tau), -a * slope, -a * torch.tanh(x / 2) * (2 / tau))

@@ -143,15 +143,16 @@ def _policy_kernel(
         peak = tl.maximum(peak, tl.where(mask, d, -float("inf")))
     length = tl.maximum(tl.sum(members), 1.0)
     weight = 1.0 / (tl.load(normalizer) * (length if SEQ_MEAN else 1.0))
+    shared: tl.constexpr = LEVEL != "token" and OBJECTIVE != "vespo"  # whether d reaches the loss through the sequence
     if LEVEL != "token":  # log ratio and d loss / d logp, the same for all tokens of the sequence
         share = 1.0 / length if LEVEL == "sequence" else 1.0
         level_d = tl.sum(level_d) * share + zero
         peak = tl.where(peak == -float("inf"), peak, level_d)
+    if shared:
         for t0 in range(start, end, BLOCK):
             t, mask, logp, d, a, rollout = _load_tokens(tokens, t0, end, ADVANTAGE, ISW_TOKEN)
-            d = level_d
             d, loss, c, stopped, above, marked, clamped = _policy_term(
-                logp, d, a, shift, ratio_clamp, settings, OBJECTIVE, CENTERED
+                logp, level_d, d, a, shift, ratio_clamp, settings, OBJECTIVE, CENTERED
             )
             level_c += tl.where(mask & ~stopped, weight * rollout * c, 0.0)
         level_c = tl.sum(level_c) * share + zero
@@ -166,12 +167,13 @@ def _policy_kernel(
         t, mask, logp, d, a, rollout = _load_tokens(tokens, t0, end, ADVANTAGE, ISW_TOKEN)
         k1 -= d
         k3 += _exps(d)[2]
+        own = d
         d = d if LEVEL == "token" else level_d
         d, loss, c, stopped, above, marked, clamped = _policy_term(
-            logp, d, a, shift, ratio_clamp, settings, OBJECTIVE, CENTERED
+            logp, d, own, a, shift, ratio_clamp, settings, OBJECTIVE, CENTERED
         )
         total = weight * rollout * loss
-        gradient = tl.where(stopped, 0.0, weight * rollout * c) if LEVEL == "token" else level_c
+        gradient = tl.where(stopped, 0.0, weight * rollout * c) if not shared else level_c
         if ref is not None:
             gap = _minus(tl.load(ref + t, mask=mask, other=0.0), logp)
             _, slope, kl = _exps(gap)
@@ -241,7 +243,7 @@ def policy_terms(
                normalizer, usable)  # fmt: skip
     scalars = (config.log_ratio_clamp, config.kl_coef, config.kl_clamp, config.entropy_coef, *_settings(config))
     options = dict(
-        OBJECTIVE=config.divergence if lad else config.policy_loss, LEVEL=config.importance_sampling_level,
+        OBJECTIVE=_objective(config), LEVEL=config.importance_sampling_level,
         SEQ_MEAN=config.loss_agg_mode == "seq-mean-token-mean", SCALE=config.advantage_scale,
         CENTERED=lad and config.centered, TARGET_NORM=target_norm,
         ISW_TOKEN=rollout_is_weights is not None and weights_by_token,
@@ -257,10 +259,20 @@ def policy_terms(
     return loss, dlogprobs, dentropy, advantages if rewards is None else partials[-1], metrics
 
 
+def _objective(config: LADConfig | GRPOConfig) -> str:
+    if isinstance(config, LADConfig):
+        return config.divergence
+    return "ppo" if config.policy_loss == "luspo" else config.policy_loss  # they differ in level and aggregation
+
+
 def _settings(config: LADConfig | GRPOConfig) -> tuple[float | None, ...]:
     """The four numbers of the objective itself, as `kernel_terms._policy_term` reads them; None is infinity."""
     if isinstance(config, LADConfig):
         return config.eta, config.target_clamp, 0.0, 0.0
+    if config.policy_loss == "sapo":
+        return config.sapo_temperature_pos, config.sapo_temperature_neg, 0.0, 0.0
+    if config.policy_loss == "vespo":
+        return config.vespo_k_pos, config.vespo_lambda_pos, config.vespo_k_neg, config.vespo_lambda_neg
     return config.epsilon_low, config.epsilon_high, config.dual_clip, 0.0
 
 

@@ -126,8 +126,33 @@ def _lad_term(d, u, OBJECTIVE: tl.constexpr, CENTERED: tl.constexpr):
 
 
 @triton.jit
-def _grpo_term(logp, d, adv, settings, OBJECTIVE: tl.constexpr):
-    """Loss, c, loss minus its value at r = 1 (cispo, reinforce: c d, what has moved), where the ratio is clipped."""
+def _sapo(d, adv, settings):
+    """Sigmoid gate: d / dr of sigmoid(x) 4 / tau, x = tau (r - 1), is 4 sigmoid(x) (1 - sigmoid(x)), 1 at r = 1."""
+    tau = tl.where(adv > 0.0, settings[0], settings[1])
+    x = tau * _expm1(d)
+    e, gap = _exp(-tl.abs(x)), -_expm1(-tl.abs(x))
+    gate = tl.where(x > 0.0, 1.0, e) / (1.0 + e)  # sigmoid(x)
+    tanh = tl.where(x > 0.0, gap, -gap) / (1.0 + e)  # of x / 2
+    slope = 4.0 * _exp(d - tl.abs(x)) / ((1.0 + e) * (1.0 + e))  # r d / dr, without inf * 0
+    return -adv * gate * (4.0 / tau), -adv * slope, -adv * tanh * (2.0 / tau), d != d
+
+
+@triton.jit
+def _vespo(logp, d, own, adv, settings):
+    """A weight r^k e^(lambda (1 - r)) on log pi."""
+    k_pos, rate_pos, k_neg, rate_neg = settings
+    k, rate = tl.where(adv >= 0.0, k_pos, k_neg), tl.where(adv >= 0.0, rate_pos, rate_neg)
+    c = -adv * _exp(k * d - rate * _expm1(d))
+    return c * logp, c, c * own, d != d
+
+
+@triton.jit
+def _grpo_term(logp, d, own, adv, settings, OBJECTIVE: tl.constexpr):
+    """Loss, c, loss minus its value at r = 1 (of log pi's own weights: c times what has moved), where r is clipped."""
+    if OBJECTIVE == "sapo":
+        return _sapo(d, adv, settings)
+    if OBJECTIVE == "vespo":
+        return _vespo(logp, d, own, adv, settings)
     eps_low, eps_high, dual_clip, _ = settings
     r = _exp(d)
     bounded = tl.minimum(tl.maximum(r, 1.0 - eps_low), 1.0 + eps_high)
@@ -146,17 +171,20 @@ def _grpo_term(logp, d, adv, settings, OBJECTIVE: tl.constexpr):
 
 
 @triton.jit
-def _policy_term(logp, d, adv, shift, ratio_clamp, settings, OBJECTIVE: tl.constexpr, CENTERED: tl.constexpr):
+def _policy_term(logp, d, own, adv, shift, ratio_clamp, settings, OBJECTIVE: tl.constexpr, CENTERED: tl.constexpr):
     """Log ratio as used, loss, c, where the clamp stops the gradient, loss above start, x > 1 or clipped, clamped.
 
-    settings are the objective's own: eta and target_clamp of LAD; eps_low, eps_high, dual_clip of PPO and CISPO.
+    d is the log ratio of the level, own that of the token. settings are the objective's own: eta and target_clamp of
+    LAD; eps_low, eps_high, dual_clip of PPO and CISPO; both tau of SAPO; k and lambda where A >= 0, then elsewhere, of
+    VESPO.
     """
     stopped = tl.abs(d) > ratio_clamp
     clamped = stopped
     d = tl.where(stopped, tl.where(d > 0.0, ratio_clamp, -ratio_clamp), d)
-    if OBJECTIVE == "ppo" or OBJECTIVE == "cispo" or OBJECTIVE == "reinforce":
-        loss, c, above, marked = _grpo_term(logp, d, adv, settings, OBJECTIVE)
-        if OBJECTIVE != "ppo":
+    direct: tl.constexpr = OBJECTIVE == "cispo" or OBJECTIVE == "reinforce" or OBJECTIVE == "vespo"
+    if direct or OBJECTIVE == "ppo" or OBJECTIVE == "sapo":
+        loss, c, above, marked = _grpo_term(logp, d, own, adv, settings, OBJECTIVE)
+        if direct:
             stopped = tl.zeros_like(d) > 0.0  # c multiplies logp itself, not the ratio
     else:
         eta, target_clamp, _, _ = settings

@@ -19,7 +19,7 @@ from torch import Tensor
 from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
 from lad_kernels.objective.advantages import advantages_of, group_log_mean_exp
-from lad_kernels.objective.config import GRPOConfig, LADConfig
+from lad_kernels.objective.config import DIRECT_LOSSES, GRPOConfig, LADConfig
 from lad_kernels.objective.divergences import grpo_terms, lad_terms
 from lad_kernels.objective.inputs import (
     Config,
@@ -264,7 +264,7 @@ def policy_terms(
         terms = lad_terms(config.divergence, d, u, centered=config.centered)
         bites, extra["frac_over_target"] = stopped | (raw_u.abs() > target_bound), seq.mean(d > u)
     else:
-        terms, clipped = grpo_terms(config, logprobs, d, a)
+        terms, clipped = grpo_terms(config, logprobs, d, a, token_d)
         extra["clip_share"] = seq.mean(clipped)
     w = 1 / normalizer
     w = (w / seq.lengths)[seq.index] if config.loss_agg_mode == "seq-mean-token-mean" else w.expand(len(d))  # [M]
@@ -273,9 +273,10 @@ def policy_terms(
     if rollout_is_weights is not None:
         s = w * (seq.clean(rollout_is_weights) if weights_by_token else seq.spread(rollout_is_weights))
     loss = (s * terms.loss).sum()
-    direct = isinstance(config, GRPOConfig) and config.policy_loss != "ppo"
+    direct = isinstance(config, GRPOConfig) and config.policy_loss in DIRECT_LOSSES
     through_ratio = torch.where(stopped & (not direct), 0.0, s * terms.coef)  # [M]
-    dlogprobs = seq.clean(seq.level(through_ratio, config.importance_sampling_level))
+    level = "token" if direct else config.importance_sampling_level  # at which a log-prob reaches the loss
+    dlogprobs = seq.clean(seq.level(through_ratio, level))
     if config.kl_coef != 0:
         gap = ref_logprobs - logprobs  # [M]
         k3 = torch.where(gap.isinf(), torch.inf, gap.expm1() - gap)  # [M]

@@ -56,7 +56,14 @@ LOSS_TYPES = {
     "luspo": ("ppo", "seq-mean-token-sum"),
     "dr_grpo": ("ppo", "seq-mean-token-sum-norm"),
     "cispo": ("cispo", "token-mean"),
+    "sapo": ("sapo", "seq-mean-token-mean"),
+    "vespo": ("vespo", "token-mean"),
 }
+# Fields of both configurations, read by loss_type sapo and vespo alone.
+SOFT_GATES = (
+    "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg",
+    "vespo_lambda_neg",
+)  # fmt: skip
 
 # Fields of LADConfig that lad_kernels.LADConfig has under the same name and with the same meaning.
 OBJECTIVE = (
@@ -133,6 +140,7 @@ def grpo_config(args: GRPOConfig) -> lad_kernels.GRPOConfig:
     | `epsilon`, `epsilon_high` | offsets: the ratio is clipped to [1 - `epsilon_low`, 1 + `epsilon_high`] |
     | the same with `cispo` | `epsilon_high` is the bound itself, as in Liger: min(r, `epsilon_high`), no lower bound |
     | `delta` | `dual_clip` |
+    | `loss_type="vespo"`, whatever the level | `importance_sampling_level="sequence_sum"` |
     | `beta`, `scale_rewards` | `kl_coef`, `advantage_scale` |
 
     Args:
@@ -158,7 +166,7 @@ def grpo_config(args: GRPOConfig) -> lad_kernels.GRPOConfig:
     policy_loss, mode = LOSS_TYPES[args.loss_type]
     return lad_kernels.GRPOConfig(
         epsilon_low=1.0 if cispo else args.epsilon, epsilon_high=high - 1 if cispo else high,
-        dual_clip=None if cispo else args.delta, policy_loss=policy_loss, loss_agg_mode=mode,
-        importance_sampling_level=args.importance_sampling_level, advantage_scale=args.scale_rewards,
-        kl_coef=args.beta,
+        dual_clip=args.delta if policy_loss == "ppo" else None, policy_loss=policy_loss, loss_agg_mode=mode,
+        importance_sampling_level="sequence_sum" if policy_loss == "vespo" else args.importance_sampling_level,
+        advantage_scale=args.scale_rewards, kl_coef=args.beta, **{name: getattr(args, name) for name in SOFT_GATES},
     )  # fmt: skip

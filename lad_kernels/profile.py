@@ -179,7 +179,8 @@ def _of_model(model: Any, input_ids: Tensor | None, attention_mask: Tensor | Non
             f"model_or_hidden: expected a causal LM of transformers, got {type(model).__name__}; pass hidden states, "
             f"weight and target_ids instead"
         )
-    if type(known) is not nn.Linear:
+    kind = type(known).__dict__.get("_before_fused_head", type(known))  # attach_fused_head derives a class of its own
+    if kind is not nn.Linear:
         raise TypeError(
             f"model_or_hidden: expected a plain nn.Linear as output embedding, got {type(known).__name__}; pass hidden "
             f"states and the effective weight instead"

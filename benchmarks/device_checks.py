@@ -188,7 +188,8 @@ def repeats(run: Run) -> Iterator[str]:
 TESTS = (
     "test_one_pass_kernels.py", "test_head_kernels.py", "test_routed_kernels.py", "test_route_kernels.py",
     "test_paths.py", "test_loss.py", "test_mutants.py", "test_objective_kernel.py", "test_head.py",
-    "test_divergences.py",
+    "test_divergences.py", "test_far_logits.py", "test_extremes.py", "test_dropped_tokens.py",
+    "test_objective_mutants.py",
 )  # fmt: skip
 # Compiling ahead of time for other architectures needs no GPU; neither does impl="torch".
 WITH_KERNELS = "not test_compiles and not ([torch] or [torch- or -torch] or -torch-)"

@@ -24,6 +24,7 @@ IMPLS = ("torch", "triton")
 GAPS = (-200.0, -88.3, -84.0, 20.0, 84.0, 87.0, 88.0, 88.3, 88.6, 88.8, 103.0, 200.0)  # e^88.7 leaves float32
 SLAB = 128  # columns
 N, D, V = 9, 16, 3 * SLAB - 5
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def make(levels: tuple[float, ...], dtype: torch.dtype, seed: int = 0) -> HeadIn
     targets = torch.arange(N) % 3 * SLAB + torch.randint(0, SLAB - 5, (N,), generator=gen)
     upstream = torch.randn(N, generator=gen)
     mask = torch.ones(N, dtype=torch.bool)
-    return HeadInputs(hidden, weight, bias, targets, mask, upstream, {}).cast(dtype)
+    return HeadInputs(*(x.to(DEVICE) for x in (hidden, weight, bias, targets, mask, upstream)), {}).cast(dtype)
 
 
 def head(impl: str):
@@ -60,7 +61,7 @@ def test_gaps_between_slabs(gap, dtype):
     """Log-probs, entropy and every gradient, whichever slab comes first."""
     for order in itertools.permutations((0.0, gap / 2, gap)):
         inputs = make(order, dtype)
-        upstream = torch.linspace(-1, 1, N)
+        upstream = torch.linspace(-1, 1, N, device=DEVICE)
         if dtype != torch.float64:
             check_head(head("torch"), inputs, entropy_upstream=upstream)
             continue
@@ -73,7 +74,7 @@ def test_gaps_between_slabs(gap, dtype):
 def test_gaps_between_blocks_in_kernels(gap):
     """float32 alone: the epilogue, where exponentials are, is the same in 16 bits."""
     for order in ((0.0, gap, gap / 2), (gap, gap / 2, 0.0)):
-        check_head(head("triton"), make(order, torch.float32), entropy_upstream=torch.linspace(-1, 1, N))
+        check_head(head("triton"), make(order, torch.float32), entropy_upstream=torch.linspace(-1, 1, N, device=DEVICE))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -133,9 +134,9 @@ def test_a_bias_of_minus_infinity_excludes_a_word(excluded, impl):
     """Probability 0, no part in the entropy, a gradient of exactly zero; the others are as if it did not exist."""
     inputs = make((0.0, 1.0, 2.0), torch.float32)
     gone = {"some": slice(3, None, 7), "first slab": slice(0, SLAB), "last slab": slice(2 * SLAB, None)}[excluded]
-    kept = torch.ones(V, dtype=torch.bool)
+    kept = torch.ones(V, dtype=torch.bool, device=DEVICE)
     kept[gone] = False
-    targets = kept.nonzero()[torch.arange(N) * 11, 0]
+    targets = kept.nonzero()[torch.arange(N, device=DEVICE) * 11, 0]
     masked = HeadInputs(
         inputs.hidden, inputs.weight, inputs.bias.masked_fill(~kept, -torch.inf), targets, inputs.loss_mask,
         inputs.upstream, {},
@@ -144,7 +145,7 @@ def test_a_bias_of_minus_infinity_excludes_a_word(excluded, impl):
     small = HeadInputs(
         inputs.hidden, inputs.weight[kept], inputs.bias[kept], place[targets], inputs.loss_mask, inputs.upstream, {}
     )
-    upstream = torch.linspace(-1, 1, N)
+    upstream = torch.linspace(-1, 1, N, device=DEVICE)
     ours = run_head(head(impl), masked, entropy_upstream=upstream)
     truth = run_head(head("reference"), small.cast(torch.float64), entropy_upstream=upstream)
     contract = run_head(head("reference"), small, entropy_upstream=upstream)
@@ -170,7 +171,7 @@ def test_an_excluded_target(impl):
     out = linear_logprobs(h, w, inputs.targets, bias=b, return_entropy=True, impl=impl)
     assert out.logprobs[0] == -torch.inf
     assert out.entropy.isfinite().all()
-    out.logprobs.backward(torch.eye(N)[0])
+    out.logprobs.backward(torch.eye(N, device=DEVICE)[0])
     p = (inputs.hidden.double() @ inputs.weight.double().T + bias).softmax(-1)  # [N, V]
     dz = torch.nn.functional.one_hot(inputs.targets[0], V) - p[0]
     torch.testing.assert_close(b.grad.double(), dz, rtol=1e-5, atol=1e-7)
@@ -191,12 +192,14 @@ def test_nothing_but_excluded_words(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_temperatures_changed_before_the_backward_are_noticed(impl):
     inputs = make((0.0, 0.0, 0.0), torch.float32)
-    temperature = torch.full((N,), 0.7)
+    temperature = torch.full((N,), 0.7, device=DEVICE)
     hidden = inputs.hidden.clone().requires_grad_()
     given = (hidden, inputs.weight, inputs.targets)
     losses = (
         linear_logprobs(*given, temperature=temperature, impl=impl).logprobs.sum(),
-        linear_grpo_loss(*given, inputs.upstream, advantages=inputs.upstream, temperature=temperature, impl=impl).loss,
+        linear_grpo_loss(
+            *given, -inputs.upstream.abs(), advantages=inputs.upstream, temperature=temperature, impl=impl
+        ).loss,
     )
     temperature.mul_(2)
     for loss in losses:

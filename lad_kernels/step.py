@@ -143,7 +143,8 @@ class Step:
             return
         self.logprobs[live] = out.logprobs
         if show:
-            dead = torch.ones_like(self.logprobs, dtype=torch.bool).index_fill_(0, live, False).nonzero()[:, 0]
+            order = torch.zeros_like(self.logprobs).index_fill_(0, live, 1.0).argsort(stable=True)  # [M]
+            dead = order[: len(order) - len(live)]  # without asking the device how many
             others = self.head.take(dead).forward(want_entropy=self.want_entropy)
             self.logprobs[dead] = others.logprobs
             if self.want_entropy:

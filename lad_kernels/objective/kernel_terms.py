@@ -66,10 +66,12 @@ def _js(d, u, r, e1):
     far = 0.5 * (r * g - eu * (tl.maximum(w, 0.0) + tail_w - LN2))
     loss = tl.where(near, _exp(0.5 * (d + u)) * (a * sinh - (1.0 + cosh_m1) * log_cosh), far)
     linear = tl.where((w > 0.0) & (u < 0.0), d, tl.maximum(w, 0.0) - tl.maximum(-u, 0.0))
-    step = linear + tail_w - _log1p(_exp(-tl.abs(u)))  # m(w) - m(-u)
+    tail_u = _log1p(_exp(-tl.abs(u)))
+    step = linear + tail_w - tail_u  # m(w) - m(-u)
     step = tl.where(tl.abs(d) < 1.0, _log1p(tl.where(tl.abs(d) < 1.0, e1, 0.0) / (1.0 + eu)), step)
-    scaled = tl.where((w < -17.0) & (u > 17.0), e1, (1.0 + eu) * step)
-    return loss, 0.5 * r * g, 0.5 * (e1 * g + d - scaled)
+    lost = tl.where((w < -17.0) & (u > 17.0), e1, eu * step)  # e^u step
+    low = r * g - (LN2 + tl.minimum(-u, 0.0) - tail_u) - lost  # where e1 g + d nearly cancels
+    return loss, 0.5 * r * g, 0.5 * tl.where(d < -1.0, low, e1 * g + d - lost - step)
 
 
 @triton.jit

@@ -71,10 +71,15 @@ def product(
 
 
 @triton.jit
-def biases(bias, columns, inside):
-    """Biases [C] of some columns in fp32. -inf, which excludes a word, becomes a number as good: 0 * -inf is NaN."""
+def biases(bias, columns, inside, softcap):
+    """Biases [C] of some columns in fp32. -inf, which excludes a word, becomes a number as good: 0 * -inf is NaN.
+
+    A softcap makes a number of it by itself, and leaves no registers for more.
+    """
     b = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    return tl.where(b < -1e30, -1e30, b)
+    if softcap is None:
+        b = tl.where(b < -1e30, -1e30, b)
+    return b
 
 
 @triton.jit

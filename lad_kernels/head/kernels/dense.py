@@ -103,7 +103,7 @@ def _logit_gradient_kernel(
         columns = column + tl.arange(0, BLOCK_V)  # [BLOCK_V]
         in_n, in_v = rows < N, columns < V  # [BLOCK_N], [BLOCK_V]
         if bias is not None:
-            raw += biases(bias, columns, in_v)[None, :]
+            raw += biases(bias, columns, in_v, softcap)[None, :]
         inv_t = inverse_temperatures(inv_temperature, rows, N, PER_TOKEN)  # [BLOCK_N]
         x, factor, slope = exponents(raw, scale, softcap, inv_t[:, None])  # [BLOCK_N, BLOCK_V], [BLOCK_N, 1] or like x
 

@@ -99,7 +99,7 @@ def _partials_kernel(
         rows = row + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         columns = column + tl.arange(0, BLOCK_V)  # [BLOCK_V]
         if bias is not None:
-            raw += biases(bias, columns, columns < V)[None, :]
+            raw += biases(bias, columns, columns < V, softcap)[None, :]
         inv_t = inverse_temperatures(inv_temperature, rows, N, PER_TOKEN)  # [BLOCK_N]
         x, factor, _ = exponents(raw, scale, softcap, inv_t[:, None])  # [BLOCK_N, BLOCK_V], [BLOCK_N, 1]
         if not WHOLE_BLOCKS:  # else a block is complete, or beyond V and not stored

@@ -86,7 +86,7 @@ def pairs_kernel(
             b = tl.load(w + k + w_offsets, mask=ks[:, None] < D - k, other=0.0)
         raw = tl.dot(a, b, raw, input_precision="ieee")
     if bias is not None:
-        raw += biases(bias + column, columns, in_v)[None, :]
+        raw += biases(bias + column, columns, in_v, softcap)[None, :]
     inv_t = inverse_temperatures(inv_temperature, rows, N, PER_TOKEN)  # [BLOCK_N]
     z, slope = logits(raw, scale, softcap, inv_t[:, None])  # [BLOCK_N, BLOCK], broadcastable to it
 

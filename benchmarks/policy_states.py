@@ -190,7 +190,7 @@ def states_file(path: Path, temperature: float) -> Path:
 
 
 def load_states(path: Path | str = RUNS, temperature: float = 1.0) -> States:
-    return States(**torch.load(states_file(path, temperature)))
+    return States(**torch.load(states_file(path, temperature), weights_only=True))
 
 
 def write_states(out: Path, temperatures: Sequence[float], seed: int) -> None:
@@ -199,7 +199,7 @@ def write_states(out: Path, temperatures: Sequence[float], seed: int) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     gen = torch.Generator().manual_seed(seed)
-    prompts = windows(torch.load(out / "held_out.pt"), COMPLETIONS, PROMPT, gen)  # [B, PROMPT]
+    prompts = windows(torch.load(out / "held_out.pt", weights_only=True), COMPLETIONS, PROMPT, gen)  # [B, PROMPT]
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     for temperature in temperatures:
         states = sample(model, prompts, temperature, torch.Generator().manual_seed(seed + 1))

@@ -208,7 +208,8 @@ def fuse_head(model: nn.Module) -> None:
             targets = ids.roll(-1, -1)  # [B, T]
 
         def score(hidden: Tensor, weight: Tensor, **head: Any) -> LinearLogprobs:  # [B, T, D], [V, D]
-            return linear_logprobs(hidden, weight, targets, temperature=temperature, return_entropy=True, **head)
+            ids = targets.to(hidden.device)  # where the head is, if the model is spread over devices
+            return linear_logprobs(hidden, weight, ids, temperature=temperature, return_entropy=True, **head)
 
         out = inner(*args, **inputs, fused_head=score).result
         return CausalLMOutputForPPO(log_probs=out.logprobs, entropy=out.entropy)

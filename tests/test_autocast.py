@@ -33,7 +33,7 @@ B, T, D, V = 2, 16, 24, 300  # few sequences: each is a program of the objective
 N = B * T
 # What the door does to floating tensors before and after: look at them, cast them and move them.
 DOOR = {
-    "__eq__", "__get__", "__len__", "__set__", "clone", "detach", "element_size", "expand", "gt",
+    "__eq__", "__get__", "__len__", "__set__", "clone", "detach", "element_size", "expand", "gt", "isfinite", "lt",
     "index_copy", "index_select", "is_floating_point", "ne", "new_zeros", "numel", "reshape", "stride", "to", "view",
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ EXTRAS_train := train
 EXTRAS_test := test,train
 EXTRAS_bench := bench
 
-.PHONY: demo test test-isa lint bench docs test-verl test-trl-oldest test-zero3 clean
+.PHONY: demo test test-isa fuzz soak lint bench docs test-verl test-trl-oldest test-zero3 clean
 
 demo: $(VENV)/.train
 	$(BIN)/python -m integration.demo $(ARGS)
@@ -16,11 +16,18 @@ test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 # Again with the kernels of a CPU without AVX, which round otherwise: no verdict may hang on that. Without the tests whose
-# time goes into Triton's interpreter and compiler, whose numbers come from numpy or are none.
-INTERPRETED := triton or kernel or compiles or mutants or benchmarks or memory
+# time goes into Triton's interpreter and compiler, whose numbers come from numpy or are none, and those of files and processes.
+INTERPRETED := triton or kernel or compiles or mutants or benchmarks or memory or scoring or flags or checkpoints or soak
 test-isa: $(VENV)/.test
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=1 \
 	    $(BIN)/python -m pytest -n 2 -k 'not ($(INTERPRETED))' $(ARGS)
+
+# Random legal calls against the specification: `make fuzz CASES=20000 SEED=1`. Both have defaults.
+fuzz: $(VENV)/.test
+	FUZZ_CASES=$(or $(CASES),20000) FUZZ_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -s tests/test_fuzz.py $(ARGS)
+
+soak: $(VENV)/.test
+	SOAK=1 $(BIN)/python -m pytest -n 2 -s tests/test_soak.py tests/test_failure_modes.py $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -33,15 +33,17 @@ def test_more_tokens_than_a_grid_axis_holds(impl, device):
     if impl == "triton" and device == "cpu" and os.environ.get("SOAK") != "1":
         pytest.skip("70 s in the interpreter: SOAK=1, or a GPU; until then grids of this length go unlaunched")
     hidden, weight, targets = inputs(LONG, 4, 9, device)
-    advantages, old = torch.randn(LONG, device=device), -2 * torch.ones(LONG, device=device)
+    gen = torch.Generator().manual_seed(1)
+    advantages, old = torch.randn(LONG, generator=gen).to(device), -2 * torch.ones(LONG, device=device)
 
     def run(dtype, impl):
         h, w = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
         out = linear_lad_loss(h, w, targets, old.to(dtype), advantages=advantages.to(dtype), normalizer=1, impl=impl)
         return out.logprobs, *torch.autograd.grad(out.loss, (h, w))
 
-    for ours, truth in zip(run(torch.float32, impl), run(torch.float64, "reference")):
-        assert relative_error(ours, truth) < 2 * FP32_TOLERANCE  # sums of 65,606 tokens; measured: 2e-7
+    exact, contract = run(torch.float64, "reference"), run(torch.float32, "reference")
+    for x, truth, single in zip(run(torch.float32, impl), exact, contract):
+        assert relative_error(x, truth) <= max(FP32_TOLERANCE, CONTRACT_MARGIN * relative_error(single, truth))
 
 
 def test_more_logits_than_32_bits_count(device):

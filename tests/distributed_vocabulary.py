@@ -30,7 +30,6 @@ from lad_kernels.testing import (
     FP32_TOLERANCE,
     HeadInputs,
     HeadOutputs,
-    cancellation,
     check_outputs,
     make_inputs,
     relative_error,
@@ -174,24 +173,26 @@ def loss_and_gradients(loss, head: dict, kw: dict, config, **more) -> tuple[Loss
     return out, {"loss": out.loss.detach(), **{k: x.grad for k, x in leaves.items()}}
 
 
-def lse_and_slope(head: dict, kw: dict, config) -> tuple[Tensor, Tensor]:
-    """In float64: the log-sum-exp [B, T] and d loss / d logp [B, T], 0 where masked."""
-    head, kw = cast(head, torch.float64), cast(kw, torch.float64)
-    transform = {k: kw[k] for k in ("temperature", "logit_scale", "softcap") if k in kw}
-    scored = reference.linear_logprobs(
-        **head, target_ids=kw["target_ids"], loss_mask=kw.get("loss_mask"), return_entropy=True, **transform
-    )
-    logprobs = scored.logprobs.detach().requires_grad_()
-    rest = {k: x for k, x in kw.items() if k not in (*transform, "target_ids", "rewards")}
-    if "rewards" in kw:
-        groups = {k: kw[k] for k in ("group_size", "group_ids") if k in kw}
-        rest["advantages"] = reference.group_advantages(kw["rewards"], scale=config.advantage_scale, **groups)
-    entropy = scored.entropy.detach() if config.entropy_coef else None
-    loss = (reference.lad_loss if isinstance(config, LADConfig) else reference.grpo_loss)(
-        logprobs, rest.pop("old_logprobs"), rest.pop("advantages"), config=config, entropy=entropy, **rest
-    )
-    (slope,) = torch.autograd.grad(loss.loss, logprobs)
-    return scored.lse.detach(), slope
+def neighbour(values: dict, gen: torch.Generator) -> dict:
+    """Float32 tensors of a dict, each number off by up to one rounding of itself; rewards are exact."""
+    noise = lambda x: 2.0**-24 * (2 * torch.rand(x.shape, generator=gen, dtype=torch.float64) - 1)  # noqa: E731
+    moves = lambda k, x: isinstance(x, Tensor) and x.is_floating_point() and k != "rewards"  # noqa: E731
+    return {k: (x * (1 + noise(x))).float() if moves(k, x) else x for k, x in values.items()}
+
+
+def contract_errors(spec, head: dict, kw: dict, config) -> dict[str, float]:
+    """Relative errors of `spec` in float32, the largest of these inputs and of four neighbours.
+
+    One input alone may be lucky: a loss is one number, and a sum that nearly cancels.
+    """
+    gen = torch.Generator().manual_seed(0)
+    errors: dict[str, float] = {}
+    for i in range(5):
+        h, k = (head, kw) if i == 0 else (neighbour(head, gen), neighbour(kw, gen))
+        truth = loss_and_gradients(spec, cast(h, torch.float64), cast(k, torch.float64), config)[1]
+        for name, x in loss_and_gradients(spec, h, k, config)[1].items():
+            errors[name] = max(errors.get(name, 0.0), relative_error(x, truth[name]))
+    return errors
 
 
 def vocabulary_parallel_losses() -> None:
@@ -206,18 +207,13 @@ def vocabulary_parallel_losses() -> None:
                 kw |= {"old_logprobs": None} if on_policy else {}
                 loss, _, spec = losses_of(config)
                 truth, expected = loss_and_gradients(spec, cast(head, torch.float64), cast(kw, torch.float64), config)
-                contract = loss_and_gradients(spec, head, kw, config)[1]
-                lse, slope = lse_and_slope(head, kw, config)
+                contract = contract_errors(spec, head, kw, config) if dtype == torch.float32 else {}
                 rows = slice(*splits(83)[on_policy][dist.get_rank() :][:2])
                 mine = {k: x if k == "hidden_states" else x[rows] for k, x in head.items()}
                 out, found = loss_and_gradients(loss, mine, kw, config, vocab_group=dist.group.WORLD)
                 for key, x in found.items():
                     x = whole(x) if key in ("lm_head_weight", "bias") else x
-                    tolerance = FLOAT64
-                    if dtype == torch.float32:
-                        tolerance = max(FP32_TOLERANCE, CONTRACT_MARGIN * relative_error(contract[key], expected[key]))
-                        if key == "loss":  # a sum that may nearly cancel
-                            tolerance = max(tolerance, cancellation(lse, expected[key], slope))
+                    tolerance = max(FP32_TOLERANCE, CONTRACT_MARGIN * contract[key]) if contract else FLOAT64
                     error = relative_error(x, expected[key])
                     assert error <= tolerance, f"{name}, on-policy {on_policy}, {key}: {error:.1e} of {tolerance:.1e}"
                 for key in {"ratio_mean", "ess", "entropy", "kl_ref", "clip_share"} & set(truth.metrics):

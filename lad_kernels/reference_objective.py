@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lad_kernels.objective.config import GRPOConfig, LADConfig
 from lad_kernels.outputs import LossOutput
@@ -97,7 +97,8 @@ def grpo_loss(
             return -r.clamp(low, high).detach() * a * t.logprobs
         if config.policy_loss == "sapo":
             tau = torch.where(a > 0, config.sapo_temperature_pos, config.sapo_temperature_neg)
-            return -a * torch.sigmoid(tau * (r - 1)) * 4 / tau
+            gate = nn.functional.logsigmoid(tau * (r - 1)).exp()  # its slope: sigmoid's y (1 - y) is 0 too soon
+            return -a * gate * 4 / tau
         if config.policy_loss == "vespo":
             k = torch.where(a >= 0, config.vespo_k_pos, config.vespo_k_neg)
             rate = torch.where(a >= 0, config.vespo_lambda_pos, config.vespo_lambda_neg)

@@ -37,9 +37,10 @@ lint: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
+FRAMEWORKS := transformers trl trl_options distributed verl prime_rl slime torchtitan
 docs: $(VENV)/.test
 	$(BIN)/python -m integration.figures
-	$(BIN)/python -m pdoc -d google --no-show-source -o docs/api lad_kernels '!lad_kernels[.].*' integration.transformers integration.trl integration.trl_options integration.distributed integration.verl integration.losses integration.torchtitan
+	$(BIN)/python -m pdoc -d google --no-show-source -o docs/api lad_kernels '!lad_kernels[.].*' $(addprefix lad_kernels.frameworks.,$(FRAMEWORKS))
 
 # Frameworks whose versions exclude those of the other tests, each in an environment of its own.
 test-verl:

@@ -28,12 +28,13 @@ setup(
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=find_packages(include=["lad_kernels", "lad_kernels.*", "integration"]),
+    packages=find_packages(include=["lad_kernels", "lad_kernels.*"]),
+    package_data={"lad_kernels": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=["torch>=2.11", "numpy>=1.26", "triton>=3.6,<3.10; platform_system == 'Linux'"],
     entry_points={
-        "console_scripts": ["lad-kernels = integration.cli:main"],
-        "verl.plugins": ["lad = integration.verl"],
+        "console_scripts": ["lad-kernels = lad_kernels.cli:main"],
+        "verl.plugins": ["lad = lad_kernels.frameworks.verl"],
     },
     extras_require={
         "cli": cli,

@@ -20,9 +20,9 @@ from torch import Tensor
 from benchmarks.data import ENTROPY
 from benchmarks.measure import describe, quartiles
 from benchmarks.providers import PROMISE
-from integration import trl as adapter
-from integration import trl_options
 from lad_kernels import grpo_loss, lad_loss
+from lad_kernels.frameworks import trl as adapter
+from lad_kernels.frameworks import trl_options
 from lad_kernels.testing import relative_error
 
 if TYPE_CHECKING:

@@ -1,1 +1,1 @@
-"""Programs on the public API of `lad_kernels`: a bandit, a trainer, a memory measurement, and one demo of all."""
+"""Programs of a checkout, on the public API of `lad_kernels`: a bandit, a trainer, memory, and one demo of all."""

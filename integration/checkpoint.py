@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from integration.runs import Refused
+from lad_kernels.preflight import Refused
 
 LINK, CHECKSUMS = "checkpoint", "checksums.json"
 _OURS = re.compile(r"checkpoint-(\d+(-again)?|copied)")

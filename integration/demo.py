@@ -21,9 +21,9 @@ from rich.console import Console
 import lad_kernels
 from integration import bandit, compare, memory
 from integration.report import Sheet
-from integration.runs import Refused, claim_folder, complain
 from integration.train_config import TrainConfig, check_machine
 from lad_kernels import reference
+from lad_kernels.preflight import Refused, claim_folder, complain
 
 PARITY = 1e-10  # relative error allowed between our float64 path and the specification's
 QUICK = {

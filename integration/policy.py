@@ -1,7 +1,7 @@
 """A causal language model as the losses see it: backbone, head, packed sequences, and a sampler.
 
 The head's matrix product never happens here except for the few rows that are sampled from: a function of the caller
-takes its place inside the model's own forward (`integration.transformers`).
+takes its place inside the model's own forward (`lad_kernels.frameworks.transformers`).
 
 Completions come from transformers' `generate` under the model's own generation configuration: they end at any of its
 end-of-sequence ids or the tokenizer's. What would draw them from another distribution than the one that is scored and
@@ -34,8 +34,8 @@ from transformers import (
 from transformers.utils import logging
 
 from integration.tasks import build_tokenizer
-from integration.transformers import attach_fused_head
 from lad_kernels import LinearLogprobs, linear_logprobs
+from lad_kernels.frameworks.transformers import attach_fused_head
 
 logging.disable_progress_bar()  # the terminal belongs to the trainer's own progress
 

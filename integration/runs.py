@@ -10,80 +10,19 @@ import json
 import logging
 import os
 import signal
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from lad_kernels.preflight import Refused
+
 LOG = "metrics.jsonl"
 logger = logging.getLogger(__name__)
 
 
-class Refused(ValueError):
-    """A flag, file or folder that cannot be used; the message begins with the flag's name and ends with the cure."""
-
-
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM outside of a step."""
-
-
-def complain(program: str, words: str, status: int) -> int:
-    """One line on stderr; returns the status."""
-    print(f"{program}: error: {' '.join(words.split())}", file=sys.stderr)
-    return status
-
-
-def claim_folder(
-    out: str | None, prefix: str = "", *, used: bool = False, flag: str = "out", cure: str = "name another folder"
-) -> Path:
-    """The folder of a run, made and tried: a file, its flush to the disk, a link and a rename.
-
-    Args:
-        out: None makes a new folder `runs/<prefix><date>-<time>`.
-        used: the folder may hold something.
-        flag: the name of `out` for whoever gave it.
-        cure: what to do where it holds something and may not.
-
-    Raises:
-        Refused: it holds something, or cannot be written.
-    """
-    folder = Path(out) if out is not None else Path("runs") / f"{prefix}{time.strftime('%Y%m%d-%H%M%S')}"
-    try:
-        if out is None:
-            folder = _new(folder)
-        elif not used and folder.exists() and (held := sorted(path.name for path in folder.iterdir())):
-            raise Refused(f"{flag}: expected a new or an empty folder, got {out!r}, which holds {held[0]}; {cure}")
-        folder.mkdir(parents=True, exist_ok=True)
-        _try_out(folder)
-    except OSError as error:
-        raise Refused(
-            f"{flag}: expected a folder that can be written to, got {str(folder)!r} ({error.strerror}); name another"
-        ) from error
-    return folder
-
-
-def _new(folder: Path) -> Path:
-    """`folder`, or a numbered neighbour where another process was faster in the same second."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for name in (folder.name, *(f"{folder.name}-{i}" for i in range(2, 100))):
-        with suppress(FileExistsError):
-            folder.with_name(name).mkdir()
-            return folder.with_name(name)
-    raise FileExistsError(17, "a hundred runs began in this second", str(folder))
-
-
-def _try_out(folder: Path) -> None:
-    probe, link = folder / ".probe", folder / ".probe.link"
-    with probe.open("wb") as file:
-        file.write(b"\0" * 4096)
-        file.flush()
-        os.fsync(file.fileno())
-    link.unlink(missing_ok=True)  # of a run that was killed here
-    link.symlink_to(probe.name)
-    link.replace(probe)
-    probe.unlink()
 
 
 @contextmanager

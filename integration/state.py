@@ -13,8 +13,8 @@ import torch
 
 from integration import checkpoint
 from integration.policy import Policy, build_policy
-from integration.runs import Refused
 from integration.train_config import CONFIG, TrainConfig, saved_fields
+from lad_kernels.preflight import Refused
 
 STATE = "trainer_state.pt"  # in a checkpoint
 logger = logging.getLogger(__name__)

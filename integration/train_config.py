@@ -7,11 +7,10 @@ import json
 import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from integration import checkpoint
-from integration.runs import Refused
 from lad_kernels import LADConfig
+from lad_kernels.preflight import Refused, check_device, check_model
 
 CONFIG = "trainer_config.json"  # in a checkpoint
 LEAST = {
@@ -104,7 +103,7 @@ def parse_config(arguments: list[str] | None = None, description: str | None = N
         SystemExit: status 2, a wrong flag.
         Refused: nothing to resume from, or a damaged file.
     """
-    from integration.flags import parse_flags
+    from lad_kernels.flags import parse_flags
 
     bare = {"overwrite": {"action": "store_true", "help": "replace the run in `out`"}}
     parse = partial(parse_flags, TrainConfig, arguments, "lad-kernels train", description or __doc__, special=bare)
@@ -134,17 +133,6 @@ def check_machine(config: TrainConfig) -> None:
         check_model(config.model)
 
 
-def check_device(device: str) -> None:
-    """Raises Refused unless `device` is the CPU or an accelerator that is here."""
-    import torch
-
-    there = torch.accelerator.current_accelerator(check_available=True)
-    count = torch.accelerator.device_count() if there is not None else 0
-    names = ["cpu", *([] if there is None else [there.type, *(f"{there.type}:{i}" for i in range(count))])]
-    if device not in names:
-        raise Refused(f"device: expected {' or '.join(names)}, got {device!r}; this machine has no other")
-
-
 def check_task(task: str) -> None:
     """Raises Refused unless reasoning-gym has this dataset."""
     from reasoning_gym.factory import DATASETS
@@ -152,20 +140,3 @@ def check_task(task: str) -> None:
     if task not in DATASETS:
         near = difflib.get_close_matches(task, DATASETS, n=1, cutoff=0.0)
         raise Refused(f"task: expected a dataset of reasoning-gym, got {task!r}; did you mean {near[0]!r}?")
-
-
-def check_model(model: str) -> None:
-    """Raises Refused unless there is a model's configuration at this path or hub id."""
-    from transformers import AutoConfig
-
-    if model.startswith((".", "/", "~")) and not Path(model).exists():
-        raise Refused(
-            f"model: expected a folder with a model or a hub id, got {model!r}, which does not exist; check it"
-        )
-    try:
-        AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise Refused(
-            f"model: expected a folder with a model or a hub id, got {model!r} ({str(error).splitlines()[0]}); check "
-            f"the path, or the connection to the hub"
-        ) from error

@@ -66,8 +66,8 @@ def build_small_model(folder: Path, task: Any, config: Any) -> None:
 
 def settle(chosen: TaskArguments, args: Any, model: str | None) -> Any:
     """The trainer's configuration of task and warm start; what cannot be trained with, or would be lost, is refused."""
-    from integration.runs import Refused, claim_folder
     from integration.train_config import TrainConfig, check_task
+    from lad_kernels.preflight import Refused, claim_folder
 
     group, batch = args.num_generations_eval or args.num_generations, args.per_device_eval_batch_size * args.world_size
     if batch % group:
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> Any:
     from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
     from integration.tasks import Task, tagged_answer
-    from integration.trl import LADConfig, LADTrainer
+    from lad_kernels.frameworks.trl import LADConfig, LADTrainer
 
     kinds = (TaskArguments, LADConfig, ModelConfig)
     parser = TrlParser(kinds)
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> Any:
 
 
 if __name__ == "__main__":
-    from integration.runs import Refused, complain
+    from lad_kernels.preflight import Refused, complain
 
     try:
         main()

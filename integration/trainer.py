@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from integration import checkpoint
 from integration.policy import Packed, Policy, logprobs_of, pack, sample, through_head
-from integration.runs import Interrupted, Refused, Signals, claim_folder, complain, cut_log, open_log
+from integration.runs import Interrupted, Signals, cut_log, open_log
 from integration.state import State, initial_state, load_policy, make_optimizer, save_checkpoint
 from integration.tasks import RIGHT, Entry, Task, encode_prompt, normalize, tagged_answer
 from integration.train_config import TrainConfig, check_machine, parse_config
@@ -51,6 +51,7 @@ from lad_kernels import (
     linear_grpo_loss,
     linear_lad_loss,
 )
+from lad_kernels.preflight import Refused, claim_folder, complain
 
 
 class Rollout(NamedTuple):

@@ -108,8 +108,8 @@ def profile_sparsity(
 
     Args:
         model_or_hidden: last hidden states, with `weight` and `target_ids` as for `linear_logprobs`; or a causal LM
-            of transformers with `input_ids`, whose `base_model`, output embedding, softcap and logit scale are used
-            and whose targets are the input shifted by one.
+            of transformers with `input_ids`, whose own forward runs. What it does to its logits is measured
+            (`frameworks.transformers.attach_fused_head`), and the targets are the input shifted by one.
         coefficients: c = d loss / d logp per token, for instance advantages; None: 1 for every token.
         loss_mask, bias, temperature, logit_scale, softcap, impl: as for `linear_logprobs`.
         tail_mass, tail: as in `LADConfig`.
@@ -123,14 +123,18 @@ def profile_sparsity(
         ValueError, TypeError: an argument is missing or of the wrong shape, dtype or device; the message says which.
     """
     if isinstance(model_or_hidden, nn.Module):
-        hidden, weight, target_ids, bias = _of_model(model_or_hidden, input_ids, attention_mask)
-        logit_scale, softcap = _transform_of(model_or_hidden, logit_scale, softcap)
-        if loss_mask is None and attention_mask is not None:
-            loss_mask = attention_mask[:, 1:]
-    elif weight is None or target_ids is None:
+        for name, x in (("weight", weight), ("target_ids", target_ids), ("bias", bias), ("softcap", softcap)):
+            if x is not None:
+                raise ValueError(f"{name}: expected None with a model, got {type(x).__name__}; the model has its own")
+        if logit_scale != 1.0:
+            raise ValueError(f"logit_scale: expected 1 with a model, got {logit_scale}; the model has its own")
+        return _of_model(
+            model_or_hidden, input_ids, attention_mask, loss_mask, coefficients=coefficients, temperature=temperature,
+            tail_mass=tail_mass, tail=tail, buckets=buckets, impl=impl,
+        )  # fmt: skip
+    if weight is None or target_ids is None:
         raise ValueError("weight, target_ids: needed with hidden states, got None")
-    else:
-        hidden = model_or_hidden
+    hidden = model_or_hidden
     if impl == "reference":
         raise ValueError("impl: expected 'auto', 'triton' or 'torch', got 'reference', which has no routing")
     checks.per_token("coefficients", coefficients, target_ids, "target_ids")
@@ -169,33 +173,36 @@ def _measure(head: Head, c: Tensor | None, tail_mass: float, tail: str, buckets:
     return _summarise(work, out.entropy, c, kept, certificate, len(dense), tail_mass, buckets)
 
 
-def _of_model(model: Any, input_ids: Tensor | None, attention_mask: Tensor | None) -> tuple:
-    """Hidden states [B, T, D], weight [V, D], targets [B, T] and bias of a causal LM of transformers."""
+def _of_model(
+    model: Any, input_ids: Tensor | None, attention_mask: Tensor | None, loss_mask: Tensor | None, **options: Any
+) -> SparsityProfile:
+    """The profile of a model's own head, whose logit transform the adapter measures."""
+    from lad_kernels.frameworks.transformers import attach_fused_head
+
     if input_ids is None:
-        raise ValueError("input_ids: needed with a model, got None")
-    known = getattr(model, "get_output_embeddings", lambda: None)()
-    if known is None or not hasattr(model, "base_model"):
-        raise TypeError(
-            f"model_or_hidden: expected a causal LM of transformers, got {type(model).__name__}; pass hidden states, "
-            f"weight and target_ids instead"
-        )
-    kind = type(known).__dict__.get("_before_fused_head", type(known))  # attach_fused_head derives a class of its own
-    if kind is not nn.Linear:
-        raise TypeError(
-            f"model_or_hidden: expected a plain nn.Linear as output embedding, got {type(known).__name__}; pass hidden "
-            f"states and the effective weight instead"
-        )
-    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, :-1]
-    return hidden, known.weight, input_ids[:, 1:], known.bias
+        raise ValueError("input_ids: needed with a model, got None; give token ids [B, T + 1]")
+    if loss_mask is None and attention_mask is not None:
+        loss_mask = attention_mask[:, 1:]
+    base = model.get_base_model() if hasattr(type(model), "get_base_model") else model
+    attached = "_fused_head" in vars(base)
+    fused, profiles = attach_fused_head(model), []
 
+    def measure(hidden: Tensor, weight: Tensor, **head: Any) -> tuple:  # [B, T + 1, D], [V, D]
+        if "vocab_group" in head:
+            raise ValueError(
+                "model_or_hidden: expected a head that is whole on this rank, got one that tp_plan spreads over ranks; "
+                "load the model without tp_plan"
+            )
+        head |= options | {"loss_mask": loss_mask}
+        profiles.append(profile_sparsity(hidden[:, :-1], weight, input_ids[:, 1:], **head))
+        return ()
 
-def _transform_of(model: Any, logit_scale: float, softcap: float | None) -> tuple[float, float | None]:
-    """Scale and softcap as given, or as the model's config names them (Cohere, Granite, Gemma)."""
-    config = getattr(model, "config", None)
-    if logit_scale == 1.0:
-        scaling = getattr(config, "logits_scaling", None)
-        logit_scale = getattr(config, "logit_scale", None) or (1 / scaling if scaling else 1.0)
-    return logit_scale, getattr(config, "final_logit_softcapping", None) if softcap is None else softcap
+    try:
+        model(input_ids=input_ids, attention_mask=attention_mask, fused_head=measure)
+    finally:
+        if not attached:
+            fused.detach()
+    return profiles[-1]  # a config that misled makes the first a wrong guess
 
 
 def _summarise(

@@ -91,7 +91,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
 
 
 def stub_torchtitan(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """integration.torchtitan beside a stub of torchtitan's loss module."""
+    """lad_kernels.frameworks.torchtitan beside a stub of torchtitan's loss module."""
 
     class BaseLoss:
         @dataclass(kw_only=True, slots=True)
@@ -102,11 +102,11 @@ def stub_torchtitan(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         return logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
 
     put(monkeypatch, "torchtitan.components.loss", BaseLoss=BaseLoss, compute_logprobs=compute_logprobs)
-    return fresh(monkeypatch, "integration.torchtitan")
+    return fresh(monkeypatch, "lad_kernels.frameworks.torchtitan")
 
 
 def stub_verl(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """integration.verl beside stubs of what it imports; tests_verl/ has verl itself."""
+    """lad_kernels.frameworks.verl beside stubs of what it imports; tests_verl/ has verl itself."""
 
     @dataclass
     class PolicyLossConfig:
@@ -116,4 +116,4 @@ def stub_verl(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     put(monkeypatch, "verl.models.transformers.dense_common", CausalLMOutputForPPO=SimpleNamespace)
     put(monkeypatch, "verl.trainer.ppo.core_algos", register_policy_loss=lambda name: lambda function: function)
     put(monkeypatch, "verl.workers.config", PolicyLossConfig=PolicyLossConfig)
-    return fresh(monkeypatch, "integration.verl")
+    return fresh(monkeypatch, "lad_kernels.frameworks.verl")

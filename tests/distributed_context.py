@@ -1,4 +1,4 @@
-"""Cases of `distributed_worker.py`: `integration.distributed` against one process with the whole batch, in float64."""
+"""Cases of `distributed_worker.py`: context parallelism against one process with the whole batch, in float64."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.distributed as dist
 from distributed_vocabulary import FLOAT64, POLICIES, losses_of, policy_batch, whole
 from torch import Tensor
 
-from integration import distributed
 from lad_kernels import GRPOConfig, LADConfig, LossOutput, group_advantages, reference
+from lad_kernels.frameworks import distributed
 from lad_kernels.testing import relative_error
 
 

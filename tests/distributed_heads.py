@@ -16,8 +16,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from integration.transformers import attach_fused_head
 from lad_kernels import linear_logprobs
+from lad_kernels.frameworks.transformers import attach_fused_head
 from lad_kernels.testing import relative_error
 
 

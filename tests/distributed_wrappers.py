@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from integration.distributed import global_normalizer
-from integration.transformers import attach_fused_head
 from lad_kernels import LADConfig, linear_lad_loss, linear_logprobs, reference
+from lad_kernels.frameworks.distributed import global_normalizer
+from lad_kernels.frameworks.transformers import attach_fused_head
 from lad_kernels.testing import relative_error
 
 CONFIG = LADConfig(eta=0.5)

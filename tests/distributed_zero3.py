@@ -22,8 +22,8 @@ from distributed_wrappers import (
     tokens_of_step,
 )
 
-from integration.transformers import attach_fused_head
 from lad_kernels import linear_logprobs
+from lad_kernels.frameworks.transformers import attach_fused_head
 from lad_kernels.testing import relative_error
 
 

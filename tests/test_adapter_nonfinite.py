@@ -16,9 +16,10 @@ import torch.distributed as dist
 from adapter_stubs import LossInputs, slime_case, stub_slime, stub_torchtitan, stub_verl
 from torch import Tensor
 
-from integration.distributed import context_parallel_loss
-from integration.losses import prime_rl_lad_loss, slime_lad_loss
 from lad_kernels import LADConfig, lad_loss
+from lad_kernels.frameworks.distributed import context_parallel_loss
+from lad_kernels.frameworks.prime_rl import prime_rl_lad_loss
+from lad_kernels.frameworks.slime import slime_lad_loss
 
 BAD = (math.nan, -math.inf, math.inf)
 MASK = torch.tensor([[0, 1, 1, 0, 1, 0], [0, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]]).bool()  # [B, T]

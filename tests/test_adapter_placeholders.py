@@ -12,9 +12,10 @@ import torch.distributed as dist
 from adapter_stubs import LossInputs, slime_case, stub_slime, stub_torchtitan, stub_verl
 from torch import Tensor
 
-from integration.distributed import context_parallel_loss
-from integration.losses import prime_rl_lad_loss, slime_lad_loss
 from lad_kernels import LADConfig
+from lad_kernels.frameworks.distributed import context_parallel_loss
+from lad_kernels.frameworks.prime_rl import prime_rl_lad_loss
+from lad_kernels.frameworks.slime import slime_lad_loss
 from lad_kernels.objective.config import DIVERGENCES
 
 # What stands at masked tokens, given the policy's own log-prob there; 95 nats is beyond float32's exp.

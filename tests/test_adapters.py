@@ -15,8 +15,9 @@ import torch
 from adapter_stubs import LossInputs, get_log_probs_and_entropy, slime_case, stub_slime, stub_torchtitan
 from torch import Tensor
 
-from integration.losses import prime_rl_lad_loss, slime_lad_loss
 from lad_kernels import LADConfig, lad_loss
+from lad_kernels.frameworks.prime_rl import prime_rl_lad_loss
+from lad_kernels.frameworks.slime import slime_lad_loss
 
 LENGTHS = (5, 0, 3)  # tokens of three sequences
 
@@ -178,10 +179,9 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
-import integration.losses, integration.torchtitan, integration.verl
-config = integration.verl.LADPolicyLossConfig
-loss = lambda: integration.losses.slime_lad_loss(None, {}, None, None)
-for use in (integration.torchtitan.LADLoss.Config, config, loss):
+from lad_kernels.frameworks import prime_rl, slime, torchtitan, verl
+loss = lambda: slime.slime_lad_loss(None, {}, None, None)
+for use in (torchtitan.LADLoss.Config, verl.LADPolicyLossConfig, loss):
     try: use()
     except ImportError as error: print(error)
 """

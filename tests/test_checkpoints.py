@@ -19,12 +19,14 @@ pytest.importorskip("reasoning_gym", reason="needs the train extra: reasoning-gy
 
 import kill_points
 
-from integration import checkpoint, runs, trainer
-from integration.runs import Refused, Signals, claim_folder, cut_log, open_log
+from integration import checkpoint, trainer
+from integration.runs import Signals, cut_log, open_log
 from integration.state import load_policy
 from integration.tasks import Task
 from integration.train_config import CONFIG, TrainConfig, parse_config, saved_fields
 from integration.trainer import train
+from lad_kernels import preflight
+from lad_kernels.preflight import Refused, claim_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = TrainConfig(
@@ -269,7 +271,7 @@ def test_a_fresh_run_replaces_nothing_unless_told_to(run, capsys):
 
 def test_runs_without_a_folder_get_one_each(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs.time, "strftime", lambda _: "now")
+    monkeypatch.setattr(preflight.time, "strftime", lambda _: "now")
     assert [str(claim_folder(None, "train-")) for _ in range(3)] == [f"runs/train-now{end}" for end in ("", "-2", "-3")]
     assert not any(path for path in tmp_path.rglob("*") if path.is_file())
 

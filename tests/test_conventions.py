@@ -175,7 +175,7 @@ def test_sampling_draws_from_its_generator_alone(tmp_path):
 def test_trl_sees_the_same_prompts(tmp_path, monkeypatch, template, expected):
     pytest.importorskip("trl", reason="needs the trl extra: trl; lost: BOS in the TRL example")
     from integration import train_trl
-    from integration.trl import LADTrainer
+    from lad_kernels.frameworks.trl import LADTrainer
 
     policy_of(tmp_path / "model", adds_bos=True, template=template)
     seen, own = [], LADTrainer._tokenize_prompts

@@ -163,7 +163,7 @@ def test_attach_fused_head_under_other_defaults(family):
     pytest.importorskip("transformers", reason="transformers is not installed: attach_fused_head goes untested here")
     from families import fused_logprobs, gradients, tiny_model
 
-    from integration.transformers import attach_fused_head
+    from lad_kernels.frameworks.transformers import attach_fused_head
 
     model = tiny_model(family).eval()
     attach_fused_head(model)

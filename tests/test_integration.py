@@ -257,15 +257,15 @@ def test_megatron_engine_without_a_name_to_replace_is_refused_whole(monkeypatch,
     def own(*_, **__): ...
 
     fused = SimpleNamespace(**{name: own for name in NAMES if name != missing})
-    importlib.import_module("integration.verl")  # before the stand-in for verl
+    importlib.import_module("lad_kernels.frameworks.verl")  # before the stand-in for verl
     monkeypatch.setitem(sys.modules, "verl", SimpleNamespace(__version__="9.9"))
     monkeypatch.setitem(sys.modules, "verl.models.mcore", SimpleNamespace(model_forward_fused=fused))
     if missing is None:
-        runpy.run_module("integration.verl_megatron")
+        runpy.run_module("lad_kernels.frameworks.verl_megatron")
         assert all(getattr(fused, name) is not own for name in NAMES)
         return
     with pytest.raises(ImportError, match=rf"{missing}: expected a function .* verl 9\.9 is not supported"):
-        runpy.run_module("integration.verl_megatron")
+        runpy.run_module("lad_kernels.frameworks.verl_megatron")
     assert vars(fused) == {name: own for name in NAMES if name != missing}
 
 

@@ -60,30 +60,43 @@ def test_tokens_without_a_gradient_have_nothing_to_drop():
     assert (none.zero_share, none.kept_share, none.dropped_mass_max) == (1, 0, 0)
 
 
-def test_a_model_of_transformers():
-    transformers = pytest.importorskip(
-        "transformers", reason="needs the train extra; a model of transformers goes untested"
-    )
-    config = transformers.Gemma2Config(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, final_logit_softcapping=7.0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.Gemma2ForCausalLM(config).eval()
-    ids = torch.randint(300, (2, 9))
-    found = profile_sparsity(model, input_ids=ids, attention_mask=torch.ones_like(ids))
+FAMILIES_THAT_MISLEAD = {"gemma2": "softcap 3", "mpt": "its config's scale is ignored", "falcon_h1": "scale 0.05"}
+
+
+@pytest.mark.parametrize("family", FAMILIES_THAT_MISLEAD)
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_model_of_transformers(family, attached):
+    """What the model does to its logits is measured; the model is left as it was."""
+    pytest.importorskip("transformers", reason="needs the train extra; a model of transformers goes untested")
+    from families import IDS, MASK, own_logprobs, tiny_model
+
+    from lad_kernels.frameworks.transformers import attach_fused_head
+
+    model = tiny_model(family, **({"lm_head_multiplier": 0.05} if family == "falcon_h1" else {})).eval()
+    handle = attach_fused_head(model) if attached else None
+    found = profile_sparsity(model, input_ids=IDS, attention_mask=MASK)
     with torch.no_grad():
-        log_p = model(ids).logits[:, :-1].log_softmax(-1)
-    assert found.tokens == 16
+        log_p = model(IDS, attention_mask=MASK).logits[:, :-1].float().log_softmax(-1)[MASK[:, 1:] == 1]
+    assert found.tokens == MASK[:, 1:].sum()
     assert found.mean_entropy == pytest.approx(-(log_p.exp() * log_p).sum(-1).mean().item(), rel=1e-5)
+    assert ("_fused_head" in vars(model)) == attached
+    if attached:
+        assert attach_fused_head(model) is handle
+    with torch.no_grad():
+        own_logprobs(model)
 
 
 def test_what_it_refuses():
     x = make_inputs(4, 8, 200, masked=0.0)
     with pytest.raises(ValueError, match="weight, target_ids"):
         profile_sparsity(x.hidden)
-    with pytest.raises(TypeError, match="causal LM of transformers"):
+    with pytest.raises(TypeError, match="expected a transformers PreTrainedModel"):
         profile_sparsity(nn.Linear(2, 2), input_ids=x.targets)
+    for name in ("weight", "target_ids", "bias"):
+        with pytest.raises(ValueError, match=f"{name}: expected None with a model"):
+            profile_sparsity(nn.Linear(2, 2), input_ids=x.targets, **{name: x.weight})
+    with pytest.raises(ValueError, match="logit_scale: expected 1 with a model, got 2"):
+        profile_sparsity(nn.Linear(2, 2), input_ids=x.targets, logit_scale=2)
     with pytest.raises(ValueError, match="input_ids"):
         profile_sparsity(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="coefficients"):

@@ -121,8 +121,8 @@ def test_sharded_snippet():
 
 
 def test_prime_rl_snippet():
-    from integration.losses import prime_rl_lad_loss
     from lad_kernels import LADConfig
+    from lad_kernels.frameworks.prime_rl import prime_rl_lad_loss
 
     loss = tomllib.loads(snippet("### prime-rl, torchtitan, slime", "toml"))["trainer"]["loss"]
     assert loss["import_path"] == f"{prime_rl_lad_loss.__module__}.{prime_rl_lad_loss.__name__}"

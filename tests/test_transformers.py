@@ -29,8 +29,8 @@ from families import (
 )  # fmt: skip
 from transformers import LlamaForCausalLM
 
-from integration.transformers import LogitTransform, attach_fused_head
 from lad_kernels import LADConfig, linear_lad_loss, linear_logprobs
+from lad_kernels.frameworks.transformers import LogitTransform, attach_fused_head
 from lad_kernels.head import dispatch
 
 

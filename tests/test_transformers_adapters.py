@@ -14,7 +14,7 @@ pytest.importorskip("peft", reason="peft is not installed: adapters on the head 
 import peft
 from families import IDS, compare, fused_logprobs, gradients, own_logprobs, tiny_model
 
-from integration.transformers import attach_fused_head
+from lad_kernels.frameworks.transformers import attach_fused_head
 
 
 def with_peft(config, *, attach_first: bool = False, family: str = "qwen3", **changes):

@@ -17,8 +17,8 @@ pytest.importorskip("transformers", reason="transformers is not installed: share
 
 from families import IDS, MASK, compare, fused, fused_logprobs, own_logprobs, tiny_model
 
-from integration.transformers import attach_fused_head
 from lad_kernels import linear_logprobs
+from lad_kernels.frameworks.transformers import attach_fused_head
 
 BATCHES = [torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(i)) for i in range(4)]
 

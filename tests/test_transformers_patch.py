@@ -15,7 +15,7 @@ pytest.importorskip("transformers", reason="transformers is not installed: attac
 from families import IDS, MASK, compare, fused_logprobs, own_logprobs, tiny_model
 from transformers import LlamaForCausalLM
 
-from integration.transformers import attach_fused_head
+from lad_kernels.frameworks.transformers import attach_fused_head
 
 
 def test_attach_and_detach():

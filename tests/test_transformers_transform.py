@@ -11,10 +11,10 @@ pytest.importorskip("transformers", reason="transformers is not installed: chang
 from families import HIDDEN, IDS, MASK, VOCABULARY, compare, fused, fused_logprobs, own_logprobs, tiny_model
 from transformers import LlamaForCausalLM
 
-from integration import logit_transform
-from integration.logit_transform import LogitTransform, known_numbers
-from integration.transformers import attach_fused_head
 from lad_kernels import linear_logprobs
+from lad_kernels.frameworks import logit_transform
+from lad_kernels.frameworks.logit_transform import LogitTransform, known_numbers
+from lad_kernels.frameworks.transformers import attach_fused_head
 
 
 class Llama(LlamaForCausalLM):

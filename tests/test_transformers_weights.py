@@ -24,7 +24,7 @@ from families import (
     tiny_model,
 )
 
-from integration.transformers import attach_fused_head
+from lad_kernels.frameworks.transformers import attach_fused_head
 
 
 class Wrapped(torch.Tensor):

@@ -1,4 +1,4 @@
-"""integration/trl.py and train_trl.py: TRL's own losses through our head, runs, resuming, bad use."""
+"""lad_kernels/frameworks/trl.py and train_trl.py: TRL's own losses through our head, runs, resuming, bad use."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from trl_cases import (
     trl,
 )
 
-import integration.trl as adapter
+import lad_kernels.frameworks.trl as adapter
 from integration import train_trl
-from integration.distributed import require_sound_ranks
-from integration.trl import FusedHeadMixin, LADConfig, LADTrainer
+from lad_kernels.frameworks.distributed import require_sound_ranks
+from lad_kernels.frameworks.trl import FusedHeadMixin, LADConfig, LADTrainer
 
 pytestmark = ON_CPU
 
@@ -208,7 +208,13 @@ def test_config_refuses_by_name(given, words, tmp_path):
     ("kind", "config", "given", "error", "words"),
     [
         (LADTrainer, LADConfig, dict(bf16=True, cast_lm_head_to_fp32=True), ValueError, "cast_lm_head_to_fp32"),
-        (LADTrainer, trl.GRPOConfig, {}, TypeError, "args: expected integration.trl.LADConfig, got GRPOConfig"),
+        (
+            LADTrainer,
+            trl.GRPOConfig,
+            {},
+            TypeError,
+            "args: expected lad_kernels.frameworks.trl.LADConfig, got GRPOConfig",
+        ),
     ],
 )
 def test_trainer_refuses_by_name(kind, config, given, error, words, folder, tmp_path):
@@ -256,7 +262,7 @@ def test_imports_without_a_supported_trl_and_says_so_on_use(version, monkeypatch
     else:
         monkeypatch.setattr(trl, "__version__", version)
     monkeypatch.delitem(sys.modules, "adapter_again", raising=False)
-    monkeypatch.delitem(sys.modules, "integration.trl_options")
+    monkeypatch.delitem(sys.modules, "lad_kernels.frameworks.trl_options")
     module = reloaded()
     for use in (module.LADConfig, lambda: module.LADTrainer(None), lambda: module.FusedHeadMixin(None)):
         with pytest.raises(ImportError, match=r"trl: expected 1\.14 to 1\.16 and not 1\.15\.0") as caught:

@@ -1,4 +1,4 @@
-"""integration/trl.py: the gradient, loss and logs of LADTrainer against stored logits, in float64."""
+"""lad_kernels/frameworks/trl.py: the gradient, loss and logs of LADTrainer against stored logits, in float64."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from transformers import TrainerCallback
 from trl_cases import ON_CPU, PROMPTS, build, load, options, save_model
 
 import lad_kernels
-from integration.trl import LADConfig, LADTrainer
-from integration.trl_options import trl_has_fused_head
 from lad_kernels import reference
+from lad_kernels.frameworks.trl import LADConfig, LADTrainer
+from lad_kernels.frameworks.trl_options import trl_has_fused_head
 
 pytestmark = ON_CPU
 

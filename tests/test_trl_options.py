@@ -16,8 +16,8 @@ from test_trl_loss import LAD
 from trl_cases import ON_CPU, PROMPTS, build, load, options, save_model, trl
 
 import lad_kernels
-from integration.trl import LADConfig
-from integration.trl_options import LOSS_TYPES, REFUSED, grpo_config
+from lad_kernels.frameworks.trl import LADConfig
+from lad_kernels.frameworks.trl_options import LOSS_TYPES, REFUSED, grpo_config
 
 pytestmark = ON_CPU
 

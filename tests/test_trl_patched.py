@@ -1,4 +1,4 @@
-"""integration/trl.py where somebody has changed the model: TRL its head to float32, Liger its layers or its forward."""
+"""The TRL trainers where somebody has changed the model: TRL its head to float32, Liger its layers or its forward."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from transformers import Qwen3Config
 from transformers.models.qwen3 import modeling_qwen3
 from trl_cases import ON_CPU, SIZES, FusedGRPOTrainer, assert_same_runs, build, history, load, options, save_model, trl
 
-import integration.trl as adapter
-from integration.trl import LADConfig, LADTrainer
-from integration.trl_options import trl_has_fused_head
+import lad_kernels.frameworks.trl as adapter
+from lad_kernels.frameworks.trl import LADConfig, LADTrainer
+from lad_kernels.frameworks.trl_options import trl_has_fused_head
 
 pytestmark = ON_CPU
 

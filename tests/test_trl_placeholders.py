@@ -12,7 +12,7 @@ pytest.importorskip("trl", reason="TRL is not installed; LADTrainer goes unteste
 from test_trl_loss import TamperedTrainer
 from trl_cases import ON_CPU, PROMPTS, build, load, options, save_model
 
-from integration.trl import LADConfig
+from lad_kernels.frameworks.trl import LADConfig
 from lad_kernels.objective.config import DIVERGENCES
 
 pytestmark = ON_CPU

@@ -9,8 +9,8 @@ pytest.importorskip("trl", reason="TRL is not installed; the measurement of TRL'
 
 from benchmarks import experiments, gpu, report, trl_step
 from benchmarks.trl_step import FUSED, LAD, STOCK
-from integration import trl as adapter
-from integration import trl_options
+from lad_kernels.frameworks import trl as adapter
+from lad_kernels.frameworks import trl_options
 
 
 @pytest.fixture

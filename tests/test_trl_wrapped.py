@@ -1,4 +1,4 @@
-"""integration/trl.py on two ranks, where TRL and accelerate wrap the model: DDP, FSDP2, ZeRO-3, PEFT inside them.
+"""The TRL trainers on two ranks, where TRL and accelerate wrap the model: DDP, FSDP2, ZeRO-3, PEFT inside them.
 
 Gradients, losses and logs are compared with one process that reads the model's stored logits, in float64.
 """
@@ -27,7 +27,7 @@ from transformers import Qwen3Config
 from trl import GRPOConfig
 from trl_cases import ON_CPU, SIZES, FusedGRPOTrainer, build, load, options, save_model
 
-from integration.trl import LADConfig
+from lad_kernels.frameworks.trl import LADConfig
 
 pytestmark = ON_CPU
 

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from integration.tasks import build_tokenizer
-from integration.trl import FusedHeadMixin
+from lad_kernels.frameworks.trl import FusedHeadMixin
 
 TOKENIZER = build_tokenizer()
 PROMPTS = Dataset.from_list([{"prompt": f"{i}+{2 * i}="} for i in range(16)])

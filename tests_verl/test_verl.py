@@ -1,4 +1,4 @@
-"""integration/verl.py against verl itself, in verl's own environment (`make test-verl`); no network, no GPU."""
+"""The verl adapter against verl itself, in verl's own environment (`make test-verl`); no network, no GPU."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.workers.config import FSDPActorConfig
 from verl.workers.utils.losses import ppo_loss
 
-from integration.verl import LADPolicyLossConfig, linear_cross_entropy, status
 from lad_kernels import LADConfig, lad_loss
+from lad_kernels.frameworks.verl import LADPolicyLossConfig, linear_cross_entropy, status
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
@@ -185,7 +185,7 @@ def test_settings_from_the_command_line():
             "ppo_trainer",
             overrides=[
                 "actor_rollout_ref.actor.policy_loss.loss_mode=lad",
-                "actor_rollout_ref.actor.policy_loss._target_=integration.verl.LADPolicyLossConfig",
+                "actor_rollout_ref.actor.policy_loss._target_=lad_kernels.frameworks.verl.LADPolicyLossConfig",
                 "+actor_rollout_ref.actor.policy_loss.eta=0.5",
                 "+actor_rollout_ref.actor.policy_loss.divergence=kl",
                 "+actor_rollout_ref.actor.policy_loss.log_ratio_clamp=3.0",
@@ -355,7 +355,7 @@ def test_the_entry_point_registers_us(tmp_path, monkeypatch):
     info = tmp_path / "as_installed-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: as_installed\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[verl.plugins]\nlad = integration.verl\n")
+    (info / "entry_points.txt").write_text("[verl.plugins]\nlad = lad_kernels.frameworks.verl\n")
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
     assert "are registered" in status()
     monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "none")
@@ -364,6 +364,6 @@ def test_the_entry_point_registers_us(tmp_path, monkeypatch):
 
 def test_a_plugin_that_fails_is_heard():
     code = "import sys; sys.modules['verl.trainer.ppo.core_algos'] = None\nimport verl"
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "VERL_USE_EXTERNAL_MODULES": "integration.verl"}
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "VERL_USE_EXTERNAL_MODULES": "lad_kernels.frameworks.verl"}
     found = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
     assert "lad_kernels: cannot register with this verl: ModuleNotFoundError" in found.stderr

@@ -53,7 +53,7 @@ def megatron(rank: int) -> None:
 
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     gather = module.gather_from_sequence_parallel_region
-    import integration.verl_megatron  # noqa: F401
+    import lad_kernels.frameworks.verl_megatron  # noqa: F401
 
     torch.manual_seed(0)
     h = torch.randn(TOKENS, 1, HIDDEN, dtype=torch.float64, requires_grad=True)  # [s, b, D]
@@ -91,7 +91,7 @@ def fsdp2(rank: int) -> None:
     from verl.models.transformers.monkey_patch import apply_monkey_patch
     from verl.utils.fsdp_utils import apply_fsdp2
 
-    import integration.verl  # noqa: F401
+    import lad_kernels.frameworks.verl  # noqa: F401
 
     mesh = init_device_mesh("cpu", (2,))
     for tied in (False, True):

@@ -8,10 +8,11 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from packaging.requirements import Requirement
@@ -91,7 +92,8 @@ def requirements() -> tuple[dict[str, Requirement], dict[str, str]]:
         )
     except metadata.PackageNotFoundError:
         return {}, {}
-    found, brought = {}, {}
+    found: dict[str, Requirement] = {}
+    brought: dict[str, str] = {}
     for requirement in map(Requirement, lines):
         marker = requirement.marker
         if marker is None or marker.evaluate({"extra": ""}):
@@ -155,7 +157,7 @@ def paths(asked: Asked, device: torch.device, dtype: torch.dtype) -> list[tuple[
         shapes = {"yours": (asked.hidden_size or 4096, asked.vocab_size or 151_936)}
     triton = asked.impl != "reference" and checks.use_triton(asked.impl, device, dtype)
     one_pass = dtype != torch.float16 if triton else dtype.itemsize > 2  # as the head decides for itself
-    calls = {
+    calls: dict[str, dict[str, Any]] = {
         "scoring, no gradient": {"grad": False},
         "linear_logprobs": {"tail": 0.0},
         "linear_lad_loss, token level": {"one_pass": one_pass},
@@ -194,7 +196,7 @@ def import_error(name: str) -> str | None:
 
 def verl_plugin() -> str:
     """What a worker of verl finds of ours, as one line; verl itself hides a plugin that fails to load."""
-    from integration import verl
+    from lad_kernels.frameworks import verl
 
     return verl.status()
 
@@ -215,7 +217,7 @@ def package_problems(installed: list[Installed], wanted: tuple[str, ...], triton
     return found + [f"{name}: expected one of {', '.join(known)}" for name in wanted if name not in known]
 
 
-def table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+def table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
     found = Table(*columns, title=title, title_justify="left")
     for row in rows:
         found.add_row(*map(escape, row))

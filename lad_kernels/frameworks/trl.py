@@ -1,6 +1,6 @@
 """TRL: LAD as a trainer, and the fused head for TRL's own trainers. TRL 1.14 to 1.16, except 1.15.0.
 
-from integration.trl import LADConfig, LADTrainer
+from lad_kernels.frameworks.trl import LADConfig, LADTrainer
 trainer = LADTrainer(model, reward_funcs, args=LADConfig(eta=0.25), train_dataset=dataset)
 
 `FusedHeadMixin` in front of `trl.GRPOTrainer` or `trl.RLOOTrainer` computes every log-probability with `lad_kernels`
@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from integration.distributed import require_sound_ranks
-from integration.transformers import attach_fused_head
-from integration.trl_options import GRPOTrainer, LADConfig, RLOOTrainer, require_trl, trl_has_fused_head
 from lad_kernels import LinearLogprobs, LossOutput, lad_loss, linear_lad_loss, linear_logprobs
+from lad_kernels.frameworks.distributed import require_sound_ranks
+from lad_kernels.frameworks.transformers import attach_fused_head
+from lad_kernels.frameworks.trl_options import GRPOTrainer, LADConfig, RLOOTrainer, require_trl, trl_has_fused_head
 
 __all__ = ("FusedHeadMixin", "LADConfig", "LADTrainer")
 
@@ -170,7 +170,7 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
         require_trl()
         args = LADConfig() if args is None else args
         if not isinstance(args, LADConfig):
-            raise TypeError(f"args: expected integration.trl.LADConfig, got {type(args).__name__}")
+            raise TypeError(f"args: expected lad_kernels.frameworks.trl.LADConfig, got {type(args).__name__}")
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         self.objective = replace(args.objective(), target_norm=None)  # applied to the advantages of whole groups
         self.corrects_kl = args.beta != 0 and args.use_bias_correction_kl

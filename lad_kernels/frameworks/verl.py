@@ -1,16 +1,16 @@
 """LAD in verl: the policy loss `lad`, its configuration, and the fused head as backend `lad_kernels`.
 
 verl loads this module in every worker, through the entry-point group `verl.plugins` if the package is installed, else
-with VERL_USE_EXTERNAL_MODULES=integration.verl. Nothing of verl changes unless it is asked for:
+with VERL_USE_EXTERNAL_MODULES=lad_kernels.frameworks.verl. Nothing of verl changes unless it is asked for:
 
     actor_rollout_ref.actor.policy_loss.loss_mode=lad
-    actor_rollout_ref.actor.policy_loss._target_=integration.verl.LADPolicyLossConfig
+    actor_rollout_ref.actor.policy_loss._target_=lad_kernels.frameworks.verl.LADPolicyLossConfig
     +actor_rollout_ref.actor.policy_loss.eta=0.25
     actor_rollout_ref.model.use_fused_kernels=True
     actor_rollout_ref.model.fused_kernel_options.impl_backend=lad_kernels
 
 Advantages come from verl's own estimators (`algorithm.adv_estimator=grpo`): LAD needs nothing else of the group.
-`python -m integration.verl` tells whether a worker of verl would find the plugin.
+`python -m lad_kernels.frameworks.verl` tells whether a worker of verl would find the plugin.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def lad_policy_loss(
     if not isinstance(settings, LADPolicyLossConfig):
         raise TypeError(
             f"config.policy_loss: expected LADPolicyLossConfig, got {type(settings).__name__}; set "
-            "actor_rollout_ref.actor.policy_loss._target_=integration.verl.LADPolicyLossConfig"
+            "actor_rollout_ref.actor.policy_loss._target_=lad_kernels.frameworks.verl.LADPolicyLossConfig"
         )
     mask = response_mask.bool()  # [B, T]
     here, share, width = _counts(loss_agg_mode, mask, dict(getattr(config, "global_batch_info", {})))
@@ -187,7 +187,7 @@ def fuse_head(model: nn.Module) -> None:
     Raises:
         ValueError: at first use, where the model's logits are not what its head and config say.
     """
-    from integration.transformers import attach_fused_head
+    from lad_kernels.frameworks.transformers import attach_fused_head
 
     attach_fused_head(model)
     inner = model.forward
@@ -247,7 +247,8 @@ def status() -> str:
         return f"verl {version}: policy loss 'lad' and fused kernels backend 'lad_kernels' are registered"
     return (
         f"verl {version}: NOT registered (loss: {loss}, backend: {head}); install the package with pip, or set "
-        "VERL_USE_EXTERNAL_MODULES=integration.verl, and see that VERL_USE_EXTERNAL_PLUGINS does not exclude it"
+        "VERL_USE_EXTERNAL_MODULES=lad_kernels.frameworks.verl, and see that VERL_USE_EXTERNAL_PLUGINS does not "
+        "exclude it"
     )
 
 

@@ -19,8 +19,8 @@ anew. In every later call two known numbers are the stand-in: where the model ma
 the pass is measured and repeated, and on CUDA, where nobody waits for the answer, the device asserts.
 
 Threads, nested calls, copies and replicas of nn.DataParallel are apart: what belongs to a call lives in a context
-variable (`integration.head_call`). A checkpoint (torch.utils.checkpoint) may surround the model's call, not the head
-alone. With a model over several devices hidden states come to the head's device, and the function moves its targets.
+variable (`head_call.py`). A checkpoint (torch.utils.checkpoint) may surround the model's call, not the head alone. With
+a model over several devices hidden states come to the head's device, and the function moves its targets.
 
 To answer another library's keyword, wrap `model.forward` with a function that calls `model.forward(fused_head=...)`.
 """
@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from integration.head_call import HeadCall, Leaves, call_is_active, current_call, restore
-from integration.logit_transform import LogitTransform, logit_transform
+from lad_kernels.frameworks.head_call import HeadCall, Leaves, call_is_active, current_call, restore
+from lad_kernels.frameworks.logit_transform import LogitTransform, logit_transform
 
 REMEMBERED = 32  # states of a model whose head was checked: training mode, dtypes, adapters
 

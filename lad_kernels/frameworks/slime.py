@@ -1,64 +1,22 @@
-"""LAD as the loss function of prime-rl and slime, which compute the log-probs themselves.
+"""LAD as a custom loss of slime, which computes the log-probs itself.
 
-| framework | how it is chosen |
-|---|---|
-| prime-rl | `[trainer.loss]` with `type = "custom"` and `import_path = "integration.losses.prime_rl_lad_loss"` |
-| slime | `--loss-type custom_loss --custom-loss-function-path integration.losses.slime_lad_loss` |
+    --loss-type custom_loss --custom-loss-function-path lad_kernels.frameworks.slime.slime_lad_loss
 
-Masks, weights and the global divisor stay the framework's, so micro-batches and ranks do not change the gradient. What
-masked tokens hold has no effect. A loss token without a finite old log-prob (or reference log-prob, or weight, where
-they take part) is dropped and counted in a metric; the frameworks themselves would let it spoil the step, and their
-divisors still count it. What a call could not honour is refused by name.
+Masks and the divisor stay slime's, so micro-batches and ranks do not change the gradient. What masked tokens hold has
+no effect. A loss token without a finite old log-prob is dropped and counted in a metric; slime's own losses would let
+it spoil the step, and its divisor still counts it. What a call could not honour is refused by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lad_kernels import LADConfig, lad_loss
-
-HEAD_SETTINGS, NO_HEAD = ("backward", "tail_mass", "tail"), "the framework's own head makes the log-probs"
-
-
-class LossOutputs(NamedTuple):
-    """What prime-rl reads from a custom loss."""
-
-    loss: Tensor  # [], the sum over the sequence
-    metrics: dict[str, Tensor]  # 0-d, means over the sequence's tokens
-
-
-def prime_rl_lad_loss(inputs: Any, **settings: Any) -> LossOutputs:
-    """LAD on one sequence; the trainer adds the sequences up and divides by the global token count.
-
-    Args:
-        inputs: prime-rl's LossInputs: `trainer_logprobs`, `inference_logprobs`, `advantages` and `loss_mask`, each [T],
-            and `ref_logprobs` and `loss_weights`, [T] or None.
-        **settings: fields of `LADConfig`, from `[trainer.loss.kwargs]`.
-
-    Raises:
-        ValueError, TypeError: a setting that is wrong, or that cannot be honoured here.
-    """
-    _refuse(settings, "prime-rl averages over tokens and shows one sequence at a time", "loss_agg_mode", "target_norm")
-    _refuse(settings, NO_HEAD, *HEAD_SETTINGS)
-    if inputs.loss_weights is not None:
-        _refuse(settings, "loss_weights would not reach the KL term", "kl_coef")
-    given = {
-        "old_logprobs": inputs.inference_logprobs,
-        "advantages": inputs.advantages,
-        "loss_mask": inputs.loss_mask,
-        "ref_logprobs": inputs.ref_logprobs,
-        "rollout_is_weights": inputs.loss_weights,
-    }
-    rows = {name: None if x is None else x[None] for name, x in given.items()}  # [1, T]
-    tokens = inputs.loss_mask.sum().clamp(min=1)  # [] those that prime-rl counts, dropped ones included
-    out = lad_loss(inputs.trainer_logprobs[None], config=LADConfig(**settings), normalizer=tokens, **rows)
-    metrics = {f"lad/{name}": value for name, value in out.metrics.items()}
-    return LossOutputs(out.loss * tokens, metrics)
-
+from lad_kernels.frameworks.options import HEAD_SETTINGS, NO_HEAD, refuse
 
 # What slime's own policy loss adds; a custom loss replaces all of it.
 SLIME_REFUSED = (
@@ -88,9 +46,9 @@ def slime_lad_loss(
     from slime.backends.megatron_utils.loss import get_log_probs_and_entropy, get_rollout_top_p_logprob_kwargs
 
     settings = dict(getattr(args, "lad", {}))
-    _refuse(settings, "slime reduces single tokens itself", "loss_agg_mode", "importance_sampling_level", "target_norm")
-    _refuse(settings, NO_HEAD, *HEAD_SETTINGS)
-    _refuse(vars(args), "a custom loss replaces slime's policy loss and all that it adds", *SLIME_REFUSED)
+    refuse(settings, "slime reduces single tokens itself", "loss_agg_mode", "importance_sampling_level", "target_norm")
+    refuse(settings, NO_HEAD, *HEAD_SETTINGS)
+    refuse(vars(args), "a custom loss replaces slime's policy loss and all that it adds", *SLIME_REFUSED)
     _, scored = get_log_probs_and_entropy(
         logits,
         args=args,
@@ -124,9 +82,3 @@ def _loss_tokens(sum_of_sample_mean: Callable[[Tensor], Tensor], like: Tensor) -
     """Tokens to which slime's reducer gives a weight: its loss masks, of this rank's part under context parallelism."""
     probe = torch.zeros_like(like, requires_grad=True)  # [M]
     return torch.autograd.grad(sum_of_sample_mean(probe), probe)[0] != 0
-
-
-def _refuse(settings: dict[str, Any], why: str, *names: str) -> None:
-    for name in names:
-        if settings.get(name):
-            raise ValueError(f"{name}: expected it unset, got {settings[name]!r}; {why}")

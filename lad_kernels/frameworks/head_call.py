@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from integration import logit_transform
-from integration.heads import autocast_dtype, effective_head, head_layer, head_parts, without_dropout
-from integration.logit_transform import LogitTransform
 from lad_kernels import linear_logprobs
+from lad_kernels.frameworks import logit_transform
+from lad_kernels.frameworks.head_module import autocast_dtype, effective_head, head_layer, head_parts, without_dropout
+from lad_kernels.frameworks.logit_transform import LogitTransform
 
 CHECKED_ROWS = 8
 # Error of a log-prob over (1 + max abs(logit)): logits are rounded to their dtype; float32 ones may come from tf32.

@@ -1,7 +1,7 @@
 """The fused head in verl's Megatron engine; importing this module puts it there.
 
     actor_rollout_ref.model.use_fused_kernels=True
-    actor_rollout_ref.model.external_lib=integration.verl_megatron
+    actor_rollout_ref.model.external_lib=lad_kernels.frameworks.verl_megatron
 
 Two names in verl's fused forward are replaced. Its kernel leaves dH as each tensor-parallel rank's own part, and counts
 on the backward of sequence parallelism's gather to sum the parts; without sequence parallelism nothing does. Ours sums
@@ -22,14 +22,14 @@ from functools import partial
 
 from verl.models.mcore import model_forward_fused
 
-from integration.verl import linear_cross_entropy
+from lad_kernels.frameworks.verl import linear_cross_entropy
 
 for name in ("linear_cross_entropy", "gather_from_sequence_parallel_region"):
     if not callable(getattr(model_forward_fused, name, None)):  # with one name replaced alone, dH would be wrong
         found = getattr(sys.modules.get("verl"), "__version__", "of unknown version")
         raise ImportError(
             f"verl.models.mcore.model_forward_fused.{name}: expected a function to replace, got none; verl {found} is "
-            "not supported by integration.verl_megatron"
+            "not supported by lad_kernels.frameworks.verl_megatron"
         )
 model_forward_fused.linear_cross_entropy = linear_cross_entropy
 model_forward_fused.gather_from_sequence_parallel_region = partial(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from integration.runs import complain
+from lad_kernels.preflight import complain
 
 T = TypeVar("T")
 set_parsing_settings(unset_sentinel=True)  # null in a file is checked like any other value
@@ -65,6 +65,6 @@ def parse_flags(
     parser.set_defaults(defaults or {})
     given = parser.parse_args(arguments)
     try:
-        return kind(**{field.name: given[field.name] for field in fields(kind)})
+        return kind(**{field.name: given[field.name] for field in fields(cast(Any, kind))})
     except ValueError as error:
         raise SystemExit(complain(program, f"--{error}", 2)) from error

@@ -1,0 +1,1 @@
+"""Adapters to training frameworks; each can be imported without its framework."""

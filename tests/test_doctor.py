@@ -1,0 +1,178 @@
+"""What the doctor finds, and what it finds wrong."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="it needs the train extra: rich; lost: all tests of lad-kernels")
+pytest.importorskip("packaging", reason="it needs the train extra: packaging; lost: all tests of lad-kernels")
+pytest.importorskip("jsonargparse", reason="it needs the train extra: jsonargparse; lost: all tests of lad-kernels")
+
+from rich.console import Console
+
+from lad_kernels import doctor
+from lad_kernels.head.autograd import Head
+from lad_kernels.head.logits import LogitTransform
+
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without CUDA; lost: one error message")
+
+
+def report(monkeypatch, **asked) -> tuple[int, str]:
+    """Exit status and text of the doctor; tests run with TRITON_INTERPRET=1 where there is no GPU, users do not."""
+    monkeypatch.setenv("TRITON_INTERPRET", asked.pop("interpret", "0"))
+    out = io.StringIO()
+    status = doctor.main(doctor.Asked(**asked), Console(file=out, width=1000))
+    return status, out.getvalue()
+
+
+def versions(monkeypatch, **found: str | None) -> None:
+    """Pretend that these versions are installed, or that a package is not."""
+    known = doctor.metadata.version
+
+    def version(name: str) -> str:
+        given = found.get(name.replace("-", "_"), known)
+        if given is None:
+            raise doctor.metadata.PackageNotFoundError(name)
+        return known(name) if given is known else given
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+
+
+def ranges(monkeypatch, *lines: str) -> None:
+    """Pretend that lad_kernels' metadata holds these requirements, with extras train and trl."""
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: list(lines))
+    extras = type("Metadata", (), {"get_all": lambda self, key: ["train", "trl"]})
+    monkeypatch.setattr(doctor.metadata, "metadata", lambda name: extras())
+
+
+def test_doctor_names_device_versions_paths_and_switches(monkeypatch):
+    monkeypatch.setenv("LAD_KERNELS_VALIDATE", "1")
+    monkeypatch.setenv("LAD_KERNELS_ATOMICS", "true")
+    status, text = report(monkeypatch, device="cpu", dtype="float32", hidden_size=64, vocab_size=999)
+    assert status == 0, text
+    assert torch.__version__ in text
+    assert "D=64, V=999, torch.float32" in text
+    assert "checked on accelerators too" in text
+    assert "no effect: expected 1 or 0, got 'true'" in text
+    assert "the kernels need a CUDA or ROCm device" in text
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_doctor_promises_one_pass_only_where_the_head_has_it(monkeypatch, device, dtype):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    calls = doctor.paths(doctor.Asked(), torch.device(device), dtype)
+    head = Head(torch.empty(0, 8, dtype=dtype), None, None, None, LogitTransform(1.0, None, 1.0), device == "cuda")
+    given = {}
+    monkeypatch.setattr(doctor.dispatch, "why", lambda *shape, **options: given.update(options))
+    assert len(calls) == 3 * len(doctor.SHAPES)
+    doctor.paths(doctor.Asked(), torch.device(device), dtype)
+    assert given["one_pass"] == head.has_one_pass(False)
+
+
+@pytest.mark.parametrize(("hip", "kind"), [(None, "compute capability 9.0"), ("7.0", "gfx942")])
+def test_doctor_describes_accelerators(monkeypatch, hip, kind):
+    """CUDA builds of torch fill gcnArchName with the device's name."""
+    found = {"name": "A Device", "major": 9, "minor": 0, "total_memory": 141 << 30}
+    found["gcnArchName"] = "gfx942" if hip else "A Device"
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(**found))
+    rows = dict(doctor.machine(torch.device("cuda"), None))
+    assert rows["cuda:0"] == f"A Device, {kind}, 141 GiB"
+    assert rows["Triton kernels"] == "usable"
+
+
+@NO_CUDA
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"impl": "triton"}, "impl='triton' was asked for, but the input is on cpu"),
+        ({"device": "cuda"}, "a small LAD loss on cuda fails"),
+        ({"require": ("nonsense",)}, "nonsense: expected one of torch"),
+    ],
+)
+def test_doctor_fails_on_what_was_asked_for(monkeypatch, asked, words):
+    status, text = report(monkeypatch, **asked)
+    assert status == 1
+    assert words in text
+
+
+@pytest.mark.parametrize(
+    ("version", "verdict"),
+    [("1.15.0", "outside the supported range"), ("1.13.2", "outside the supported range"), ("1.16.0", "ok")],
+)
+def test_doctor_knows_supported_versions(monkeypatch, version, verdict):
+    ranges(monkeypatch, "torch>=2.11", "trl!=1.15.0,>=1.14; extra == 'trl'", "rich>=13; extra == 'train'")
+    versions(monkeypatch, trl=version)
+    monkeypatch.setattr(doctor.importlib, "import_module", lambda name: None)
+    found = {part.name: part for part in doctor.packages()}
+    assert found["trl"].verdict == verdict
+    assert found["trl"].extra == "trl"
+    assert found["torch"].required
+    assert not found["trl"].required
+    assert report(monkeypatch, device="cpu")[0] == 0  # nobody asked for TRL
+    assert report(monkeypatch, device="cpu", require=("trl",))[0] == (verdict != "ok")
+
+
+def test_doctor_says_which_extra_brings_a_missing_package(monkeypatch):
+    ranges(monkeypatch, "torch>=2.11", "trl!=1.15.0,>=1.14; extra == 'trl'")
+    versions(monkeypatch, trl=None)
+    status, text = report(monkeypatch, device="cpu")
+    assert status == 0
+    assert "missing: pip install 'lad_kernels[trl]'" in text
+    status, text = report(monkeypatch, device="cpu", require=("trl",))
+    assert status == 1
+    assert "broken trl missing: pip install 'lad_kernels[trl]'" in text
+
+
+def test_doctor_fails_on_an_old_torch_and_on_a_package_that_does_not_import(monkeypatch):
+    ranges(monkeypatch, "torch>=99")
+    assert report(monkeypatch, device="cpu")[0] == 1
+    ranges(monkeypatch, "torch>=2.11")
+
+    def broken(name: str) -> None:
+        raise OSError("libcudart.so not found")
+
+    monkeypatch.setattr(doctor.importlib, "import_module", broken)
+    status, text = report(monkeypatch, device="cpu", require=("rich",))
+    assert status == 1
+    assert "rich cannot be imported: OSError: libcudart.so not found" in text
+
+
+def test_doctor_asks_whether_verl_finds_the_plugin(monkeypatch):
+    ranges(monkeypatch, "torch>=2.11")
+    versions(monkeypatch, verl="0.9.1")
+    monkeypatch.setattr(doctor.importlib, "import_module", lambda name: None)
+    for line, expected in (("verl 0.9.1: all of it are registered", 0), ("verl 0.9.1: NOT registered", 1)):
+        monkeypatch.setattr(doctor, "verl_plugin", lambda line=line: line)
+        assert report(monkeypatch, device="cpu", require=("verl",))[0] == expected
+        assert report(monkeypatch, device="cpu")[0] == 0
+
+
+def test_doctor_without_metadata_says_so(monkeypatch):
+    def missing(name: str) -> None:
+        raise doctor.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "requires", missing)
+    status, text = report(monkeypatch, device="cpu")
+    assert status == 0
+    assert "supported ranges are unknown" in text
+
+
+def test_self_check_measures_and_can_fail(monkeypatch):
+    assert 0 < doctor.self_check(torch.device("cpu"), "torch") <= doctor.SELF_CHECK / 10
+    right = doctor.linear_lad_loss
+
+    def wrong(*given, impl, **options):
+        out = right(*given, impl=impl, **options)
+        return out if impl == "reference" else out._replace(loss=out.loss * 1.0001)
+
+    monkeypatch.setattr(doctor, "linear_lad_loss", wrong)
+    status, text = report(monkeypatch, device="cpu")
+    assert status == 1
+    assert "self-check: expected an error of at most 1e-05" in text

@@ -24,10 +24,10 @@ test-isa: $(VENV)/.test
 
 # Random legal calls against the specification: `make fuzz CASES=20000 SEED=1`. Both have defaults.
 fuzz: $(VENV)/.test
-	FUZZ_CASES=$(or $(CASES),20000) FUZZ_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -s tests/test_fuzz.py $(ARGS)
+	FUZZ_CASES=$(or $(CASES),20000) FUZZ_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -s tests/loss/test_fuzz.py $(ARGS)
 
 soak: $(VENV)/.test
-	SOAK=1 $(BIN)/python -m pytest -n 2 -s tests/test_soak.py tests/test_failure_modes.py $(ARGS)
+	SOAK=1 $(BIN)/python -m pytest -n 2 -s tests/loss/test_soak.py tests/loss/test_failure_modes.py $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -48,18 +48,18 @@ test-verl:
 	$(VENV)-verl/bin/pip install --quiet --disable-pip-version-check -c constraints-verl.txt torch triton numpy \
 	    transformers tensordict ray hydra-core codetiming datasets peft pillow pytest pytest-timeout
 	$(VENV)-verl/bin/pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1 megatron-core==0.16.1 -e .
-	OMP_NUM_THREADS=1 $(VENV)-verl/bin/python -m pytest tests_verl $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-verl/bin/python -m pytest tests/frameworks/with_verl $(ARGS)
 
 test-trl-oldest:
 	$(PYTHON) -m venv $(VENV)-trl
 	grep -v '^trl==' $(CONSTRAINTS) > $(VENV)-trl/constraints.txt
 	$(VENV)-trl/bin/pip install --quiet --disable-pip-version-check -c $(VENV)-trl/constraints.txt trl==1.14.0 requests -e '.[test]'
-	OMP_NUM_THREADS=1 $(VENV)-trl/bin/python -m pytest tests/test_trl.py tests/test_trl_loss.py tests/test_trl_wrapped.py $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-trl/bin/python -m pytest tests/frameworks/test_trl.py tests/frameworks/test_trl_loss.py tests/frameworks/test_trl_wrapped.py $(ARGS)
 
 test-zero3: $(VENV)/.test  # DeepSpeed builds from source and compiles an operator at its first use: minutes, and a C++ compiler
 	$(BIN)/pip install --quiet --disable-pip-version-check wheel ninja 'setuptools>=77'
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation -c $(CONSTRAINTS) deepspeed==0.19.8
-	$(BIN)/python -m pytest tests/test_distributed.py tests/test_trl_wrapped.py -k zero3 $(ARGS)
+	$(BIN)/python -m pytest tests/loss/test_distributed.py tests/frameworks/test_trl_wrapped.py -k zero3 $(ARGS)
 
 # One stamp per set of extras: installing again costs nothing until setup.py or the pins change.
 $(VENV)/.%: setup.py constraints-cpu.txt constraints-cuda.txt

@@ -186,10 +186,11 @@ def repeats(run: Run) -> Iterator[str]:
 
 # A cut loses the last files: the objectives are also checked above, and so is the head in the gate.
 TESTS = (
-    "test_one_pass_kernels.py", "test_head_kernels.py", "test_routed_kernels.py", "test_route_kernels.py",
-    "test_paths.py", "test_loss.py", "test_mutants.py", "test_objective_kernel.py", "test_head.py",
-    "test_divergences.py", "test_far_logits.py", "test_extremes.py", "test_dropped_tokens.py",
-    "test_objective_mutants.py",
+    "head/test_one_pass_kernels.py", "head/test_head_kernels.py", "head/test_routed_kernels.py",
+    "head/test_route_kernels.py", "head/test_paths.py", "loss/test_loss.py", "head/test_mutants.py",
+    "objective/test_objective_kernel.py", "head/test_head.py", "objective/test_divergences.py",
+    "head/test_far_logits.py", "objective/test_extremes.py", "loss/test_dropped_tokens.py",
+    "objective/test_objective_mutants.py",
 )  # fmt: skip
 # Compiling ahead of time for other architectures needs no GPU; neither does impl="torch".
 WITH_KERNELS = "not test_compiles and not ([torch] or [torch- or -torch] or -torch-)"
@@ -200,7 +201,7 @@ SHOWN = 100_000  # characters of tracebacks
 def test_suite(run: Run) -> None:
     """The repository's tests of everything that launches a kernel; a cut keeps verdicts and tracebacks so far."""
     if run.dry_run:
-        run_tests(run, ["-n", "0", "tests/test_head.py", "-k", "test_parity_with_float64 and float32 and one"])
+        run_tests(run, ["-n", "0", "tests/head/test_head.py", "-k", "test_parity_with_float64 and float32 and one"])
     else:
         run_tests(run, ["-n", str(WORKERS), "-k", WITH_KERNELS, *(f"tests/{f}" for f in TESTS)])
 

@@ -20,7 +20,7 @@ The cost model of `lad_kernels/head/dispatch.py` with the constants that an H100
 constants were fitted to those runs, so agreement with them (10 % at D = 4,096, 20 % at D = 896) is no test.
 
 Memory is what a step takes at its peak beyond inputs and gradients, and beyond one float32 dW where that is named, in
-MiB. `tests/test_memory.py` holds the same paths to a small budget by counting their allocations.
+MiB. `tests/head/test_memory.py` holds the same paths to a small budget by counting their allocations.
 """
 
 

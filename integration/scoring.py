@@ -31,8 +31,8 @@ BATCH_SECONDS = 120.0  # CPU seconds per batch
 START_SECONDS = 300.0  # wall clock until the worker has imported reasoning-gym
 _PROGRAM = str(Path(__file__).with_name("scoring_worker.py"))
 
-# The data sets whose scorers were read and are fed hostile text in tests/test_scoring.py. Others are refused: a scorer
-# that nobody has read may evaluate what it is given.
+# The data sets whose scorers were read and are fed hostile text in tests/programs/test_scoring.py. Others are refused:
+# a scorer that nobody has read may evaluate what it is given.
 KNOWN = frozenset(
     """
     ab acre advanced_geometry aiw arc_1d arc_agi base_conversion basic_arithmetic bf binary_alternation

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +15,17 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+# Tests, and the processes they start, import the checkout, tests/support and each other by name.
+TESTS = Path(__file__).resolve().parent
+FOLDERS = [str(folder) for folder in (TESTS.parent, TESTS, *sorted(TESTS.glob("[!_]*/")))]
+sys.path[:0] = FOLDERS
+others = [x for x in os.environ.get("PYTHONPATH", "").split(os.pathsep) if x and x not in FOLDERS]
+os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, *others])
 
-import interpreter
+import interpreter  # noqa: E402
 
 interpreter.install()
+collect_ignore = [] if importlib.util.find_spec("verl") else ["frameworks/with_verl"]  # `make test-verl`
 
 
 @pytest.fixture(scope="session")

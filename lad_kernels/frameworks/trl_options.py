@@ -1,7 +1,7 @@
 """TRL's options: which versions, LAD's own beside TRL's, and those of TRL that are refused.
 
-Every field of `trl.GRPOConfig` is honoured, by TRL's code or by ours, or refused by name: tests/test_trl_options.py
-says which.
+Every field of `trl.GRPOConfig` is honoured, by TRL's code or by ours, or refused by name, and
+tests/frameworks/test_trl_options.py says which.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ accumulation order of a logit is then the same whether its token comes alone or 
 independent of N and neighbours.
 
 What decides a row: the fp32 accumulator holds block_n * block_v / (32 * warps) registers a thread and must leave room
-for the epilogue (no spills: tests/test_compiles.py); stages * (block_n + block_v) * block_k elements of shared memory
+for the epilogue (no spills: `test_compiles.py`); stages * (block_n + block_v) * block_k elements of shared memory
 must fit the device; tile sides are powers of two. A softcap or a bias makes the epilogue too rich for the widest
 tiles, hence `narrow`. Operands that miss the alignment a row needs are read element by element through registers,
 hence the small tiles of `unaligned`. fp32 operands are multiplied in true fp32 (never tf32), without tensor cores, and

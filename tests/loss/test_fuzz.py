@@ -309,7 +309,7 @@ def fuzz(impl: str, count: int) -> None:
     )  # fmt: skip
     @given(cases(impl))
     def search(case: dict[str, Any]) -> None:
-        note(f"\nfrom test_fuzz import run_case  # in tests/\nrun_case({case!r})\n")
+        note(f"\nfrom test_fuzz import run_case  # with tests/ and its folders on the path\nrun_case({case!r})\n")
         run_case(case)
 
     widest.clear(), used.clear()

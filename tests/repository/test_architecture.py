@@ -10,7 +10,7 @@ import pytest
 
 import lad_kernels
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "lad_kernels"
 FILE_LINES, FUNCTION_LINES, KERNEL_LINES, KERNEL_PARAMETERS = 400, 60, 150, 30
 
@@ -163,7 +163,15 @@ def missing_paths(text: str) -> list[str]:
     found = re.findall(
         r"`((?:lad_kernels|benchmarks|tests|integration|docs)/[\w./-]*|[\w-]+\.(?:md|py|txt|toml))`", text
     )
-    bases = (ROOT, PACKAGE, ROOT / "integration", ROOT / "benchmarks", PACKAGE / "objective", PACKAGE / "head")
+    bases = (
+        ROOT,
+        PACKAGE,
+        ROOT / "tests",
+        ROOT / "integration",
+        ROOT / "benchmarks",
+        PACKAGE / "objective",
+        PACKAGE / "head",
+    )
     return [p for p in found if not any((base / p).exists() for base in bases) and not p.startswith("runs/")]
 
 

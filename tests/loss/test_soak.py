@@ -67,8 +67,8 @@ def held() -> dict[str, int]:
 def test_varied_steps_hold_nothing():
     """In a process of its own: other tests leave memory that may be given back meanwhile."""
     command = [sys.executable, "-c", "import test_soak; test_soak.run_steps()"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path[:2])}
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr[-3000:]
     print(ran.stdout)
     seen = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
@@ -91,7 +91,7 @@ def run_steps() -> None:
 def train(*flags: str) -> subprocess.Popen:
     """The small policy, a few tokens a step."""
     command = [sys.executable, "-m", "integration.trainer", *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(lad_kernels.__file__).parents[1])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
@@ -135,7 +135,6 @@ def done(folder: Path) -> int:
 
 def world(folder: Path, ranks: int, module: str) -> list[subprocess.Popen]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(WORKER.parent.parent), str(WORKER.parent)])
     command = [sys.executable, str(WORKER)]
     return [
         subprocess.Popen([*command, str(r), str(ranks), str(folder / "store"), module], stdout=subprocess.PIPE,

@@ -17,7 +17,7 @@ pytest.importorskip("jsonargparse", reason="it needs the train extra: jsonargpar
 from lad_kernels import cli, doctor
 from lad_kernels.flags import parse_flags
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_help_and_doctor_start_without_heavy_imports():

@@ -1,6 +1,6 @@
 """Adapters that only need the signature of their framework, held against stubs of it.
 
-verl's adapter is tested against verl itself in tests_verl/, TRL's in test_trl.py.
+verl's adapter is tested against verl itself in with_verl/, TRL's in test_trl.py.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ for use in (torchtitan.LADLoss.Config, verl.LADPolicyLossConfig, loss):
     try: use()
     except ImportError as error: print(error)
 """
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert found.returncode == 0, found.stderr
     lines = found.stdout.splitlines()

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("transformers", reason="needs the train extra: transformers; lost: the README's snippets")
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 def snippet(heading: str, language: str = "python") -> str:

@@ -20,7 +20,7 @@ from hostile_text import escapes, evaluator
 
 from integration import scoring
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("code", range(8))

@@ -22,7 +22,7 @@ from benchmarks.shapes import SETS, TINY
 from lad_kernels import reference
 from lad_kernels.head import dispatch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

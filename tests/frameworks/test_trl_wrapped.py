@@ -9,7 +9,6 @@ import copy
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -217,8 +216,7 @@ ACCELERATE = ["accelerate.commands.launch", "--num_processes=2", "--main_process
 
 def launch(arguments: list[str], *given: str) -> None:
     command = [sys.executable, "-m", *arguments, __file__, *given]
-    root = str(Path(__file__).parent.parent)
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-6000:]
 

@@ -1,6 +1,6 @@
 """Kill a training run by SIGKILL at each of twenty-two points, resume it, and compare with a run that nobody killed.
 
-    python tests/kill_points.py FOLDER    # prints a JSON line per point
+    python tests/support/kill_points.py FOLDER    # prints a JSON line per point
 
 One process imports torch and forks a child per run. A point is the k-th of what a run does to its folder: opening,
 flushing, renaming, linking, cutting and removing files; half a line written to the log; half a file by torch.save.
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 

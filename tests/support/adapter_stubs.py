@@ -106,7 +106,7 @@ def stub_torchtitan(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def stub_verl(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """lad_kernels.frameworks.verl beside stubs of what it imports; tests_verl/ has verl itself."""
+    """lad_kernels.frameworks.verl beside stubs of what it imports; with_verl/ has verl itself."""
 
     @dataclass
     class PolicyLossConfig:

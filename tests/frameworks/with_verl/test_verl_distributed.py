@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 TOKENS, HIDDEN, VOCABULARY, TEMPERATURE = 6, 8, 22, 0.7
 
 

@@ -23,7 +23,7 @@ from reasoning_gym.utils import extract_answer
 from integration import scoring, tasks
 from integration.tasks import RIGHT, Task, normalize, tagged_answer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(set(DATASETS) - set(scoring.REFUSED))
 EVALUATE = sorted(set(scoring._DOORS) - {"complex_arithmetic", "number_sorting"})
 CALLS_EVERYTHING_RIGHT = {"game_of_life_halting"}

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
+WORKER = Path(__file__).resolve().parents[1] / "support" / "distributed_worker.py"
 LIMIT = 240  # seconds of one world
 
 
 def run_world(world: int, folder: Path, *modules: str) -> str:
     """Start `world` processes; returns what rank 0 printed. The first to fail ends the others and fails the test."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(WORKER.parent.parent), str(WORKER.parent)])
     logs = [folder / f"rank{rank}.log" for rank in range(world)]
     processes = []
     for rank, log in enumerate(logs):

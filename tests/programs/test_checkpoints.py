@@ -28,7 +28,7 @@ from integration.trainer import train
 from lad_kernels import preflight
 from lad_kernels.preflight import Refused, claim_folder
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TINY = TrainConfig(
     steps=2, prompts_per_step=4, group_size=4, train_size=60, held_out_size=2, hidden_size=32, layers=1, warm_steps=2,
     warm_batch=4,
@@ -81,7 +81,7 @@ def one_line(capsys, *words: str) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork; lost: the kill test")
 def test_a_run_killed_anywhere_goes_on_bit_for_bit(tmp_path):
     """About 45 s of one core."""
-    command = [sys.executable, str(ROOT / "tests" / "kill_points.py"), str(tmp_path)]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "kill_points.py"), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

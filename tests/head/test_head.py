@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import CASES
 
 from lad_kernels import checks, linear_logprobs
 from lad_kernels.head import dispatch, torch_ops
 from lad_kernels.testing import check_head, format_report, make_inputs, run_head
-from tests.cases import CASES
 
 IMPLS = ("torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

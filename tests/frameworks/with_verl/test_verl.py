@@ -24,7 +24,7 @@ from verl.workers.utils.losses import ppo_loss
 from lad_kernels import LADConfig, lad_loss
 from lad_kernels.frameworks.verl import LADPolicyLossConfig, linear_cross_entropy, status
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 TEMPERATURE = 0.7
 

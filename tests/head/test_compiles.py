@@ -1,7 +1,7 @@
 """Every kernel that the head's host functions launch compiles for every target, without a GPU and without spills.
 
 Run as a script this file compiles for one architecture and prints one JSON row per kernel; the tests run it so, since
-a process that interprets kernels cannot compile them. `python tests/test_compiles.py sm_90` prints the same rows.
+a process that interprets kernels cannot compile them. `python tests/head/test_compiles.py sm_90` prints the same rows.
 
 Layouts: `aligned` is Qwen's 151,936 x 2,048; `odd V` is GPT-2's 50,257 words at a D that tiles evenly; `unaligned` has
 rows of odd length, which neither TMA nor wide copies can read; `ragged` has rows of whole 16 bytes that are no multiple
@@ -99,10 +99,9 @@ def compile_choice(arch: str) -> None:
 
 @functools.cache
 def rows(arch: str) -> list[dict]:
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     with tempfile.TemporaryDirectory() as cache:  # an empty cache: a hit would hide a compiler's complaint
         environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
-        environment["PYTHONPATH"] = os.pathsep.join((str(root), str(root / "tests")))
         result = subprocess.run(
             [sys.executable, __file__, arch], env=environment, capture_output=True, text=True, cwd=root
         )

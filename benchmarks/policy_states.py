@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks import machine, report
 from benchmarks.data import ENTROPY
 from lad_kernels import linear_logprobs
-from lad_kernels.head.logits import BLOCK
+from lad_kernels.head.records import BLOCK
 from lad_kernels.testing import relative_error, sample_targets
 
 RUNS = Path("runs/policy_states")

@@ -24,7 +24,7 @@ from benchmarks.providers import Provider
 from benchmarks.shapes import TINY, Shape
 from lad_kernels import LADConfig, LossOutput, lad_loss, linear_lad_loss
 from lad_kernels.head import dispatch
-from lad_kernels.head.logits import BLOCK, HeadForward, HeadGradients, LogitGradient, LogitTransform, Routing
+from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitGradient, LogitTransform, Routing
 from lad_kernels.testing import relative_error
 
 if TYPE_CHECKING:

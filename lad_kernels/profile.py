@@ -17,8 +17,8 @@ from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
 from lad_kernels.head import dispatch
 from lad_kernels.head.autograd import Head
-from lad_kernels.head.logits import BLOCK, LogitGradient
 from lad_kernels.head.logprobs import prepare
+from lad_kernels.head.records import BLOCK, LogitGradient
 from lad_kernels.head.routing import Certificate, route
 
 

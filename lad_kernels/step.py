@@ -15,7 +15,7 @@ from torch import Tensor
 from lad_kernels.autocast import without_autocast
 from lad_kernels.head import dispatch
 from lad_kernels.head.autograd import Head, live_tokens, take, take_gradient
-from lad_kernels.head.logits import HeadForward, HeadGradients, LogitGradient, Routing
+from lad_kernels.head.records import HeadForward, HeadGradients, LogitGradient, Routing
 from lad_kernels.head.routing import Certificate, kept_share, route
 from lad_kernels.objective.policy import Config, PolicyInputs, PolicyTerms, compute_terms
 from lad_kernels.packing import Packing

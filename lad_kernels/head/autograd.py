@@ -30,8 +30,8 @@ from torch import Tensor
 
 from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
-from lad_kernels.head import dispatch, torch_ops
-from lad_kernels.head.logits import HeadForward, HeadGradients, LogitGradient, LogitTransform, Routing, gather
+from lad_kernels.head import dispatch, pytorch
+from lad_kernels.head.records import HeadForward, HeadGradients, LogitGradient, LogitTransform, Routing, gather
 from lad_kernels.packing import Packing
 
 
@@ -68,7 +68,7 @@ class Head:
         return gather(self.hidden, self.tokens)
 
     def forward(self, *, want_entropy: bool, want_block_lse: bool = False) -> HeadForward:
-        path: Any = torch_ops
+        path: Any = pytorch
         options: dict[str, Any] = {"want_entropy": want_entropy, "want_block_lse": want_block_lse}
         if self.triton:
             from lad_kernels.head.kernels import forward as path
@@ -94,7 +94,7 @@ class Head:
         want_entropy: bool, needs: tuple[bool, bool, bool],
     ) -> tuple[HeadForward, HeadGradients] | None:  # fmt: skip
         """Forward and gradient together, dH [N, D]; None where the prior log-probs [M] are too far off (Triton)."""
-        path: Any = torch_ops
+        path: Any = pytorch
         options: dict[str, Any] = {"chunks": chunks, "want_entropy": want_entropy} | _wanted(needs)
         if self.triton:
             from lad_kernels.head.kernels import one_pass as path
@@ -143,7 +143,7 @@ class Head:
 
         With `into` dW and dbias are added to its float32 tensors (float64 for float64), and dH is not rounded.
         """
-        path: Any = torch_ops
+        path: Any = pytorch
         options = _wanted(needs) | {"wide": into is not None}
         if self.triton:
             from lad_kernels.head.kernels import dense, routed

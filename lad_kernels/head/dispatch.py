@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 
 from lad_kernels import checks
-from lad_kernels.head.logits import BLOCK
+from lad_kernels.head.records import BLOCK
 
 PATHS = ("one_pass", "two_pass", "routed")
 DEFAULT_TAIL_MASS = 3e-4  # for 16-bit inputs; float32 and float64 are exact unless a number is given

@@ -12,7 +12,7 @@ from torch import Tensor
 from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
 from lad_kernels.head.autograd import Head, LinearLogprobsFunction
-from lad_kernels.head.logits import LogitTransform
+from lad_kernels.head.records import LogitTransform
 from lad_kernels.outputs import LinearLogprobs
 from lad_kernels.packing import Packing, pack
 
@@ -144,8 +144,8 @@ def head_kind(
     """
     if vocab_group is None:
         return Head
-    from lad_kernels.head import parallel
+    from lad_kernels.head import vocab_parallel
 
-    shard = parallel.join(vocab_group, hidden, weight, bias, targets, replicated, packing)
+    shard = vocab_parallel.join(vocab_group, hidden, weight, bias, targets, replicated, packing)
     checks.target_range(targets, shard.vocabulary)
-    return functools.partial(parallel.ShardedHead, shard=shard)
+    return functools.partial(vocab_parallel.ShardedHead, shard=shard)

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lad_kernels.head.logits import BLOCK, SLACK, Dropped, HeadForward, LogitGradient, LogitTransform, Routing
+from lad_kernels.head.records import BLOCK, SLACK, Dropped, HeadForward, LogitGradient, LogitTransform, Routing
 
 _SLICE = 1 << 20  # pairs looked at together: 4 MiB of float32, 8 MiB of int64
 _WORD = (1 << 32) - 1

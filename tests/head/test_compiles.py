@@ -43,7 +43,7 @@ def compile_all(arch: str) -> None:
     import torch
 
     from lad_kernels.head.kernels import dense, forward, routed
-    from lad_kernels.head.logits import BLOCK, LogitGradient, LogitTransform, Routing
+    from lad_kernels.head.records import BLOCK, LogitGradient, LogitTransform, Routing
 
     dense.accumulate = lambda *arguments, **options: None  # the library's product of what was never computed
     for dtype, layout, features in CASES + EXTRA.get(arch, []):
@@ -79,7 +79,7 @@ def compile_choice(arch: str) -> None:
     import torch
 
     from lad_kernels.head.kernels import route
-    from lad_kernels.head.logits import LogitGradient
+    from lad_kernels.head.records import LogitGradient
 
     numbers, tolist = torch.ones(256), torch.Tensor.tolist
     torch.Tensor.tolist = lambda self: [1] * len(self)  # of counts that no kernel has written

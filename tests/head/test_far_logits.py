@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lad_kernels import GRPOConfig, LinearLogprobs, linear_grpo_loss, linear_logprobs
-from lad_kernels.head import dispatch, torch_ops
+from lad_kernels.head import dispatch, pytorch
 from lad_kernels.testing import (
     CONTRACT_MARGIN,
     FP32_TOLERANCE,
@@ -30,7 +30,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture(autouse=True)
 def small_slabs(monkeypatch):
     """The PyTorch path cuts this vocabulary into three slabs."""
-    monkeypatch.setattr(torch_ops, "TILE_BYTES", 4 * SLAB * N)
+    monkeypatch.setattr(pytorch, "TILE_BYTES", 4 * SLAB * N)
 
 
 def make(levels: tuple[float, ...], dtype: torch.dtype, seed: int = 0) -> HeadInputs:

@@ -7,7 +7,7 @@ import torch
 from cases import CASES
 
 from lad_kernels import checks, linear_logprobs
-from lad_kernels.head import dispatch, torch_ops
+from lad_kernels.head import dispatch, pytorch
 from lad_kernels.testing import check_head, format_report, make_inputs, run_head
 
 IMPLS = ("torch", "triton")
@@ -60,16 +60,16 @@ def test_float64_is_exact(impl, device):
 
 def test_chunked_path_crosses_its_own_tiles(monkeypatch, device):
     """Two full chunks of tokens and two full slabs of vocabulary, with remainders, at a small tile size."""
-    monkeypatch.setattr(torch_ops, "TILE_BYTES", 4 * 32 * 100)
-    monkeypatch.setattr(torch_ops, "MAX_CHUNK", 32)
+    monkeypatch.setattr(pytorch, "TILE_BYTES", 4 * 32 * 100)
+    monkeypatch.setattr(pytorch, "MAX_CHUNK", 32)
     inputs = make_inputs(75, 48, 230, device=device, bias=True, masked=0.0)
     upstream = torch.randn(75, device=device)
     check_head(head("torch"), inputs, entropy_upstream=upstream)
 
 
 def test_chunked_path_crosses_tiles_at_their_default_size(device):
-    inputs = make_inputs(2 * torch_ops.MAX_CHUNK + 5, 8, 4200, device=device, masked=0.0)
-    assert [len(t) for t in torch_ops._tiles(4101, 4200, 4)] == [3, 3]
+    inputs = make_inputs(2 * pytorch.MAX_CHUNK + 5, 8, 4200, device=device, masked=0.0)
+    assert [len(t) for t in pytorch._tiles(4101, 4200, 4)] == [3, 3]
     check_head(head("torch"), inputs)
 
 
@@ -198,7 +198,7 @@ def test_memory_of_the_chunked_path_does_not_grow_with_n_times_v(device):
     with torch.profiler.profile(profile_memory=True) as prof:
         linear_logprobs(h, w, y).logprobs.sum().backward()
     largest = max(e.cpu_memory_usage for e in prof.events())
-    assert 0 < largest <= 2 * torch_ops.TILE_BYTES < 4 * n * v / 4
+    assert 0 < largest <= 2 * pytorch.TILE_BYTES < 4 * n * v / 4
 
 
 @pytest.mark.parametrize("impl", IMPLS)

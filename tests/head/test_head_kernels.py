@@ -20,9 +20,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lad_kernels.head.kernels import configs, dense, forward
-from lad_kernels.head.kernels.configs import Tiles
-from lad_kernels.head.logits import BLOCK, HeadForward, HeadGradients, LogitGradient, LogitTransform
+from lad_kernels.head.kernels import dense, forward, tile_table
+from lad_kernels.head.kernels.tile_table import Tiles
+from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitGradient, LogitTransform
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOAT32_LIMIT = 2e-6
@@ -165,7 +165,7 @@ FEATURE_CASES += [("bfloat16", (feature,)) for feature in FEATURES]
 def test_forward_and_backward_match_float64(device, dtype, features):
     """Default tiles, two full tiles and a remainder along every axis."""
     inputs = make(device, DTYPES[dtype], features)
-    tiles = configs.tiles_for(inputs.hidden, inputs.weight, inputs.bias, inputs.transform)
+    tiles = tile_table.tiles_for(inputs.hidden, inputs.weight, inputs.bias, inputs.transform)
     assert min(N / tiles.block_n, V / tiles.block_v) > 2, "the shape no longer crosses two full tiles"
     check(inputs)
 
@@ -255,7 +255,7 @@ def test_layouts(device):
 def test_unaligned(device):
     """Rows that start on odd addresses take the small tiles."""
     inputs = make(device, torch.bfloat16, FEATURES, n=70, d=45)
-    assert not configs.fits(inputs.hidden, SMALL)
+    assert not tile_table.fits(inputs.hidden, SMALL)
     check(inputs)
 
 
@@ -278,8 +278,8 @@ def test_a_token_does_not_depend_on_its_batch(device, dtype, d, monkeypatch):
     monkeypatch.setattr(forward, "_PARTIAL_BYTES", 1)
     same(run(inputs), whole)
     same(run(inputs, want_block_lse=False), whole._replace(block_lse=None))
-    probed = configs.probe(inputs.hidden.device)
-    monkeypatch.setattr(configs, "probe", lambda device: dataclasses.replace(probed, processors=2))
+    probed = tile_table.probe(inputs.hidden.device)
+    monkeypatch.setattr(tile_table, "probe", lambda device: dataclasses.replace(probed, processors=2))
     same(run(inputs, want_entropy=False), whole._replace(entropy=None))
 
 
@@ -338,7 +338,7 @@ def test_offsets_beyond_32_bits(device):
     for view, x in zip(far, (inputs.hidden, inputs.weight), strict=True):
         view.copy_(x)
     other = dataclasses.replace(inputs, hidden=far[0], weight=far[1])
-    assert configs.by_rows(far[0]) is far[0]
+    assert tile_table.by_rows(far[0]) is far[0]
     assert (size - 1) * step > 2**31
     same(run(other), run(inputs))
     check(other)

@@ -16,11 +16,11 @@ import test_routed_kernels
 import torch
 
 from lad_kernels import checks, linear_logprobs, reference
-from lad_kernels.head import autograd, dispatch, kernels, torch_ops
+from lad_kernels.head import autograd, dispatch, kernels, pytorch
 from lad_kernels.head.kernels import dense, forward, routed_runs, routed_work  # noqa: F401  (bound in the folder)
 from lad_kernels.testing import check_head, make_inputs
 
-PACKAGE = Path(torch_ops.__file__).parent.parent
+PACKAGE = Path(pytorch.__file__).parent.parent
 _serial = itertools.count()
 
 
@@ -83,18 +83,18 @@ TORCH_HEAD = {
 
 @pytest.mark.parametrize("bug", TORCH_HEAD)
 def test_bug_in_the_chunked_head_is_caught(bug, monkeypatch, tmp_path, device):
-    mutant = mutate("head/torch_ops.py", *TORCH_HEAD[bug], tmp_path)
+    mutant = mutate("head/pytorch.py", *TORCH_HEAD[bug], tmp_path)
     mutant.TILE_BYTES, mutant.MAX_CHUNK = 4 * 40 * 100, 40
-    monkeypatch.setattr(autograd, "torch_ops", mutant)
+    monkeypatch.setattr(autograd, "pytorch", mutant)
     monkeypatch.setattr(checks, "use_triton", lambda impl, *_: impl != "torch")  # "auto" is Triton, as on a GPU
     with pytest.raises((AssertionError, RuntimeError)):
         check("torch", torch.float32, device)
 
 
 def test_the_chunked_head_without_a_bug_passes(monkeypatch, tmp_path, device):
-    mutant = mutate("head/torch_ops.py", "TILE_BYTES = 16 << 20", "TILE_BYTES = 16000", tmp_path)
+    mutant = mutate("head/pytorch.py", "TILE_BYTES = 16 << 20", "TILE_BYTES = 16000", tmp_path)
     mutant.MAX_CHUNK = 40
-    monkeypatch.setattr(autograd, "torch_ops", mutant)
+    monkeypatch.setattr(autograd, "pytorch", mutant)
     check("torch", torch.float32, device)
 
 
@@ -151,13 +151,13 @@ def test_the_triton_head_without_a_bug_passes(name, monkeypatch, tmp_path, devic
 
 
 ROUTING = {
-    "a lost pair": ("torch_ops", "range(start, start + count, MAX_CHUNK)",
+    "a lost pair": ("pytorch", "range(start, start + count, MAX_CHUNK)",
                     "range(start, start + count - 1, MAX_CHUNK)"),
-    "a doubled pair": ("torch_ops", "append((columns, routing.rows[part], scale))",
+    "a doubled pair": ("pytorch", "append((columns, routing.rows[part], scale))",
                        "extend([(columns, routing.rows[part], scale)] * (1 + (block == 1)))"),
-    "a wrong row": ("torch_ops", "(columns, routing.rows[part], scale)",
+    "a wrong row": ("pytorch", "(columns, routing.rows[part], scale)",
                     "(columns, routing.rows[part].flip(0), scale)"),
-    "a wrong block": ("torch_ops", "slice(block * BLOCK, (block + 1) * BLOCK)",
+    "a wrong block": ("pytorch", "slice(block * BLOCK, (block + 1) * BLOCK)",
                       "slice(block // 2 * BLOCK, (block // 2 + 1) * BLOCK)"),
     "pairs of the wrong block": ("routing", "blocks, rows = (x.contiguous() for x in keep.nonzero().unbind(1))",
                                  "rows, blocks = (x.contiguous() for x in keep.T.nonzero().unbind(1))"),
@@ -185,12 +185,12 @@ def test_bug_in_the_routing_is_caught(bug, tmp_path):
     part, old, new = ROUTING[bug]
     mutant = mutate(f"head/{part}.py", old, new, tmp_path)
     with pytest.raises((AssertionError, RuntimeError, IndexError)):
-        certify_all(**({"ops": mutant} if part == "torch_ops" else {"route": mutant.route}))
+        certify_all(**({"ops": mutant} if part == "pytorch" else {"route": mutant.route}))
 
 
 def test_a_forgotten_scale_is_caught(monkeypatch, tmp_path):
-    mutant = mutate("head/torch_ops.py", "dz.mul_(scale[:, None])", "dz", tmp_path)
-    monkeypatch.setattr(autograd, "torch_ops", mutant)
+    mutant = mutate("head/pytorch.py", "dz.mul_(scale[:, None])", "dz", tmp_path)
+    monkeypatch.setattr(autograd, "pytorch", mutant)
     with pytest.raises(AssertionError):
         test_paths.test_unbiased_tail_has_the_exact_mean()
 
@@ -198,8 +198,8 @@ def test_a_forgotten_scale_is_caught(monkeypatch, tmp_path):
 PIECES = {
     "dW of the last piece": ("kernels/dense.py", "first=n0 == 0 and (staged or not add)", "first=n0 == 0"),
     "float16 pieces scaled twice": ("kernels/dense.py", "(add and down is not None)", "False"),
-    "routing not renumbered": ("logits.py", "self.rows[inside] - tokens.start", "self.rows[inside]"),
-    "dense tokens of every piece": ("logits.py", "(self.dense < tokens.stop)", "(self.dense < tokens.stop + 3)"),
+    "routing not renumbered": ("records.py", "self.rows[inside] - tokens.start", "self.rows[inside]"),
+    "dense tokens of every piece": ("records.py", "(self.dense < tokens.stop)", "(self.dense < tokens.stop + 3)"),
     "dH to the first rows": ("autograd.py", "self.tokens[part]] = found", "slice(0, part.stop - part.start)] = found"),
 }
 
@@ -208,7 +208,7 @@ PIECES = {
 def test_bug_in_the_pieces_is_caught(bug, monkeypatch, tmp_path, device):
     name, old, new = PIECES[bug or "dH to the first rows"]
     mutant = mutate(f"head/{name}", old, new if bug else old, tmp_path)
-    if name == "logits.py":
+    if name == "records.py":
         monkeypatch.setattr(autograd.Routing, "part", mutant.Routing.part)
     elif name == "autograd.py":
         monkeypatch.setattr(autograd.Head, "backward", mutant.Head.backward)

@@ -30,8 +30,8 @@ from torch import Tensor
 from lad_kernels import reference, testing
 from lad_kernels.head import flops
 from lad_kernels.head.kernels import dense, one_pass
-from lad_kernels.head.kernels.configs import Tiles
-from lad_kernels.head.logits import LogitTransform
+from lad_kernels.head.kernels.tile_table import Tiles
+from lad_kernels.head.records import LogitTransform
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROMISE_MARGIN = 1.05

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lad_kernels import GRPOConfig, LADConfig, linear_grpo_loss, linear_lad_loss, linear_logprobs, reference
-from lad_kernels.head import dispatch, torch_ops
-from lad_kernels.head.logits import BLOCK, LogitGradient, LogitTransform
+from lad_kernels.head import dispatch, pytorch
+from lad_kernels.head.records import BLOCK, LogitGradient, LogitTransform
 from lad_kernels.head.routing import _draws, route
 from lad_kernels.testing import FP32_TOLERANCE, make_inputs, relative_error
 
@@ -145,12 +145,12 @@ ADVERSARIES = (
 )  # fmt: skip
 
 
-def certify(name: str, theta: float, *, unbiased=False, entropy_gradient=False, route=route, ops=torch_ops):
+def certify(name: str, theta: float, *, unbiased=False, entropy_gradient=False, route=route, ops=pytorch):
     """Route, and compare the routed gradient with the exact one and with the certificate; (certificate, dW error)."""
     torch.manual_seed(0)
     hidden, weight, targets, c = adversarial(name)
     plain = LogitTransform()
-    out = torch_ops.forward(hidden, weight, targets, None, plain, want_entropy=True, want_block_lse=True)
+    out = pytorch.forward(hidden, weight, targets, None, plain, want_entropy=True, want_block_lse=True)
     g = 0.3 * c.flip(0) if entropy_gradient else None
     gradient = LogitGradient(c, -c if g is None else -c - g * out.entropy, g)
     routing, certificate = route(
@@ -159,7 +159,7 @@ def certify(name: str, theta: float, *, unbiased=False, entropy_gradient=False, 
     )  # fmt: skip
     arguments = (hidden, weight, targets, None, plain, out.lse, gradient)
     needs = dict(need_hidden=True, need_weight=True, need_bias=False)
-    exact, routed = torch_ops.backward(*arguments, **needs), ops.backward(*arguments, routing, **needs)
+    exact, routed = pytorch.backward(*arguments, **needs), ops.backward(*arguments, routing, **needs)
     for found, truth, bound in (
         (routed.hidden, exact.hidden, certificate.dhidden_bound),
         (routed.weight, exact.weight, certificate.dweight_bound),

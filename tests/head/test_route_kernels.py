@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from lad_kernels.head import routing
 from lad_kernels.head.kernels import route as kernels
-from lad_kernels.head.logits import BLOCK, Dropped, LogitGradient, LogitTransform, Routing
+from lad_kernels.head.records import BLOCK, Dropped, LogitGradient, LogitTransform, Routing
 
 EPS = torch.finfo(torch.float32).eps
 

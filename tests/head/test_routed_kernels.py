@@ -31,7 +31,7 @@ from torch import Tensor
 from lad_kernels.head import flops
 from lad_kernels.head.kernels import dense, routed
 from lad_kernels.head.kernels.routed_work import RoutedTiles, Schedule, Work
-from lad_kernels.head.logits import BLOCK, HeadGradients, LogitGradient, Routing
+from lad_kernels.head.records import BLOCK, HeadGradients, LogitGradient, Routing
 
 N, D, V = 70, 48, 521
 SMALL = RoutedTiles(16, Schedule(64, 4, 1), Schedule(64, 4, 1), Schedule(64, 4, 1))

@@ -30,7 +30,7 @@ from torch import Tensor
 
 import lad_kernels
 from lad_kernels import GRPOConfig, LADConfig, reference
-from lad_kernels.head import dispatch, torch_ops
+from lad_kernels.head import dispatch, pytorch
 from lad_kernels.objective import config as names
 from lad_kernels.testing import CONTRACT_MARGIN, FP32_TOLERANCE
 
@@ -251,7 +251,7 @@ def ours(case: dict[str, Any], call: dict[str, Any]) -> dict[str, Tensor]:
     """The outputs of the package, on the path and in the pieces that the case asks for."""
     with ExitStack() as stack:
         if case["small_slabs"]:
-            stack.enter_context(mock.patch.object(torch_ops, "TILE_BYTES", 16 << 10))
+            stack.enter_context(mock.patch.object(pytorch, "TILE_BYTES", 16 << 10))
             stack.enter_context(mock.patch.object(dispatch.Work, "chunk_rows", return_value=8))
         if case.get("path") is not None:
             stack.enter_context(dispatch.force(case["path"]))
@@ -331,7 +331,7 @@ def test_fuzz(impl, count, capsys):
 
 def test_a_planted_bug_is_found_and_printed_as_a_script():
     """The entropy bonus with the wrong sign in one path of many."""
-    right = torch_ops._logit_gradient
+    right = pytorch._logit_gradient
 
     @functools.wraps(right)
     def wrong(z, rows, columns, targets, lse, gradient):
@@ -339,9 +339,9 @@ def test_a_planted_bug_is_found_and_printed_as_a_script():
             gradient = type(gradient)(gradient.onehot, gradient.prob, -gradient.entropy)
         return right(z, rows, columns, targets, lse, gradient)
 
-    with mock.patch.object(torch_ops, "_logit_gradient", wrong), pytest.raises(AssertionError) as caught:
+    with mock.patch.object(pytorch, "_logit_gradient", wrong), pytest.raises(AssertionError) as caught:
         fuzz("torch", 200)
     notes = "\n".join(caught.value.__notes__).splitlines()
     (script,) = {line for line in notes if line.startswith("run_case({")}
-    with mock.patch.object(torch_ops, "_logit_gradient", wrong), pytest.raises(AssertionError, match="gradient of"):
+    with mock.patch.object(pytorch, "_logit_gradient", wrong), pytest.raises(AssertionError, match="gradient of"):
         run_case(eval(script.removeprefix("run_case(").removesuffix(")")))

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from lad_kernels import doctor
 from lad_kernels.head.autograd import Head
-from lad_kernels.head.logits import LogitTransform
+from lad_kernels.head.records import LogitTransform
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without CUDA; lost: one error message")
 

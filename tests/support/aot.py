@@ -2,8 +2,8 @@
 
 `compiling(target)` makes every `kernel[grid](...)` compile for `target` instead of running, specialised exactly as a
 launch would specialise it (dtypes, alignment, integers divisible by 16); host code meets a stand-in driver and, through
-`configs.probe`, a stand-in device. `resources(kernel)` reads registers, spills, shared memory and the instructions that
-matter with the tools inside the Triton wheel. Kernels must not have been imported in an interpreter process.
+`tile_table.probe`, a stand-in device. `resources(kernel)` reads registers, spills, shared memory and the instructions
+that matter with the tools inside the Triton wheel. Kernels must not have been imported in an interpreter process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from lad_kernels.head.kernels import configs
+from lad_kernels.head.kernels import tile_table
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -33,7 +33,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-PROCESSORS = {"sm_80": 0, "sm_86": 0, "sm_90": 132, "sm_100": 148, "gfx942": 0}  # as configs.probe would answer
+PROCESSORS = {"sm_80": 0, "sm_86": 0, "sm_90": 132, "sm_100": 148, "gfx942": 0}  # as tile_table.probe would answer
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class _Driver:
 @contextlib.contextmanager
 def compiling(arch: str) -> Iterator[dict]:
     """Yield a dict that fills with (kernel name, compiled kernel) by hash."""
-    run, probe, active = JITFunction.run, configs.probe, driver._active
+    run, probe, active = JITFunction.run, tile_table.probe, driver._active
     compiled, met = {}, set()
 
     def compile_only(self, *arguments, grid, warmup, **options):
@@ -82,12 +82,12 @@ def compiling(arch: str) -> Iterator[dict]:
         return kernel
 
     driver.set_active(_Driver(TARGETS[arch]))
-    configs.probe = lambda device: configs.Device(arch, PROCESSORS[arch])
+    tile_table.probe = lambda device: tile_table.Device(arch, PROCESSORS[arch])
     JITFunction.run = compile_only
     try:
         yield compiled
     finally:
-        JITFunction.run, configs.probe, driver._active = run, probe, active
+        JITFunction.run, tile_table.probe, driver._active = run, probe, active
 
 
 def _tool(name: str) -> str:

@@ -24,7 +24,7 @@ from lad_kernels import (
     linear_logprobs,
     reference,
 )
-from lad_kernels.head import parallel
+from lad_kernels.head import vocab_parallel
 from lad_kernels.testing import (
     CONTRACT_MARGIN,
     FP32_TOLERANCE,
@@ -101,12 +101,12 @@ def heads_in_triton() -> None:
 
 def heads_in_chunks() -> None:
     """Several all-reduces of dH, and a sum of dW over the chunks; some tokens have no gradient."""
-    before, parallel.CHUNK = parallel.CHUNK, 16
+    before, vocab_parallel.CHUNK = vocab_parallel.CHUNK, 16
     try:
         check_head("every transform", torch.float64, 1)
         check_head("peaked policy", torch.bfloat16, 0)
     finally:
-        parallel.CHUNK = before
+        vocab_parallel.CHUNK = before
 
 
 def ranks_agree_bitwise() -> None:

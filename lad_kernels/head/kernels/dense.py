@@ -1,7 +1,7 @@
 """Exact backward of the head: every logit gradient once, vocabulary slab by vocabulary slab.
 
     dZ[n, j] = onehot[n] 1[j = y_n] + p[n, j] (prob[n] - entropy[n] (z[n, j] - lse[n])),   p = e^(z - lse)
-    dR = dZ * dz/draw            (raw = h W^T + b; scale, softcap and temperature: blocks.py)
+    dR = dZ * dz/draw            (raw = h W^T + b; scale, softcap and temperature: tile.py)
     dH = dR W,   dW = dR^T H,   db = column sums of dR
 
 For each slab of Vc vocabulary rows a kernel recomputes z from the stored lse and writes dR [N, Vc]; the library then
@@ -36,8 +36,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lad_kernels.head import flops
-from lad_kernels.head.kernels import configs
-from lad_kernels.head.kernels.blocks import (
+from lad_kernels.head.kernels import tile_table
+from lad_kernels.head.kernels.forward import inverse_temperature
+from lad_kernels.head.kernels.tile import (
     LN_2,
     LOG2_E,
     biases,
@@ -47,9 +48,8 @@ from lad_kernels.head.kernels.blocks import (
     row_levels,
     tile_order,
 )
-from lad_kernels.head.kernels.configs import Tiles
-from lad_kernels.head.kernels.forward import inverse_temperature
-from lad_kernels.head.logits import BLOCK, HeadGradients, LogitGradient, LogitTransform
+from lad_kernels.head.kernels.tile_table import Tiles
+from lad_kernels.head.records import BLOCK, HeadGradients, LogitGradient, LogitTransform
 
 _MIN_COLUMNS = 1024  # narrower slabs would starve the products: split the rows instead
 _ROW_STEP = 256  # rows are split at multiples of this, hence of every block_n
@@ -221,7 +221,7 @@ def backward(
     leave_weight: bool = False,
     into: HeadGradients | None = None,
 ) -> HeadGradients:
-    """Gradients with respect to hidden, weight and bias. `tiles` overrides the table of configs.py.
+    """Gradients with respect to hidden, weight and bias. `tiles` overrides the table of tile_table.py.
 
     `then` is called for each slab and writes its dW: what is in `base` and what else there is, rounded once. With
     `leave_weight` it multiplies dR itself; the workspace has to hold 1,024 columns of all rows then. With `into` dW and
@@ -234,13 +234,13 @@ def backward(
     if N == 0:
         wanted = ((hidden, need_hidden), (weight, need_weight), (bias, need_bias))
         return HeadGradients(*(torch.zeros_like(x) if need else None for x, need in wanted))
-    hidden, weight = configs.by_rows(hidden), configs.by_rows(weight)
+    hidden, weight = tile_table.by_rows(hidden), tile_table.by_rows(weight)
     targets, lse, bias = (None if x is None else x.contiguous() for x in (targets, lse, bias))
     gradient, down = scaled(gradient, transform, hidden.dtype)
     dh = torch.empty(N, D, dtype=torch.float32, device=hidden.device) if need_hidden else None  # [N, D]
     dw, db = accumulators(weight, need_weight, need_bias, into)  # [V, D], [V]
     whole = _Slab(hidden, weight, targets, bias, lse, 0)
-    tiles = tiles or configs.tiles_for(hidden, weight, bias, transform)
+    tiles = tiles or tile_table.tiles_for(hidden, weight, bias, transform)
     _slabs(whole, transform, gradient, down, HeadGradients(dh, dw, db), into is not None, workspace_bytes, tiles, then,
            leave_weight)  # fmt: skip
     if down is not None and need_hidden:
@@ -347,10 +347,10 @@ def _logit_gradient(
     )
     flops.product(N, D, V)
     inv_temperature = inverse_temperature(transform, run.start, run.stop)
-    with configs.current(device):
-        _logit_gradient_kernel[(configs.programs(device, tiles_n * triton.cdiv(V, tiles.block_v)),)](
-            configs.operand(slab.hidden, tiles.block_n, tiles),
-            configs.operand(slab.weight, tiles.block_v, tiles),
+    with tile_table.current(device):
+        _logit_gradient_kernel[(tile_table.programs(device, tiles_n * triton.cdiv(V, tiles.block_v)),)](
+            tile_table.operand(slab.hidden, tiles.block_n, tiles),
+            tile_table.operand(slab.weight, tiles.block_v, tiles),
             slab.bias,
             inv_temperature,
             slab.targets,

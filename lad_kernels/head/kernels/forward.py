@@ -1,6 +1,6 @@
 """Log-probability, log-sum-exp and entropy of every token without storing a logit.
 
-    lse = log sum_j e^z_j,   logp = z_y - lse,   H = -sum_j p_j log p_j,   z as in blocks.py
+    lse = log sum_j e^z_j,   logp = z_y - lse,   H = -sum_j p_j log p_j,   z as in tile.py
 
 Three kernels.
 1. `_partials_kernel` (2 N D V flops): one tile of z at a time. Each block b of 128 columns leaves one number per token,
@@ -35,8 +35,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lad_kernels.head import flops
-from lad_kernels.head.kernels import configs
-from lad_kernels.head.kernels.blocks import (
+from lad_kernels.head.kernels import tile_table
+from lad_kernels.head.kernels.tile import (
     LN_2,
     LOG2_E,
     biases,
@@ -47,8 +47,8 @@ from lad_kernels.head.kernels.blocks import (
     product,
     tile_order,
 )
-from lad_kernels.head.kernels.configs import Tiles
-from lad_kernels.head.logits import BLOCK, HeadForward, LogitTransform, gather
+from lad_kernels.head.kernels.tile_table import Tiles
+from lad_kernels.head.records import BLOCK, HeadForward, LogitTransform, gather
 
 _PARTIAL_BYTES = 160 << 20  # bound on the block partials of one run of rows
 _RUN = 1024  # runs are multiples of this, hence of every block_n
@@ -247,9 +247,9 @@ def forward(
     tokens: Tensor | None = None,  # [N] rows of hidden; None: all
     tiles: Tiles | None = None,
 ) -> HeadForward:
-    """Run the head. `tiles` overrides the table of configs.py."""
-    hidden = configs.by_rows(hidden) if tokens is None else hidden
-    weight, targets = configs.by_rows(weight), targets.contiguous()
+    """Run the head. `tiles` overrides the table of tile_table.py."""
+    hidden = tile_table.by_rows(hidden) if tokens is None else hidden
+    weight, targets = tile_table.by_rows(weight), targets.contiguous()
     bias = None if bias is None else bias.contiguous()
     N, V, device = len(targets), weight.shape[0], hidden.device
     blocks = triton.cdiv(V, BLOCK)
@@ -264,13 +264,13 @@ def forward(
     run_lse = None if want_block_lse else torch.empty(blocks, run, **new)  # [blocks, run]
     run_entropy = torch.empty(blocks, run, **new) if want_entropy else None  # [blocks, run]
 
-    with configs.current(device):
+    with tile_table.current(device):
         for start in range(0, N, run):
             stop = min(start + run, N)
             block_lse = all_lse[:, start:] if want_block_lse else run_lse  # [blocks, >= stop - start]
             inv_temperature = inverse_temperature(transform, start, stop)
             rows = hidden[start:stop] if tokens is None else gather(hidden, tokens[start:stop])  # [<= run, D]
-            chosen = tiles or configs.tiles_for(rows, weight, bias, transform)
+            chosen = tiles or tile_table.tiles_for(rows, weight, bias, transform)
             _partials(rows, weight, bias, inv_temperature, transform, block_lse, run_entropy, chosen)
             z_y = target_logits(rows, weight, targets[start:stop], bias, inv_temperature, transform, chosen)
             _finalize_kernel[(triton.cdiv(stop - start, _FINAL_TOKENS),)](
@@ -287,7 +287,7 @@ def forward(
                 run_entropy.stride(0) if want_entropy else 0,
                 BLOCKS=_FINAL_BLOCKS,
                 TOKENS=_FINAL_TOKENS,
-                **configs.SAME_BITS,
+                **tile_table.SAME_BITS,
             )
     return HeadForward(logprobs, lse, entropy, all_lse, rest)
 
@@ -304,10 +304,10 @@ def _partials(
 ) -> None:
     (N, D), V = hidden.shape, weight.shape[0]
     flops.product(N, D, V)
-    grid = configs.programs(hidden.device, triton.cdiv(N, tiles.block_n) * triton.cdiv(V, tiles.block_v))
+    grid = tile_table.programs(hidden.device, triton.cdiv(N, tiles.block_n) * triton.cdiv(V, tiles.block_v))
     _partials_kernel[(grid,)](
-        configs.operand(hidden, tiles.block_n, tiles),
-        configs.operand(weight, tiles.block_v, tiles),
+        tile_table.operand(hidden, tiles.block_n, tiles),
+        tile_table.operand(weight, tiles.block_v, tiles),
         bias,
         inv_temperature,
         block_lse,
@@ -332,7 +332,7 @@ def _partials(
         PER_TOKEN=isinstance(inv_temperature, Tensor),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        **configs.SAME_BITS,
+        **tile_table.SAME_BITS,
     )
 
 
@@ -366,6 +366,6 @@ def target_logits(
         PER_TOKEN=isinstance(inv_temperature, Tensor),
         num_warps=4 if hidden.element_size() == 2 else 8,
         num_stages=tiles.stages,
-        **configs.SAME_BITS,
+        **tile_table.SAME_BITS,
     )
     return z_y

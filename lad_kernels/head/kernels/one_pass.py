@@ -1,7 +1,7 @@
 """Log-probabilities and the gradient of the loss in one pass: 6 N D V flops, where forward and backward take 8.
 
 It serves losses whose gradient c_n = d loss / d logp_n is known as soon as log-probabilities up to token n are.
-Tokens pass in chunks, for which the exponentials of all logits are stored. z as in blocks.py, y the target:
+Tokens pass in chunks, for which the exponentials of all logits are stored. z as in tile.py, y the target:
 
     s_n  = z_ny - prior_n        prior: an earlier log-probability of the target, or 0. No maximum is looked for:
                                  any s near lse will do, since a shift cancels
@@ -44,8 +44,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lad_kernels.head import flops
-from lad_kernels.head.kernels import configs, dense
-from lad_kernels.head.kernels.blocks import (
+from lad_kernels.head.kernels import dense, tile_table
+from lad_kernels.head.kernels.forward import inverse_temperature, target_logits
+from lad_kernels.head.kernels.tile import (
     LN_2,
     LOG2_E,
     biases,
@@ -55,9 +56,8 @@ from lad_kernels.head.kernels.blocks import (
     row_levels,
     tile_order,
 )
-from lad_kernels.head.kernels.configs import Tiles
-from lad_kernels.head.kernels.forward import inverse_temperature, target_logits
-from lad_kernels.head.logits import BLOCK, HeadForward, HeadGradients, LogitTransform, gather
+from lad_kernels.head.kernels.tile_table import Tiles
+from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitTransform, gather
 
 _LARGEST_SUM = 2.0**64  # F, F W and r H stay far inside the exponents of bfloat16 and float32
 _BLOCK = tl.constexpr(BLOCK)
@@ -207,15 +207,15 @@ def one_pass(
     tokens: Tensor | None = None,  # [M] rows of hidden; None: all, M = N
     tiles: Tiles | None = None,
 ) -> tuple[HeadForward, HeadGradients] | None:
-    """Outputs and gradients, or None where a row of exponentials left its range. `tiles` overrides configs.py.
+    """Outputs and gradients, or None where a row of exponentials left its range. `tiles` overrides tile_table.py.
 
     `chunks` are ascending and cover 0..M. `coefficients(rows, logprobs)` returns c [C] float32 of these rows, given
     logprobs [M] that are filled up to rows.stop. dH is [N, D], zero where no token is.
     """
     if hidden.dtype == torch.float16:
         raise ValueError("float16 has too few exponents for one pass; use forward and backward")
-    hidden = configs.by_rows(hidden) if tokens is None else hidden
-    weight, targets = configs.by_rows(weight), targets.contiguous()
+    hidden = tile_table.by_rows(hidden) if tokens is None else hidden
+    weight, targets = tile_table.by_rows(weight), targets.contiguous()
     bias = None if bias is None else bias.contiguous()
     M, (V, D) = len(targets), weight.shape
 
@@ -237,7 +237,7 @@ def one_pass(
         states = hidden[at] if tokens is None else gather(hidden, at)  # [C, D]
         part = _Chunk(states, weight, targets[rows], bias, transform, rows)
         f = workspace[: rows.stop - rows.start, :V]  # [C, V]
-        chosen = tiles or configs.tiles_for(part.hidden, weight, bias, transform)
+        chosen = tiles or tile_table.tiles_for(part.hidden, weight, bias, transform)
         _exponentials(part, prior, f, row_sums, outputs, chosen)
         c = coefficients(rows, outputs.logprobs)  # [C]
         r = -c / row_sums[rows]  # [C]
@@ -292,7 +292,7 @@ def _exponentials(
     tiles_v = triton.cdiv(V, tiles.block_v)
     sums = torch.empty(tiles_v, C, dtype=torch.float32, device=device)  # [vocabulary tiles, C]
     moments = torch.empty_like(sums) if outputs.entropy is not None else None  # [vocabulary tiles, C]
-    with configs.current(device):
+    with tile_table.current(device):
         raw = target_logits(part.hidden, part.weight, targets, part.bias, 1.0, LogitTransform(), tiles)  # [C]
         z_y, slope = _transformed(raw, part.transform, part.inverse_temperature)  # [C], [C]
         shift = z_y if prior is None else z_y - prior[rows].float()  # [C]
@@ -311,7 +311,7 @@ def _exponentials(
             C,
             TILES=_FINAL_TILES,
             TOKENS=_FINAL_TOKENS,
-            **configs.SAME_BITS,
+            **tile_table.SAME_BITS,
         )
     # S (p_y - 1): where F is float32, from the tile's own E_y, whose error S shares; else z_y is the better number.
     column = targets.clamp(0, V - 1)[:, None]  # [C, 1]
@@ -343,10 +343,10 @@ def _launch(
     hidden, weight, transform, inv_temperature = part.hidden, part.weight, part.transform, part.inverse_temperature
     (C, D), V = hidden.shape, weight.shape[0]
     flops.product(C, D, V)
-    grid = configs.programs(hidden.device, triton.cdiv(C, tiles.block_n) * triton.cdiv(V, tiles.block_v))
+    grid = tile_table.programs(hidden.device, triton.cdiv(C, tiles.block_n) * triton.cdiv(V, tiles.block_v))
     _exponentials_kernel[(grid,)](
-        configs.operand(hidden, tiles.block_n, tiles),
-        configs.operand(weight, tiles.block_v, tiles),
+        tile_table.operand(hidden, tiles.block_n, tiles),
+        tile_table.operand(weight, tiles.block_v, tiles),
         part.bias,
         inv_temperature,
         shift,
@@ -372,5 +372,5 @@ def _launch(
         PER_TOKEN=isinstance(inv_temperature, Tensor),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        **configs.SAME_BITS,
+        **tile_table.SAME_BITS,
     )

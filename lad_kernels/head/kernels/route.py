@@ -37,8 +37,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lad_kernels.head.kernels import configs
-from lad_kernels.head.logits import BLOCK, SLACK, Dropped, LogitGradient, Routing
+from lad_kernels.head.kernels import tile_table
+from lad_kernels.head.records import BLOCK, SLACK, Dropped, LogitGradient, Routing
 
 _BLOCKS, _TOKENS, _WARPS = 64, 64, 8  # tile of pairs
 _SUMS = 32  # groups of blocks whose expected pairs are read together
@@ -323,7 +323,7 @@ def choose(
     expected = torch.empty(block_groups, A, **new)  # [block groups, A]
     dense = torch.empty(A, dtype=torch.int8, device=device)  # [A]
     counts = torch.empty(blocks + 1, groups, dtype=torch.int32, device=device)  # [blocks + 1, token groups]
-    with configs.current(device):
+    with tile_table.current(device):
         _token_kernel[(groups,)](
             block_lse, lse, logprobs.contiguous(), onehot, prob, entropy, targets, target_norm, size, A, blocks, stride,
             TOKENS=_TOKENS,

@@ -1,7 +1,7 @@
 """Backward of the head over chosen (token, vocabulary block) pairs of the logit gradient; all other pairs are zero.
 
     dZ[n, j] = scale[n, b] (onehot[n] 1[j = y_n] + p[n, j] (prob[n] - entropy[n] (z[n, j] - lse[n]))),   j in block b
-    dR = dZ * dz/draw,   dH = dR W,   dW = dR^T H,   db = column sums of dR              (logits as in blocks.py)
+    dR = dZ * dz/draw,   dH = dR W,   dW = dR^T H,   db = column sums of dR              (logits as in tile.py)
 
 A block of 128 vocabulary rows is what an expert is to a mixture: it multiplies the tokens routed to it. Pairs come
 sorted by block. A work item is up to block_n pairs of one block; items are listed on the device from the host's counts.
@@ -36,7 +36,7 @@ import triton
 from torch import Tensor
 
 from lad_kernels.head import flops
-from lad_kernels.head.kernels import configs, dense
+from lad_kernels.head.kernels import dense, tile_table
 from lad_kernels.head.kernels.routed_runs import (
     Call,
     Whole,
@@ -47,7 +47,7 @@ from lad_kernels.head.kernels.routed_runs import (
     weight_gradient,
 )
 from lad_kernels.head.kernels.routed_work import ByToken, RoutedTiles, Run, Work, by_token, tiles_for
-from lad_kernels.head.logits import BLOCK, HeadGradients, LogitGradient, LogitTransform, Routing
+from lad_kernels.head.records import BLOCK, HeadGradients, LogitGradient, LogitTransform, Routing
 
 _JOINT = 768  # dense tokens that weight_kernel multiplies, at most; about where the library's rate pays its float32 dW
 
@@ -80,7 +80,7 @@ def backward(
     needs = {"need_hidden": need_hidden, "need_weight": need_weight, "need_bias": need_bias}
     if N == 0 or not any(needs.values()):
         return dense.backward(hidden[:0], weight, targets[:0], bias, transform, lse[:0], gradient, **needs, into=into)
-    hidden, weight = configs.by_rows(hidden), configs.by_rows(weight)
+    hidden, weight = tile_table.by_rows(hidden), tile_table.by_rows(weight)
     targets, lse, bias = (None if x is None else x.contiguous() for x in (targets, lse, bias))
     scaled, down = dense.scaled(gradient, transform, hidden.dtype)
     tiles = tiles or tiles_for(hidden, weight)

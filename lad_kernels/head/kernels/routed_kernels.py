@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lad_kernels.head.kernels.blocks import biases, inverse_temperatures, logits
-from lad_kernels.head.logits import BLOCK
+from lad_kernels.head.kernels.tile import biases, inverse_temperatures, logits
+from lad_kernels.head.records import BLOCK
 
 _BLOCK = tl.constexpr(BLOCK)
 _READ = tl.constexpr(4)  # pairs of a token whose rows token_kernel waits for together

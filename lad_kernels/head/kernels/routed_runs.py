@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from lad_kernels.head import flops
-from lad_kernels.head.kernels import configs
+from lad_kernels.head.kernels import tile_table
 from lad_kernels.head.kernels.forward import inverse_temperature
 from lad_kernels.head.kernels.routed_kernels import (
     bias_kernel,
@@ -23,7 +23,7 @@ from lad_kernels.head.kernels.routed_kernels import (
     weight_kernel,
 )
 from lad_kernels.head.kernels.routed_work import ByToken, RoutedTiles, Run, Work
-from lad_kernels.head.logits import BLOCK, LogitGradient, LogitTransform
+from lad_kernels.head.records import BLOCK, LogitGradient, LogitTransform
 
 _SLICE = 128  # the workspace holds slices of D's columns that are multiples of this wide
 _TOKEN_COLUMNS = 512  # columns of D that a program of token_kernel adds, at most
@@ -95,7 +95,7 @@ def pair_gradients(call: Call, run: Run, need_dr: bool, need_sums: bool) -> tupl
     call.count(pairs, run.blocks, D)
     schedule, transform = call.tiles.pairs, call.transform
     inv_temperature = inverse_temperature(transform, 0, N)
-    with configs.current(device):
+    with tile_table.current(device):
         pairs_kernel[(len(items),)](
             call.hidden,
             call.weight,
@@ -133,7 +133,7 @@ def add_bias(call: Call, run: Run, column_sums: Tensor, db: Tensor) -> None:
     """Add the items' sums [items, BLOCK] to db [V]."""
     offsets, blocks = call.work.item_table[run.blocks.start :], run.blocks.stop - run.blocks.start
     db = db[run.blocks.start * BLOCK : run.blocks.stop * BLOCK]  # [V of the run]
-    with configs.current(db.device):
+    with tile_table.current(db.device):
         bias_kernel[(blocks,)](column_sums, offsets, call.down, db, len(db), run.items.start, run.items.stop)
 
 
@@ -151,7 +151,7 @@ def weight_gradient(
     pairs = slice(max(offsets[blocks.start], run.pairs.start), min(offsets[blocks.stop], run.pairs.stop))
     call.count(pairs, blocks, D)
     hidden, whole_dr, ratio = whole or (None, None, None)  # [Nd, D], [Nd, V of `blocks`], []
-    with configs.current(out.device):
+    with tile_table.current(out.device):
         weight_kernel[((blocks.stop - blocks.start) * triton.cdiv(D, schedule.block_d),)](
             call.hidden,
             dr,
@@ -198,7 +198,7 @@ def add_hidden(
         columns = slice(d0, min(d0 + width, D))
         hidden_rows(call, run, dr, columns, parts)
         grid = (N * triton.cdiv(columns.stop - d0, block_d),)
-        with configs.current(dh.device):
+        with tile_table.current(dh.device):
             token_kernel[grid](
                 parts,
                 ordered.order,
@@ -220,7 +220,7 @@ def hidden_rows(call: Call, run: Run, dr: Tensor, columns: slice, out: Tensor) -
     if not len(items):
         return
     call.count(run.pairs, run.blocks, D)
-    with configs.current(out.device):
+    with tile_table.current(out.device):
         hidden_kernel[(len(items) * triton.cdiv(D, schedule.block_d),)](
             dr,
             call.weight[:, columns],

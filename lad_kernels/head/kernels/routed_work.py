@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lad_kernels.head.kernels import configs
+from lad_kernels.head.kernels import tile_table
 from lad_kernels.head.kernels.routed_kernels import items_kernel
 
 
@@ -50,8 +50,8 @@ def tiles_for(hidden: Tensor, weight: Tensor) -> RoutedTiles:
     """Tiles for hidden [N, D] and weight [V, D] as they lie in memory; the same for every architecture."""
     if hidden.dtype == torch.float32:
         return _FLOAT32
-    pointers = configs.select(hidden.device, hidden.dtype, *weight.shape[::-1], aligned=False)
-    return _ALIGNED if configs.fits(hidden, pointers) and configs.fits(weight, pointers) else _UNALIGNED
+    pointers = tile_table.select(hidden.device, hidden.dtype, *weight.shape[::-1], aligned=False)
+    return _ALIGNED if tile_table.fits(hidden, pointers) and tile_table.fits(weight, pointers) else _UNALIGNED
 
 
 class Run(NamedTuple):
@@ -84,7 +84,7 @@ class Work:
         pair_table, item_table = tables.to(device, non_blocking=True)
         items = torch.empty(item_offsets[-1], 3, dtype=torch.int32, device=device)  # [items, 3]
         if len(items):
-            with configs.current(device):
+            with tile_table.current(device):
                 items_kernel[(len(counts),)](pair_table, item_table, items, BLOCK_N=block_n)
         return cls(block_n, pair_offsets, item_offsets, pair_table, item_table, items)
 

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lad_kernels.head.kernels import configs
-from lad_kernels.head.logits import HeadGradients
+from lad_kernels.head.kernels import tile_table
+from lad_kernels.head.records import HeadGradients
 
 _SIZE = 8192  # elements that a program scales
 
@@ -30,6 +30,6 @@ def _scale_kernel(
 @torch.no_grad()
 def scale(gradients: HeadGradients, factor: Tensor) -> None:
     """Multiply contiguous gradients by factor [] in place; one more rounding unless it is 1."""
-    with configs.current(factor.device):
+    with tile_table.current(factor.device):
         for x in (x for x in gradients if x is not None and x.numel()):
             _scale_kernel[(triton.cdiv(x.numel(), _SIZE),)](x, factor, x.numel(), BLOCK=_SIZE)

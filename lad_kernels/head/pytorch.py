@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lad_kernels.head import flops
-from lad_kernels.head.logits import BLOCK, HeadForward, HeadGradients, LogitGradient, LogitTransform, Routing
+from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitGradient, LogitTransform, Routing
 
 TILE_BYTES = 16 << 20  # one tile of logits; at most three such tiles are alive at a time
 MAX_CHUNK = 2048  # tokens of a tile

@@ -29,7 +29,7 @@ from torch import Tensor
 from lad_kernels import checks
 from lad_kernels.head import dispatch
 from lad_kernels.head.autograd import Head, float32_sums, rounded, take_gradient
-from lad_kernels.head.logits import HeadForward, HeadGradients, LogitGradient, Routing
+from lad_kernels.head.records import HeadForward, HeadGradients, LogitGradient, Routing
 from lad_kernels.packing import Packing
 
 CHUNK = 2048  # tokens of an all-reduce of dH, or more ...

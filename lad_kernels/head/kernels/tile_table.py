@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lad_kernels.head.logits import LogitTransform
+from lad_kernels.head.records import LogitTransform
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.shapes import Shape
-from lad_kernels.head import dispatch
+from lad_kernels.head import cost, memory
 
 SHAPES = (
     *(Shape("", 1, n, 4096, v, "") for v in (131_072, 151_936) for n in (4096, 16_384, 131_072)),
@@ -27,12 +27,12 @@ MiB. `tests/head/test_memory.py` holds the same paths to a small budget by count
 def row(shape: Shape) -> list[str]:
     """One shape's cells: times over the three products, memory in MiB."""
     n, d, v = shape.tokens, shape.hidden_size, shape.vocab_size
-    work = dispatch.Work(n, d, v, 2, "cuda")
-    products = 3 * shape.flops / dispatch.SPEEDS["cuda"].flops
+    work = memory.Work(n, d, v, 2, "cuda")
+    products = 3 * shape.flops / cost.SPEEDS["cuda"].flops
     routed = [work.score() + work.routed(kept * n * work.blocks) for kept in KEPT]
     times = [work.one_pass(), work.score() + work.dense(n), *routed]
     pairs = int(KEPT[-1] * n * work.blocks)
-    sizes = [dispatch.peak_bytes(work, path, pairs) for path in ("one_pass", "two_pass", "routed")]
+    sizes = [memory.peak_bytes(work, path, pairs) for path in ("one_pass", "two_pass", "routed")]
     return [
         f"{n:,}",
         f"{d:,}",
@@ -45,7 +45,7 @@ def row(shape: Shape) -> list[str]:
 
 def lines() -> list[str]:
     """The section of RESULTS.md."""
-    speeds = dispatch.SPEEDS["cuda"]
+    speeds = cost.SPEEDS["cuda"]
     note = NOTE.format(flops=speeds.flops / 1e12, bytes=speeds.bytes / 1e12, gathered=speeds.gathered,
                        element=speeds.element, waiting=1e3 * speeds.waiting)  # fmt: skip
     header = ["N", "D", "V", "three products, ms", "one pass", "two passes", *(f"routed, {k:.1%} kept" for k in KEPT)]

@@ -23,7 +23,7 @@ from benchmarks.measure import describe, peak_bytes_cuda
 from benchmarks.providers import Provider
 from benchmarks.shapes import TINY, Shape
 from lad_kernels import LADConfig, LossOutput, lad_loss, linear_lad_loss
-from lad_kernels.head import dispatch
+from lad_kernels.head import cost, dispatch, memory
 from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitGradient, LogitTransform, Routing
 from lad_kernels.testing import relative_error
 
@@ -63,7 +63,7 @@ def loss(
     forced = contextlib.nullcontext() if path is None else dispatch.force(path)
     chunked = contextlib.nullcontext()
     if rows is not None:
-        chunked = mock.patch.object(dispatch.Work, "chunk_rows", return_value=rows)
+        chunked = mock.patch.object(memory.Work, "chunk_rows", return_value=rows)
     old = None if case == "zero groups" else batch.old_logprobs
     with forced, chunked:
         return linear_lad_loss(
@@ -147,7 +147,7 @@ class RoutedBench:
         return routed_backward(b, lse, LogitGradient(b.upstream, -b.upstream), routing, options)
 
     def add(self, table: str, routing: Routing, options: dict, **labels: object) -> None:
-        """Time and rate; `of_library_rate` is what `gathered` of dispatch.SPEEDS stands for."""
+        """Time and rate; `of_library_rate` is what `gathered` of cost.SPEEDS stands for."""
         pairs = sum(routing.counts)
         products = 3 if options["need_hidden"] and options["need_weight"] else 2
         try:
@@ -289,7 +289,7 @@ def step_parts(run: Run) -> None:
     @torch.no_grad()
     def choose(i: int) -> Routing:
         b, out = batches[i % len(batches)], outs[i % len(batches)]
-        share = dispatch.SPEEDS[dispatch.kind(b.hidden.device, True)].gathered
+        share = cost.SPEEDS[cost.kind(b.hidden.device, True)].gathered
         return route(
             b.hidden, b.weight, b.targets, PLAIN, out.lse, out.logprobs, out.block_lse, gradient, sparse.TAIL_MASS,
             dense_share=share, unbiased=sparse.SPARSE.tail == "unbiased", triton=True,

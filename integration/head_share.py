@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from integration.report import Sheet
-from lad_kernels.head import dispatch
+from lad_kernels.head import memory
 
 EAGER_COPIES = 3044 / (2048 * 151_936 * 4 / 2**20)  # of float32 logits, measured for eager torch (README, N = 2,048)
 ROUTED_KEPT = 0.03  # share of pairs: the small language model at temperature 0.3 (README)
@@ -82,10 +82,10 @@ def memory_table() -> Sheet:
     for shape in (SHAPES[0], SHAPES[4]):
         for tokens in (4096, 16_384, 32_768):
             logits = 4 * tokens * shape.vocab_size
-            work = dispatch.Work(tokens, shape.hidden_size, shape.vocab_size, 2, "cuda")
+            work = memory.Work(tokens, shape.hidden_size, shape.vocab_size, 2, "cuda")
             found = [logits, EAGER_COPIES * logits]
             for path in ("two_pass", "routed", "one_pass"):
-                size, float32_dw = dispatch.peak_bytes(work, path, int(ROUTED_KEPT * tokens * work.blocks))
+                size, float32_dw = memory.peak_bytes(work, path, int(ROUTED_KEPT * tokens * work.blocks))
                 found.append(size + 4 * shape.head * float32_dw)
             rows.append([shape.name, f"{tokens:,}", *(f"{size / 2**30:.2f}" for size in found)])
     stored = ["logits, one float32 copy", "eager torch"]

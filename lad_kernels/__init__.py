@@ -5,13 +5,12 @@ out = linear_lad_loss(hidden_states, lm_head.weight, target_ids, old_logprobs, r
 out.loss.backward()
 """
 
-from lad_kernels.head.logprobs import linear_logprobs
+from lad_kernels.head import SparsityProfile, linear_logprobs, profile_sparsity
 from lad_kernels.loss import LADLoss, linear_grpo_loss, linear_lad_loss
 from lad_kernels.objective.advantages import group_advantages
 from lad_kernels.objective.config import GRPOConfig, LADConfig
 from lad_kernels.objective.policy import grpo_loss, lad_loss
 from lad_kernels.outputs import LinearLogprobs, LossOutput
-from lad_kernels.profile import SparsityProfile, profile_sparsity
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,13 +1,12 @@
-"""The staircase between head and objective: hidden states and rewards in, a differentiable loss out.
+"""The fused losses: hidden states and rewards in, a differentiable loss out.
 
-Up go N log-probabilities, down comes one coefficient per token, c_t = d loss / d logp_t (and one for the entropy).
-Both storeys run in the forward; the backward is the head's alone, with c already known, and never passes through the
-objective again. step.py decides what is computed when.
+The head gives the objective N log-probabilities, the objective returns one coefficient per token, c_t = d loss /
+d logp_t (and one for the entropy). Both run in the forward; the backward is the head's alone, with c already known, and
+never passes through the objective again. step.py decides what is computed when.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,13 +14,11 @@ from torch import Tensor, nn
 
 from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
-from lad_kernels.head import flops
-from lad_kernels.head.autograd import Head, shaped
-from lad_kernels.head.logprobs import head_kind, prepare
+from lad_kernels.head import BackwardPlan, HeadArguments, Layout, Operands, flops, prepare
 from lad_kernels.objective.config import GRPOConfig, LADConfig
 from lad_kernels.objective.policy import Config, PolicyInputs, validate
 from lad_kernels.outputs import LossOutput
-from lad_kernels.step import Step
+from lad_kernels.step import Step, Wanted
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -80,7 +77,15 @@ def linear_lad_loss(
         RuntimeError: impl='triton' where Triton cannot run; torch.func transforms; double backward.
     """
     checks.config(config, LADConfig, "linear_grpo_loss")
-    return _linear_policy_loss(**locals())
+    given = HeadArguments(
+        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl
+    )
+    inputs = PolicyInputs(
+        old_logprobs=old_logprobs, advantages=advantages, rewards=rewards, group_size=group_size, group_ids=group_ids,
+        loss_mask=loss_mask, cu_seqlens=cu_seqlens, normalizer=normalizer, ref_logprobs=ref_logprobs,
+        rollout_is_weights=rollout_is_weights,
+    )  # fmt: skip
+    return _linear_loss(given, inputs, config, Wanted(return_logprobs, return_entropy))
 
 
 @torch.compiler.disable
@@ -111,7 +116,15 @@ def linear_grpo_loss(
 ) -> LossOutput:
     """PPO-clip and its family (see `GRPOConfig`) in the same kernels; arguments as for `linear_lad_loss`."""
     checks.config(config, GRPOConfig, "linear_lad_loss")
-    return _linear_policy_loss(**locals())
+    given = HeadArguments(
+        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl
+    )
+    inputs = PolicyInputs(
+        old_logprobs=old_logprobs, advantages=advantages, rewards=rewards, group_size=group_size, group_ids=group_ids,
+        loss_mask=loss_mask, cu_seqlens=cu_seqlens, normalizer=normalizer, ref_logprobs=ref_logprobs,
+        rollout_is_weights=rollout_is_weights,
+    )  # fmt: skip
+    return _linear_loss(given, inputs, config, Wanted(return_logprobs, return_entropy))
 
 
 class LADLoss(nn.Module):
@@ -132,74 +145,54 @@ class LADLoss(nn.Module):
         **batch: Any,
     ) -> LossOutput:  # fmt: skip
         """Arguments of `linear_lad_loss`; those given here override the bound ones."""
-        return linear_lad_loss(
-            hidden_states,
-            lm_head_weight,
-            target_ids,
-            old_logprobs,
-            **{**self.constants, "config": self.config, **batch},
-        )
+        options = {**self.constants, "config": self.config, **batch}
+        return linear_lad_loss(hidden_states, lm_head_weight, target_ids, old_logprobs, **options)
 
     def extra_repr(self) -> str:
         return ", ".join([repr(self.config), *(f"{k}={v!r}" for k, v in self.constants.items())])
 
 
-def _linear_policy_loss(
-    hidden_states: Tensor,
-    lm_head_weight: Tensor,
-    target_ids: Tensor,
-    *,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    config: Config,
-    return_entropy: bool,
-    return_logprobs: bool,
-    vocab_group: ProcessGroup | None,
-    impl: str,
-    **objective: Any,
-) -> LossOutput:
-    inputs = PolicyInputs(**objective)
-    checks.plain_tensor("target_ids", target_ids)
-    checks.vocab_group(vocab_group, impl, config.backward)
-    inputs = validate(inputs, target_ids, "target_ids", config)
-    hidden, weight, targets, packing, transform = prepare(
-        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, inputs.loss_mask, impl,
-        inputs.cu_seqlens, sharded=vocab_group is not None,
-    )  # fmt: skip
-    if impl == "reference":
-        from lad_kernels import reference
-
-        loss: Any = reference.linear_lad_loss if isinstance(config, LADConfig) else reference.linear_grpo_loss
-        return without_autocast(loss)(
-            hidden, weight, target_ids.long(), bias=bias, temperature=temperature, logit_scale=logit_scale,
-            softcap=softcap, config=config, return_entropy=return_entropy, return_logprobs=return_logprobs,
-            **{name: getattr(inputs, name) for name in objective},
-        )  # fmt: skip
-    triton = checks.use_triton(impl, hidden.device, hidden.dtype)
-    grad = torch.is_grad_enabled()
-    needs = (
-        grad and hidden.requires_grad,
-        grad and weight.requires_grad,
-        bool(grad and bias is not None and bias.requires_grad),
-    )
-    replicated = objective | {
-        "hidden_states": hidden, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
-        "config": config, "return_entropy": return_entropy, "return_logprobs": return_logprobs, "impl": impl,
-    }  # fmt: skip
-    new_head = head_kind(vocab_group, hidden, weight, bias, targets, replicated, packing)
+def _linear_loss(given: HeadArguments, inputs: PolicyInputs, config: Config, wanted: Wanted) -> LossOutput:
+    checks.plain_tensor("target_ids", given.target_ids)
+    checks.vocab_group(given.vocab_group, given.impl, config.backward)
+    inputs = validate(inputs, given.target_ids, "target_ids", config)
+    alike = vars(inputs) | {"config": config, "return_entropy": wanted.entropy, "return_logprobs": wanted.logprobs}
+    operands = prepare(given, inputs.loss_mask, inputs.cu_seqlens, alike)
+    if given.impl == "reference":
+        return _reference_loss(operands, given, inputs, config, wanted)
+    hidden, weight, bias, targets, layout = operands
+    packing, needs = layout.packing, operands.needs()
     with torch.no_grad(), flops.counting() as tally:
-        rows, tokens = packing.source(hidden)
-        head = new_head(rows, weight, targets, bias, transform, triton, tokens)
-        step = Step(head, inputs, packing, config, impl, needs, return_logprobs, return_entropy)
-        step.run()
-    terms, spent = step.terms, targets.new_full((), tally[0], dtype=_widest(hidden.device))  # []
-    loss = _LinearPolicyLoss.apply(hidden, weight, bias, targets, step, spent, new_head)
-    entropy = None if step.entropy is None else packing.place(step.entropy)
-    used = terms.advantages if inputs.advantages is None else inputs.advantages.detach()
-    logprobs = packing.place(step.logprobs) if return_logprobs else None
-    return LossOutput(loss, logprobs, entropy, used, {**terms.metrics, **step.metrics, "head_flops": spent})
+        result = Step(operands.head(), inputs, packing, config, given.impl, needs, wanted).run()
+    terms, plan, loss, metrics = result.terms, result.plan, result.terms.loss, dict(result.terms.metrics)
+    if plan is not None:
+        loss = _LinearLoss.apply(hidden, weight, bias, targets, loss, layout, plan)
+        metrics |= plan.metrics
+    count = tally[0] + (0 if plan is None else plan.flops)
+    metrics["head_flops"] = targets.new_full((), count, dtype=_widest(hidden.device))  # []
+    return LossOutput(
+        loss=loss,
+        logprobs=packing.place(result.logprobs) if wanted.logprobs else None,
+        entropy=None if result.entropy is None else packing.place(result.entropy),
+        advantages=terms.advantages if inputs.advantages is None else inputs.advantages.detach(),
+        metrics=metrics,
+    )
+
+
+def _reference_loss(
+    operands: Operands, given: HeadArguments, inputs: PolicyInputs, config: Config, wanted: Wanted
+) -> LossOutput:
+    """The specification on validated arguments."""
+    from lad_kernels import reference
+
+    loss: Any = reference.linear_lad_loss if isinstance(config, LADConfig) else reference.linear_grpo_loss
+    return without_autocast(loss)(
+        operands.hidden, operands.weight, given.target_ids.long(), inputs.old_logprobs, advantages=inputs.advantages,
+        rewards=inputs.rewards, group_size=inputs.group_size, group_ids=inputs.group_ids, loss_mask=inputs.loss_mask,
+        cu_seqlens=inputs.cu_seqlens, bias=given.bias, temperature=given.temperature, logit_scale=given.logit_scale,
+        softcap=given.softcap, config=config, normalizer=inputs.normalizer, ref_logprobs=inputs.ref_logprobs,
+        rollout_is_weights=inputs.rollout_is_weights, return_entropy=wanted.entropy, return_logprobs=wanted.logprobs,
+    )  # fmt: skip
 
 
 def _widest(device: torch.device) -> torch.dtype:
@@ -207,21 +200,18 @@ def _widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-class _LinearPolicyLoss(torch.autograd.Function):
+class _LinearLoss(torch.autograd.Function):
     """Gives the loss its gradient with respect to (hidden, weight, bias), from coefficients already known."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, step: Step, spent: Tensor,
-        new_head: Callable[..., Head],
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, loss: Tensor, layout: Layout,
+        plan: BackwardPlan,
     ) -> Tensor:  # fmt: skip
-        transform = step.head.transform
-        ctx.save_for_backward(hidden, weight, bias, targets, transform.temperatures)
-        ctx.packing, ctx.transform, ctx.triton = step.packing, transform, step.head.triton
-        ctx.step, ctx.spent, ctx.new_head = step, spent, new_head
+        ctx.save_for_backward(hidden, weight, bias, targets, layout.transform.temperatures)
+        ctx.layout, ctx.plan = layout, plan
         ctx.set_materialize_grads(False)
-        del step.head  # holds the inputs, which autograd keeps
-        return step.terms.loss.clone()
+        return loss.clone()
 
     @staticmethod
     @without_autocast
@@ -230,10 +220,6 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if grad is None:
             return (None,) * 7
         hidden, weight, bias, targets, temperatures = ctx.saved_tensors
-        with flops.counting() as tally:
-            rows, tokens = ctx.packing.source(hidden)
-            transform = ctx.transform.at(temperatures)
-            head = ctx.new_head(rows, weight, targets, bias, transform, ctx.triton, tokens)
-            found = ctx.step.backward(head, grad)
-        ctx.spent += tally[0]
-        return *shaped(found, hidden), None, None, None, None
+        head = ctx.layout.head(hidden, weight, bias, targets, temperatures)
+        found = ctx.plan.run(head, grad).shaped(hidden)
+        return found.hidden, found.weight, found.bias, None, None, None, None

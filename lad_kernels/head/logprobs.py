@@ -1,20 +1,17 @@
-"""linear_logprobs: validate, pack, choose a path, unpack."""
+"""linear_logprobs: per-token log-probabilities from hidden states, differentiable in hidden states, weight and bias."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
-from lad_kernels.head.autograd import Head, LinearLogprobsFunction
-from lad_kernels.head.records import LogitTransform
+from lad_kernels.head.operands import HeadArguments, Layout, prepare
+from lad_kernels.head.records import LogitGradient, Needs, select
 from lad_kernels.outputs import LinearLogprobs
-from lad_kernels.packing import Packing, pack
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,10 +67,11 @@ def linear_logprobs(
     checks.plain_tensor("target_ids", target_ids)
     checks.mask(loss_mask, target_ids, "target_ids")
     checks.vocab_group(vocab_group, impl)
-    hidden, weight, targets, packing, transform = prepare(
-        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, loss_mask, impl,
-        sharded=vocab_group is not None,
-    )  # fmt: skip
+    given = HeadArguments(
+        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl
+    )
+    operands = prepare(given, loss_mask, None, {"loss_mask": loss_mask, "return_entropy": return_entropy})
+    hidden, weight, _, targets, layout = operands
     if impl == "reference":
         from lad_kernels import reference
 
@@ -81,71 +79,44 @@ def linear_logprobs(
             hidden, weight, target_ids.long(), bias=bias, temperature=temperature, logit_scale=logit_scale,
             softcap=softcap, loss_mask=loss_mask, return_entropy=return_entropy,
         )  # fmt: skip
-    replicated = {
-        "hidden_states": hidden, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
-        "loss_mask": loss_mask, "return_entropy": return_entropy, "impl": impl,
-    }  # fmt: skip
-    logprobs, entropy, lse = LinearLogprobsFunction.apply(
-        hidden,
-        weight,
-        bias,
-        targets,
-        packing,
-        transform,
-        return_entropy,
-        checks.use_triton(impl, hidden.device, hidden.dtype),
-        head_kind(vocab_group, hidden, weight, bias, targets, replicated, packing),
-    )
-    place = packing.place
+    logprobs, entropy, lse = _LinearLogprobs.apply(hidden, weight, bias, targets, layout, return_entropy)
+    place = layout.packing.place
     return LinearLogprobs(place(logprobs), None if entropy is None else place(entropy), place(lse))
 
 
-def prepare(
-    hidden: Tensor, weight: Tensor, target_ids: Tensor, bias: Tensor | None, temperature: float | Tensor,
-    logit_scale: float, softcap: float | None, loss_mask: Tensor | None, impl: str, cu_seqlens: Tensor | None = None,
-    *, sharded: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Packing, LogitTransform]:  # fmt: skip
-    """Validate what the head needs and pack it; with `sharded` the range of the targets is not known yet.
+class _LinearLogprobs(torch.autograd.Function):
+    """(hidden, weight, bias) -> log-probs, entropy, lse, each [M], with any upstream gradient.
 
-    Returns hidden and weight in the dtype to compute in, targets [M], packing and transform.
+    Saved: the inputs themselves (no copy), lse and entropy. Nothing that is saved is changed.
     """
-    checks.impl(impl)
-    checks.plain_tensor("hidden_states", hidden)
-    autocast = torch.is_autocast_enabled(hidden.device.type)
-    checks.head(hidden, weight, target_ids, bias, autocast=autocast, sharded=sharded)
-    checks.transform(temperature, logit_scale, softcap, target_ids)
-    if autocast:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if impl != "reference":
-        checks.use_triton(impl, hidden.device, hidden.dtype)
-    packing = pack(target_ids, loss_mask, cu_seqlens)
-    targets = packing.take(target_ids).long()  # [M]
-    if packing.inside is not None:
-        targets = targets.masked_fill(~packing.inside, 0)  # those beyond the last bound may hold anything
-    if not sharded:
-        checks.target_range(targets, len(weight))
-    if isinstance(temperature, Tensor):
-        full = temperature.detach().to(torch.promote_types(hidden.dtype, torch.float32)).expand(target_ids.shape)
-        temperature = packing.take(full)  # [M]
-    else:
-        temperature = float(temperature)
-    softcap = None if softcap is None else float(softcap)
-    return hidden, weight, targets, packing, LogitTransform(float(logit_scale), softcap, temperature)
 
+    @staticmethod
+    @without_autocast
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, layout: Layout,
+        want_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+        temperatures = layout.transform.temperatures
+        out = layout.head(hidden, weight, bias, targets, temperatures).forward(want_entropy=want_entropy)
+        ctx.save_for_backward(hidden, weight, bias, targets, temperatures, out.lse, out.lse_rest, out.entropy)
+        ctx.layout = layout
+        ctx.set_materialize_grads(False)
+        return out.logprobs, out.entropy, out.lse
 
-def head_kind(
-    vocab_group: ProcessGroup | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-    replicated: Mapping[str, object], packing: Packing,
-) -> Callable[..., Head]:  # fmt: skip
-    """What builds a head from the fields of `Head`: all rows here, or spread over a group (collective).
-
-    `replicated` are the arguments that must be the same on every rank of the group, by name.
-    """
-    if vocab_group is None:
-        return Head
-    from lad_kernels.head import vocab_parallel
-
-    shard = vocab_parallel.join(vocab_group, hidden, weight, bias, targets, replicated, packing)
-    checks.target_range(targets, shard.vocabulary)
-    return functools.partial(vocab_parallel.ShardedHead, shard=shard)
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None, g_lse: Tensor | None) -> tuple:
+        checks.refuse_double_backward()
+        hidden, weight, bias, targets, temperatures, lse, rest, entropy = ctx.saved_tensors
+        needs = Needs(*ctx.needs_input_grad[:3])
+        if (g_logp is None and g_entropy is None and g_lse is None) or not any(needs):
+            return (None,) * 6
+        onehot = torch.zeros_like(lse) if g_logp is None else g_logp  # [M]
+        prob = -onehot if g_lse is None else g_lse - onehot  # [M]
+        if g_entropy is not None:
+            prob = prob - g_entropy * entropy
+        gradient = LogitGradient(onehot, prob, g_entropy).with_rest(rest)
+        active = gradient.active()  # [A]
+        head = ctx.layout.head(hidden, weight, bias, targets, temperatures).select(active)
+        found = head.backward(select(lse, active), gradient.select(active), None, needs).shaped(hidden)
+        return found.hidden, found.weight, found.bias, None, None, None

@@ -23,7 +23,18 @@ import torch
 from torch import Tensor
 
 from lad_kernels.head import flops
-from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitGradient, LogitTransform, Routing
+from lad_kernels.head.records import (
+    BLOCK,
+    GradientSums,
+    HeadForward,
+    HeadGradients,
+    LogitGradient,
+    LogitTransform,
+    Needs,
+    Routing,
+    gather,
+    spread,
+)
 
 TILE_BYTES = 16 << 20  # one tile of logits; at most three such tiles are alive at a time
 MAX_CHUNK = 2048  # tokens of a tile
@@ -94,7 +105,7 @@ class _Logits:
 
 
 def forward(
-    hidden: Tensor,  # [N, D]
+    hidden: Tensor,  # [N, D], or with tokens whatever `gather` takes
     weight: Tensor,  # [V, D]
     targets: Tensor,  # [N]
     bias: Tensor | None,  # [V]
@@ -102,11 +113,13 @@ def forward(
     *,
     want_entropy: bool,
     want_block_lse: bool = False,
+    tokens: Tensor | None = None,  # [N] rows of hidden; None: all
 ) -> HeadForward:
     """Log-probs, lse and entropy of N tokens; memory beyond the inputs is O(TILE_BYTES + N D if 16-bit).
 
     A block's mass is 0 when it lies more than 104 nats below the largest logit met so far.
     """
+    hidden = gather(hidden, tokens)  # [N, D]
     logits = _Logits(hidden, weight, bias, transform)
     top = hidden.new_full((len(hidden),), -torch.inf, dtype=logits.dtype)  # [N] the largest logit so far
     mass = torch.zeros_like(top)  # [N] sum e^(z - top)
@@ -164,35 +177,36 @@ def backward(
     gradient: LogitGradient,
     routing: Routing | None = None,
     *,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    wide: bool = False,
+    needs: Needs,
+    sums: GradientSums | None = None,
 ) -> HeadGradients:
     """Gradients for any LogitGradient, exact without a routing; see the module docstring for the order of the work.
 
-    With `wide` they stay in the dtype of the arithmetic, for a caller who adds to them.
+    With `sums` dW and dbias are added to it, and dH stays in the dtype of the arithmetic.
     """
     logits = _Logits(hidden, weight, bias, transform)
     dtype = logits.dtype
-    narrow = (lambda x: dtype) if wide else (lambda x: x.dtype)
+    narrow = (lambda x: dtype) if sums is not None else (lambda x: x.dtype)
+    needs = needs._replace(bias=needs.bias and bias is not None)
     if len(hidden) == 0:
-        needs = ((hidden, need_hidden), (weight, need_weight), (bias, need_bias))
-        return HeadGradients(*(torch.zeros_like(x, dtype=narrow(x)) if need else None for x, need in needs))
-    dh = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if need_hidden else None
-    dw = weight.new_empty(weight.shape, dtype=narrow(weight)) if need_weight else None
-    db = bias.new_empty(bias.shape, dtype=narrow(bias)) if need_bias else None
+        inputs = zip((hidden, weight, bias), needs)
+        return _added(
+            HeadGradients(*(torch.zeros_like(x, dtype=narrow(x)) if need else None for x, need in inputs)), sums
+        )
+    dh = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if needs.hidden else None
+    dw = weight.new_empty(weight.shape, dtype=narrow(weight)) if needs.weight else None
+    db = bias.new_empty(bias.shape, dtype=narrow(bias)) if needs.bias else None
     dense = logits.chunks if routing is None else [c for c in routing.dense.split(MAX_CHUNK) if len(c)]
     pairs = _pairs_by_block(routing)
     for columns in logits.slabs:
         dw_slab = None  # [Vs, D]: dW itself, or a wider copy of its slab
-        if need_weight:
+        if needs.weight:
             dw_slab = dw[columns] if dw.dtype == dtype else dw.new_empty(dw[columns].shape, dtype=dtype)
-        db_slab = lse.new_zeros(columns.stop - columns.start) if need_bias else None  # [Vs]
+        db_slab = lse.new_zeros(columns.stop - columns.start) if needs.bias else None  # [Vs]
         work: list[tuple[slice, Any, Tensor | None]] = [(columns, rows, None) for rows in dense]
         for block in range(columns.start // BLOCK, -(-columns.stop // BLOCK)):
             work += pairs.get(block, ())
-            if need_weight and not dense and block not in pairs:
+            if needs.weight and not dense and block not in pairs:
                 dw_slab[block * BLOCK - columns.start : (block + 1) * BLOCK - columns.start].zero_()
         w = b = seen = None
         for i, (part, rows, scale) in enumerate(work):
@@ -204,20 +218,30 @@ def backward(
             if scale is not None:
                 dz.mul_(scale[:, None])
             at = slice(part.start - columns.start, part.stop - columns.start)
-            if need_hidden and isinstance(rows, slice):
+            if needs.hidden and isinstance(rows, slice):
                 dh[rows].addmm_(dz, w)
-            elif need_hidden:
+            elif needs.hidden:
                 dh.index_add_(0, rows, dz @ w)
-            if need_weight:  # beta 0: written, not added; with dense tokens the first item writes the whole slab
+            if needs.weight:  # beta 0: written, not added; with dense tokens the first item writes the whole slab
                 dw_slab[at].addmm_(dz.T, logits.hidden[rows], beta=int(i > 0 if dense else not first))
-            if need_bias:
+            if needs.bias:
                 db_slab[at] += dz.sum(0)
-            _count(len(dz), len(w), hidden.shape[1], need_hidden + need_weight)
-        if need_weight and dw.dtype != dtype:
+            _count(len(dz), len(w), hidden.shape[1], needs.hidden + needs.weight)
+        if needs.weight and dw.dtype != dtype:
             dw[columns] = dw_slab
-        if need_bias:
+        if needs.bias:
             db[columns] = db_slab
-    return HeadGradients(None if dh is None else dh.to(narrow(hidden)), dw, db)
+    return _added(HeadGradients(None if dh is None else dh.to(narrow(hidden)), dw, db), sums)
+
+
+def _added(gradients: HeadGradients, sums: GradientSums | None) -> HeadGradients:
+    """dW and dbias added to those of other token chunks."""
+    if sums is None:
+        return gradients
+    for total, x in zip(sums, gradients[1:]):
+        if total is not None:
+            total.add_(x)
+    return HeadGradients(gradients.hidden, sums.weight, sums.bias)
 
 
 def _count(tokens: int, columns: int, hidden_size: int, products: int) -> None:
@@ -258,32 +282,32 @@ def _logit_gradient(
 
 
 def one_pass(
-    hidden: Tensor,  # [N, D] float32 or float64
+    hidden: Tensor,  # [N, D] float32 or float64, or with tokens whatever `gather` takes
     weight: Tensor,  # [V, D], same dtype
-    targets: Tensor,  # [N]
+    targets: Tensor,  # [M]
     bias: Tensor | None,  # [V]
     transform: LogitTransform,  # without a softcap
-    prior: Tensor | None,  # [N] of no use here: the maximum is found
+    prior: Tensor | None,  # [M] unused: this backend computes the row maximum
     coefficients: Callable[[slice, Tensor], Tensor],
     *,
     chunks: Sequence[slice],
     want_entropy: bool,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    needs: Needs,
+    tokens: Tensor | None = None,  # [M] rows of hidden; None: all, M = N
 ) -> tuple[HeadForward, HeadGradients]:
     """Forward and gradient of a loss with coefficients c = d loss / d logp, each logit computed once.
 
     Args:
-        coefficients: (rows, log-probs [N] known up to rows.stop) -> c [C] of those rows.
-        chunks: ascending cover of the N tokens. One chunk's logits [C, V] are the workspace.
+        coefficients: (rows, log-probs [M] known up to rows.stop) -> c [C] of those rows.
+        chunks: ascending cover of the M tokens. One chunk's logits [C, V] are the workspace.
     """
+    given, hidden = hidden, gather(hidden, tokens)  # [M, D]
     logits = _Logits(hidden, weight, bias, transform)
-    logprobs, lse = hidden.new_empty(len(hidden)), hidden.new_empty(len(hidden))  # [N], [N]
-    entropy = torch.empty_like(lse) if want_entropy else None  # [N]
-    dh = torch.zeros_like(hidden) if need_hidden else None  # [N, D]
-    dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else None  # [V, D]
-    db = torch.zeros_like(bias) if need_bias else None  # [V]
+    logprobs, lse = hidden.new_empty(len(hidden)), hidden.new_empty(len(hidden))  # [M], [M]
+    entropy = torch.empty_like(lse) if want_entropy else None  # [M]
+    dh = torch.zeros_like(hidden) if needs.hidden else None  # [M, D]
+    dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs.weight else None  # [V, D]
+    db = torch.zeros_like(bias) if needs.bias and bias is not None else None  # [V]
     logits.reserve(max((c.stop - c.start for c in chunks), default=0), len(weight))
     step = max(
         BLOCK, TILE_BYTES // (logits.dtype.itemsize * max(1, max((c.stop - c.start for c in chunks), default=1)))
@@ -314,11 +338,12 @@ def one_pass(
         dz.mul_((-c / mass[live])[:, None])
         dz[every, targets[rows][live]] += c
         dz = logits.chain(dz, rows.start + live, None)
-        if need_hidden:
+        if needs.hidden:
             dh[rows.start + live] = dz @ weight
-        if need_weight:
+        if needs.weight:
             dw.addmm_(dz.T, hidden[rows.start + live])
-        if need_bias:
+        if db is not None:
             db += dz.sum(0)
-        _count(len(live), len(weight), hidden.shape[1], need_hidden + need_weight)
+        _count(len(live), len(weight), hidden.shape[1], needs.hidden + needs.weight)
+    dh = None if dh is None else spread(dh, given, tokens)  # [N, D]
     return HeadForward(logprobs, lse, entropy, None), HeadGradients(dh, dw, db)

@@ -1,4 +1,7 @@
-"""Records that the head's modules pass to each other: how a product becomes logits, and what comes back."""
+"""Records that the head's modules pass to each other: how a product becomes logits, and what comes back.
+
+Letters: N tokens given, M that take part, A active (with a gradient), D hidden size, V vocabulary size, P kept pairs.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,20 @@ class LogitTransform:
         return self if temperatures is None else replace(self, temperature=temperatures)
 
 
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
+        """Those of inputs that require one, none under torch.no_grad()."""
+        grad = torch.is_grad_enabled()
+        return cls(*(grad and x is not None and x.requires_grad for x in (hidden, weight, bias)))
+
+
 class HeadForward(NamedTuple):
     """One pass over the vocabulary. All float32, on the device of the hidden states.
 
@@ -61,6 +78,22 @@ class LogitGradient:
     prob: Tensor  # [N] float32
     entropy: Tensor | None = None  # [N] float32; None stands for zeros
 
+    def active(self) -> Tensor | None:
+        """Tokens [A] with a coefficient that is not zero, ascending; None if all have one. One host sync."""
+        active = (self.onehot != 0) | (self.prob != 0)  # [N]
+        if self.entropy is not None:
+            active |= self.entropy != 0
+        tokens = active.nonzero()[:, 0]  # [A]
+        return None if len(tokens) == len(active) else tokens
+
+    def select(self, tokens: Tensor | slice | None) -> LogitGradient:  # [A]
+        """Of some tokens; None stands for all."""
+        return LogitGradient(select(self.onehot, tokens), select(self.prob, tokens), select(self.entropy, tokens))
+
+    def scaled(self, factor: Tensor) -> LogitGradient:  # []
+        """Times a number."""
+        return LogitGradient(*(None if x is None else factor * x for x in (self.onehot, self.prob, self.entropy)))
+
     def with_rest(self, rest: Tensor) -> LogitGradient:  # [N]
         """The same gradient for who takes p and log p from a rounded lse, where lse + rest is meant.
 
@@ -78,6 +111,31 @@ class HeadGradients(NamedTuple):
     hidden: Tensor | None  # [N, D]
     weight: Tensor | None  # [V, D]
     bias: Tensor | None  # [V]
+
+    def shaped(self, hidden: Tensor) -> HeadGradients:
+        """dH [N, D] in the shape of the hidden states."""
+        return self if self.hidden is None else self._replace(hidden=self.hidden.view(hidden.shape))
+
+
+class GradientSums(NamedTuple):
+    """dW and dbias added up over token chunks, in float32 (float64 for float64); None for what is not asked for."""
+
+    weight: Tensor | None  # [V, D]
+    bias: Tensor | None  # [V]
+
+    @classmethod
+    def zeros(cls, weight: Tensor, bias: Tensor | None, needs: Needs) -> GradientSums:
+        """Before the first chunk."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return cls(
+            weight.new_zeros(weight.shape, dtype=dtype) if needs.weight else None,
+            bias.new_zeros(bias.shape, dtype=dtype) if needs.bias and bias is not None else None,
+        )
+
+    def rounded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """After the last: (dW, dbias) in the dtypes of (weight, bias)."""
+        dw = None if self.weight is None else self.weight.to(weight.dtype)
+        return dw, None if self.bias is None else self.bias.to(bias.dtype)
 
 
 class Routing(NamedTuple):
@@ -121,3 +179,15 @@ def gather(hidden: Tensor, tokens: Tensor | None) -> Tensor:
         return hidden.index_select(0, tokens)
     length = hidden.shape[1]
     return hidden[tokens // length, tokens % length]
+
+
+def select(x: Tensor | None, tokens: Tensor | slice | None) -> Tensor | None:
+    """Per-token values [M] of some tokens [A]; None stands for all, or for no values."""
+    return x if x is None or tokens is None else x[tokens]
+
+
+def spread(dh: Tensor, hidden: Tensor, tokens: Tensor | None) -> Tensor:
+    """dH [M, D] of flat rows `tokens` -> [N, D], zero elsewhere; None: all of them already."""
+    if tokens is None:
+        return dh
+    return hidden.new_zeros(hidden.shape[:-1].numel(), hidden.shape[-1]).index_copy_(0, tokens, dh)

@@ -27,9 +27,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lad_kernels import checks
-from lad_kernels.head import dispatch
-from lad_kernels.head.autograd import Head, float32_sums, rounded, take_gradient
-from lad_kernels.head.records import HeadForward, HeadGradients, LogitGradient, Routing
+from lad_kernels.head import memory
+from lad_kernels.head.head import Head
+from lad_kernels.head.records import GradientSums, HeadForward, HeadGradients, LogitGradient, Needs, Routing
 from lad_kernels.packing import Packing
 
 CHUNK = 2048  # tokens of an all-reduce of dH, or more ...
@@ -76,11 +76,10 @@ def join(
     Raises:
         ValueError: on every rank, if something that must be the same differs between ranks, or V < 2.
     """
-    grad = torch.is_grad_enabled()
-    needs = [int(grad and x is not None and x.requires_grad) for x in (hidden, weight, bias)]
+    needs = Needs.of(hidden, weight, bias)
     place = torch.arange(1, len(targets) + 1, device=targets.device)  # [M]
     kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    code = 8 * (bias is not None) + 4 * needs[0] + 2 * needs[1] + needs[2]
+    code = 8 * (bias is not None) + 4 * needs.hidden + 2 * needs.weight + needs.bias
     facts = [len(weight), len(targets), hidden.shape[-1], kinds.index(hidden.dtype), code]
     names = ("function", *replicated)  # compared first: with another function the others mean something else
     codes = [_code(", ".join(replicated)), *map(_code, replicated.values())]
@@ -169,35 +168,34 @@ class ShardedHead(Head):
     def has_one_pass(self, need_bias: bool) -> bool:
         return False  # the coefficients need the global lse
 
-    def backward(
-        self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: tuple[bool, bool, bool]
-    ) -> HeadGradients:
+    def backward(self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: Needs) -> HeadGradients:
         """dH [N, D] in full, dW and dbias of this rank's rows; exact, `routing` is None."""
         local = self._local()
         inside = (self.targets >= self.shard.start) & (self.targets < self.shard.start + len(self.weight))  # [M]
         gradient = LogitGradient(torch.where(inside, gradient.onehot, 0.0), gradient.prob, gradient.entropy)
-        room = dispatch.BUDGET // 4  # of each of two float32 dH, that of the next chunk made while one is reduced
-        most = max(room // (4 * self.hidden.shape[-1]) // dispatch.ROWS, 1) * dispatch.ROWS
+        room = memory.BUDGET // 4  # of each of two float32 dH, that of the next chunk made while one is reduced
+        most = max(room // (4 * self.hidden.shape[-1]) // memory.ROWS, 1) * memory.ROWS
         size = min(max(CHUNK, -(-len(lse) // CHUNKS)), most)
-        into, dh = float32_sums((self.weight, self.bias), needs[1:]), self.no_gradient() if needs[0] else None  # [N, D]
-        summed: list[tuple[slice, Tensor, dist.Work]] = []  # tokens, their dH [C, D], its all-reduce
+        sums = GradientSums.zeros(self.weight, self.bias, needs)
+        dh = self.no_gradient() if needs.hidden else None  # [N, D]
+        reducing: list[tuple[slice, Tensor, dist.Work]] = []  # tokens, their dH [C, D], its all-reduce
 
         def finish() -> None:
-            tokens, part, work = summed.pop()
+            tokens, part, work = reducing.pop()
             work.wait()
             dh[tokens if self.tokens is None else self.tokens[tokens]] = part.to(dh.dtype)
 
         for first in range(0, len(lse), size):
             tokens = slice(first, min(first + size, len(lse)))
-            found = _gradients(local.take(tokens), lse[tokens], take_gradient(gradient, tokens), needs, into)
-            if summed:
+            found = _gradients(local.select(tokens), lse[tokens], gradient.select(tokens), needs, sums)
+            if reducing:
                 finish()
             if dh is not None:
                 work = dist.all_reduce(found.hidden, group=self.shard.group, async_op=True)
-                summed.append((tokens, found.hidden, work))
-        if summed:
+                reducing.append((tokens, found.hidden, work))
+        if reducing:
             finish()
-        return HeadGradients(dh, *rounded(into, (self.weight, self.bias)))
+        return HeadGradients(dh, *sums.rounded(self.weight, self.bias))
 
     def _local(self) -> Head:
         """This rank's rows as a head of their own; targets of other ranks become some local row."""
@@ -205,10 +203,8 @@ class ShardedHead(Head):
         return Head(self.hidden, self.weight, targets, self.bias, self.transform, self.triton, self.tokens)
 
 
-def _gradients(
-    head: Head, lse: Tensor, gradient: LogitGradient, needs: tuple[bool, bool, bool], into: HeadGradients
-) -> HeadGradients:
-    """`Head.gradients` of a rank that may have no rows; dH is not rounded."""
+def _gradients(head: Head, lse: Tensor, gradient: LogitGradient, needs: Needs, sums: GradientSums) -> HeadGradients:
+    """`Head.chunk_gradients` of a rank that may have no rows; dH is not rounded."""
     if len(head.weight):
-        return head.gradients(lse, gradient, None, needs, dispatch.BUDGET // 4, into=into)
-    return into._replace(hidden=lse.new_zeros(len(lse), head.hidden.shape[-1]) if needs[0] else None)
+        return head.chunk_gradients(lse, gradient, None, needs, memory.BUDGET // 4, sums=sums)
+    return HeadGradients(lse.new_zeros(len(lse), head.hidden.shape[-1]) if needs.hidden else None, *sums)

@@ -43,7 +43,7 @@ def compile_all(arch: str) -> None:
     import torch
 
     from lad_kernels.head.kernels import dense, forward, routed
-    from lad_kernels.head.records import BLOCK, LogitGradient, LogitTransform, Routing
+    from lad_kernels.head.records import BLOCK, LogitGradient, LogitTransform, Needs, Routing
 
     dense.accumulate = lambda *arguments, **options: None  # the library's product of what was never computed
     for dtype, layout, features in CASES + EXTRA.get(arch, []):
@@ -58,16 +58,16 @@ def compile_all(arch: str) -> None:
         with aot.compiling(arch) as compiled:
             forward.forward(hidden, weight, targets, bias, transform, want_entropy=entropy, want_block_lse=True)
             gradient = LogitGradient(numbers, numbers, numbers if entropy else None)
-            needs = {"need_hidden": True, "need_weight": False, "need_bias": bias is not None}
+            needs = Needs(True, False, bias is not None)
             arguments = (hidden, weight, targets, bias, transform, numbers, gradient)
-            dense.backward(*arguments, **needs)
-            needs["need_weight"] = True
+            dense.backward(*arguments, needs=needs)
+            needs = needs._replace(weight=True)
             for whole, joint in ((0, 0), (64, 64), (64, 0)):  # dense tokens: none, with the pairs, by the library
                 routed._JOINT, counts = joint, [n - whole] + [0] * ((v - 1) // BLOCK)
                 scale = numbers[whole:] if entropy else None  # [P]
                 routing = Routing(torch.arange(whole, n), scale, counts, torch.arange(whole))
                 for atomics, workspace in ((False, 512 << 20), (True, 1)):  # and a block in pieces
-                    routed.backward(*arguments, routing, **needs, atomics=atomics, workspace_bytes=workspace)
+                    routed.backward(*arguments, routing, needs=needs, atomics=atomics, workspace_bytes=workspace)
         for name, kernel in compiled.values():
             found = vars(aot.resources(name, kernel, arch))
             print(json.dumps({"dtype": dtype, "layout": layout, "features": features, **found}), flush=True)

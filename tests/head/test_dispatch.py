@@ -8,14 +8,18 @@ import itertools
 import pytest
 import torch
 
-from lad_kernels.head import dispatch
-from lad_kernels.head.dispatch import Work
+from lad_kernels.head import cost, dispatch, memory
+from lad_kernels.head.dispatch import Shares, Sparsity
+from lad_kernels.head.memory import Work
 
 SHAPES = [(512, 896, 151_936), (4096, 4096, 131_072), (16_384, 4096, 151_936), (64, 64, 50_257), (2048, 896, 151_936)]
 
 
+ROUTABLE = Sparsity(3e-4, unbiased=True, backward="auto")
+
+
 def works() -> list[Work]:
-    return [Work(*shape, 4 if d == "cpu" else 2, d) for shape, d in itertools.product(SHAPES, dispatch.SPEEDS)]
+    return [Work(*shape, 4 if d == "cpu" else 2, d) for shape, d in itertools.product(SHAPES, cost.SPEEDS)]
 
 
 @pytest.mark.parametrize("work", works(), ids=str)
@@ -25,12 +29,12 @@ def test_the_cheapest_path_is_taken(work):
         live = int(live_share * work.tokens)
         pairs = int(live * work.blocks * kept)
         routed = dispatch.takes_routed(work, live, pairs, 0, backward="auto")
-        shares = {"live": live / work.tokens, "kept": pairs / (live * work.blocks)}
-        one_pass = dispatch.takes_one_pass(work, 3e-4, backward="auto", **shares)
+        shares = Shares(live / work.tokens, pairs / (live * work.blocks))
+        one_pass = dispatch.takes_one_pass(work, ROUTABLE, shares)
         times = {
-            "one_pass": work.one_pass(live),
-            "routed": work.score() + work.routed(pairs, live=live),
-            "two_pass": work.score() + work.dense(live),
+            "one_pass": cost.one_pass(work, live),
+            "routed": cost.score(work) + cost.routed(work, pairs, active=live),
+            "two_pass": cost.score(work) + cost.dense(work, live),
         }
         picked = "one_pass" if one_pass else "routed" if routed else "two_pass"
         assert times[picked] <= 1.01 * min(times.values())
@@ -38,16 +42,16 @@ def test_the_cheapest_path_is_taken(work):
 
 def test_the_call_looks_where_it_matters_and_costs_little():
     def looks(work: Work, theta: float = 3e-4, backward: str = "auto", known: bool = True) -> bool:
-        return dispatch.must_look(work, theta, backward=backward, known=known)
+        return dispatch.needs_sample(work, Sparsity(theta, True, backward), all_active=known)
 
     for tokens in (4096, 8192, 32_768):
         for d, v in ((896, 151_936), (4096, 131_072), (1152, 262_144)):
             work = Work(tokens, d, v, 2, "cuda")
-            assert looks(work) == (work.one_pass() < work.score() + work.dense(tokens))
-            assert work.look() <= dispatch.LOOK * work.one_pass()
+            assert looks(work) == (cost.one_pass(work) < cost.score(work) + cost.dense(work, tokens))
+            assert cost.sample(work) <= dispatch.SAMPLE_COST * cost.one_pass(work)
     work = Work(8192, 4096, 151_936, 2, "cuda")
     assert looks(work)
-    assert work.look() < 0.012 * work.one_pass()
+    assert cost.sample(work) < 0.012 * cost.one_pass(work)
     assert looks(work, 0.0, known=False)  # how many tokens have a gradient
     assert not looks(work, 0.0)
     assert not looks(work, 3e-4, "dense")
@@ -64,22 +68,22 @@ def test_the_call_looks_where_it_matters_and_costs_little():
 def test_what_is_asked_for_is_done():
     work = Work(2048, 896, 151_936, 4, "cpu")
     assert dispatch.takes_routed(work, 100, 100 * work.blocks, 0, backward="routed")
-    may_route = lambda theta, backward: dispatch.may_route(work, theta, backward=backward)  # noqa: E731
+    may_route = lambda theta, backward: dispatch.may_route(work, Sparsity(theta, True, backward))  # noqa: E731
     assert not may_route(3e-4, "dense")
     assert not may_route(0.0, "auto")
-    assert not dispatch.takes_one_pass(work, 3e-4, backward="routed")
+    assert not dispatch.takes_one_pass(work, ROUTABLE._replace(backward="routed"))
     for path in dispatch.PATHS:
         with dispatch.force(path):
-            assert dispatch.takes_one_pass(work, 3e-4, backward="auto") == (path == "one_pass")
+            assert dispatch.takes_one_pass(work, ROUTABLE) == (path == "one_pass")
             assert may_route(3e-4, "auto") == (path == "routed")
     with pytest.raises(ValueError, match="'two_pass'"), dispatch.force("two-pass"):
         pass
 
 
 def test_default_tail_mass():
-    assert dispatch.tail_mass(None, torch.float32) == dispatch.tail_mass(None, torch.float64) == 0.0
-    assert dispatch.tail_mass(None, torch.bfloat16) == dispatch.DEFAULT_TAIL_MASS
-    assert dispatch.tail_mass(0.0, torch.bfloat16) == 0.0
+    assert dispatch.threshold(None, torch.float32) == dispatch.threshold(None, torch.float64) == 0.0
+    assert dispatch.threshold(None, torch.bfloat16) == dispatch.DEFAULT_TAIL_MASS
+    assert dispatch.threshold(0.0, torch.bfloat16) == 0.0
 
 
 def test_chunks_of_the_one_pass():
@@ -91,21 +95,21 @@ def test_chunks_of_the_one_pass():
     assert Work(0, 4096, 131_072, 2, "cuda").chunk_rows() == 128
     assert Work(2048, 896, 151_936, 4, "cpu").chunk_rows() * 151_936 * 4 <= 128 << 20
     for work in (Work(1 << 20, d, v, 2, "cuda") for d in (896, 4096, 8192) for v in (32_000, 151_936)):
-        assert 2 * work.chunk_rows() * work.vocab_size <= dispatch.BUDGET + 2 * work.vocab_size * work.hidden_size
+        assert 2 * work.chunk_rows() * work.vocab_size <= memory.BUDGET + 2 * work.vocab_size * work.hidden_size
 
 
 def test_masses_and_pairs_that_do_not_fit_are_not_kept():
     """On an accelerator what routing needs must fit the budget and the room of gradients that do not exist yet."""
     sizes = (896, 151_936, 2, "cuda")
-    assert dispatch.may_route(Work(16_384, *sizes), 3e-4, backward="auto")
-    assert not dispatch.may_route(Work(1 << 20, *sizes), 3e-4, backward="auto")
-    assert dispatch.may_route(Work(170_000, *sizes), 3e-4, backward="auto")
-    assert not dispatch.may_route(Work(170_000, *sizes, need_hidden=False), 3e-4, backward="auto")
+    assert dispatch.may_route(Work(16_384, *sizes), ROUTABLE)
+    assert not dispatch.may_route(Work(1 << 20, *sizes), ROUTABLE)
+    assert dispatch.may_route(Work(170_000, *sizes), ROUTABLE)
+    assert not dispatch.may_route(Work(170_000, *sizes, need_hidden=False), ROUTABLE)
     for tokens in (4096, 100_000, 1 << 20):
         work = Work(tokens, 4096, 131_072, 2, "cuda")
-        most, masses = dispatch.most_pairs(work), dispatch.MASS_BYTES * tokens * work.blocks
-        assert masses + dispatch.LIST_BYTES * most <= dispatch.BUDGET + work.gradient_bytes
-        assert dispatch.PAIR_BYTES * most <= dispatch.BUDGET // 4
+        most, masses = memory.most_pairs(work), memory.MASS_BYTES * tokens * work.blocks
+        assert masses + memory.LIST_BYTES * most <= memory.BUDGET + work.gradient_bytes
+        assert memory.PAIR_BYTES * most <= memory.BUDGET // 4
 
 
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
@@ -115,17 +119,17 @@ def test_pieces_and_chunks_fit_the_budget_at_any_n(gathered, item, needs):
     """Workspace, float32 dH, gathered rows and the rounding of a piece together; dW's room counts in several alone."""
     need_hidden, need_weight = needs
     for n, d, v in itertools.product(range(1000, 300_000, 1777), (896, 4096, 8192), (32_000, 151_936)):
-        rows, workspace = dispatch.piece(
+        rows, workspace = memory.token_chunk(
             n, d, v, item, need_hidden=need_hidden, need_weight=need_weight, gathered=gathered
         )
         several = rows < n
         each = d * (4 * need_hidden * (item == 2 or several) + item * gathered)
         late = 2 * v * d if several and item == 2 and need_weight else 0
-        assert rows * each + workspace + dispatch.TOKEN_BYTES * n <= dispatch.BUDGET + late, (n, d, v)
+        assert rows * each + workspace + memory.TOKEN_BYTES * n <= memory.BUDGET + late, (n, d, v)
         work = Work(n, d, v, item, "cuda", *needs)
         logits, room = work.chunk_rows() * item * v, 2 * v * d if item == 2 and need_weight else 0
         room *= 1 + (work.chunk_rows() >= n)  # of the float32 dW that one chunk does not need, or of the rounded dW
-        assert logits <= dispatch.BUDGET + room or work.chunk_rows() == 128
+        assert logits <= memory.BUDGET + room or work.chunk_rows() == 128
 
 
 def test_why_names_the_path_and_its_cost():

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lad_kernels.head.kernels import dense, forward, tile_table
 from lad_kernels.head.kernels.tile_table import Tiles
-from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitGradient, LogitTransform
+from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitGradient, LogitTransform, Needs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOAT32_LIMIT = 2e-6
@@ -94,7 +94,7 @@ def logit_gradient(inputs: Inputs, entropy: Tensor) -> LogitGradient:
 def run_backward(inputs: Inputs, lse: Tensor, gradient: LogitGradient, needs=(True, True, True), **options):
     return dense.backward(
         inputs.hidden, inputs.weight, inputs.targets, inputs.bias, inputs.transform, lse, gradient,
-        need_hidden=needs[0], need_weight=needs[1], need_bias=needs[2], **options,
+        needs=Needs(*needs), **options,
     )  # fmt: skip
 
 

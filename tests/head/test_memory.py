@@ -1,4 +1,4 @@
-"""What the Triton paths allocate beyond inputs, gradients and one float32 dW: at most dispatch.BUDGET, whatever N is.
+"""What the Triton paths allocate beyond inputs, gradients and one float32 dW: at most memory.BUDGET, whatever N is.
 
 Allocations are counted as torch makes them, in the interpreter, under a budget as small as the shapes are.
 """
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from lad_kernels import GRPOConfig, LADConfig, linear_grpo_loss, linear_lad_loss, reference
-from lad_kernels.head import dispatch
+from lad_kernels.head import cost, dispatch, memory
 from lad_kernels.head.kernels import dense
 from lad_kernels.testing import FP32_TOLERANCE, make_inputs, relative_error
 
@@ -58,8 +58,8 @@ class Allocations(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def small_budget(monkeypatch):
-    monkeypatch.setattr(dispatch, "BUDGET", BUDGET)
-    monkeypatch.setattr(dispatch, "kind", lambda device, triton: "cuda")
+    monkeypatch.setattr(memory, "BUDGET", BUDGET)
+    monkeypatch.setattr(cost, "kind", lambda device, triton: "cuda")
     monkeypatch.setattr("lad_kernels.head.kernels.forward._PARTIAL_BYTES", BUDGET // 4)
     monkeypatch.setattr(dense, "_MIN_COLUMNS", 128)
     library = dense.accumulate
@@ -102,7 +102,7 @@ def test_a_step_keeps_to_its_budget(case, device, monkeypatch):
         )
     n, path, how, measured = CASES[case]
     budget = how.get("budget", BUDGET)
-    monkeypatch.setattr(dispatch, "BUDGET", budget)
+    monkeypatch.setattr(memory, "BUDGET", budget)
     x = make_inputs(n, how.get("d", D), how.get("v", V), dtype=torch.bfloat16, entropy=0.5, masked=0.0)
     hidden, weight = x.hidden, x.weight.requires_grad_(not how.get("frozen"))
     if how.get("sliced"):
@@ -122,9 +122,9 @@ def test_a_step_keeps_to_its_budget(case, device, monkeypatch):
                                    config=config, impl="triton")  # fmt: skip
         return torch.autograd.grad(out.loss, (states, weight) if weight.requires_grad else (states,))
 
-    sizes, piece = [], dispatch.piece
+    sizes, piece = [], memory.token_chunk
     monkeypatch.setattr(
-        dispatch, "piece", lambda tokens, *a, **k: sizes.append((tokens, piece(tokens, *a, **k))) or sizes[-1][1]
+        memory, "token_chunk", lambda tokens, *a, **k: sizes.append((tokens, piece(tokens, *a, **k))) or sizes[-1][1]
     )
     with Allocations() as meter:
         found = step()
@@ -134,7 +134,7 @@ def test_a_step_keeps_to_its_budget(case, device, monkeypatch):
     beyond = meter.peak - sum(g.nbytes for g in found) - float32_dw
     print(f"{case}: {beyond / budget:.2f} of the budget")
     assert beyond <= min(1.0, measured + 0.03) * budget
-    monkeypatch.setattr(dispatch, "BUDGET", 1 << 40)
+    monkeypatch.setattr(memory, "BUDGET", 1 << 40)
     for ours, whole in zip(found, step()):
         assert relative_error(ours, whole.double()) < 1e-4
 
@@ -155,7 +155,7 @@ def test_what_two_passes_take_is_predicted(kind, n, d, frozen, device, monkeypat
     """
     if device != "cpu":
         pytest.skip("counts the interpreter's allocations; lost on a GPU: that the budget holds there")
-    monkeypatch.setattr(dispatch, "BUDGET", 32 << 20)
+    monkeypatch.setattr(memory, "BUDGET", 32 << 20)
     x = make_inputs(n, d, V, dtype=getattr(torch, kind), masked=0.0)
     leaves = [x.hidden.requires_grad_(), x.weight.requires_grad_(not frozen)]
     config = GRPOConfig(policy_loss="reinforce", tail_mass=0.0)
@@ -163,8 +163,8 @@ def test_what_two_passes_take_is_predicted(kind, n, d, frozen, device, monkeypat
         out = linear_grpo_loss(*leaves, x.targets, advantages=torch.ones(n), config=config, impl="triton")
         found = torch.autograd.grad(out.loss, leaves[: 2 - frozen])
     taken = meter.peak - sum(g.nbytes for g in found)
-    work = dispatch.Work(n, d, V, x.hidden.element_size(), "cuda", need_weight=not frozen)
-    predicted, float32_dw = dispatch.peak_bytes(work, "two_pass")
+    work = memory.Work(n, d, V, x.hidden.element_size(), "cuda", need_weight=not frozen)
+    predicted, float32_dw = memory.peak_bytes(work, "two_pass")
     print(f"{kind}, N {n}, D {d}: {taken / predicted:.2f} of the prediction")
     assert not float32_dw
     assert 0.8 * predicted <= taken <= predicted
@@ -178,7 +178,7 @@ def check_pieces(path: str, dtype: str, device: str, monkeypatch) -> None:
     inputs = test_paths.batch(0.8, **test_paths.TRANSFORMS["all"])
     states = inputs["hidden_states"]
     inputs["hidden_states"] = torch.cat([states, torch.zeros_like(states[:, :1])], 1)[:, :-1]  # has no flat view
-    kind, speeds = getattr(torch, dtype), dispatch.SPEEDS
+    kind, speeds = getattr(torch, dtype), cost.SPEEDS
     leaves = ("hidden_states", "lm_head_weight", "bias")
     inputs |= {k: inputs[k].to(kind).double() for k in leaves}
     _, truth = test_paths.run(reference.linear_lad_loss, inputs)
@@ -192,11 +192,11 @@ def check_pieces(path: str, dtype: str, device: str, monkeypatch) -> None:
             cast["lm_head_weight"] = cast["lm_head_weight"].T.contiguous().T
         cast |= {k: cast[k].requires_grad_() for k in leaves}
         with monkeypatch.context() as patch, dispatch.force(path):
-            patch.setattr(dispatch, "SPEEDS", half)
-            patch.setattr(dispatch, "piece", lambda tokens, *a, size=size, **k: (min(size, tokens), 1 << 20))
+            patch.setattr(cost, "SPEEDS", half)
+            patch.setattr(memory, "token_chunk", lambda tokens, *a, size=size, **k: (min(size, tokens), 1 << 20))
             out = linear_lad_loss(**cast, config=LADConfig(tail_mass=5e-2, tail="drop"), impl="triton")
-            step = out.loss.grad_fn.step
-            assert path != "routed" or 5 < len(step.routing.dense) < len(step.lse) - 5
+            plan = out.loss.grad_fn.plan
+            assert path != "routed" or 5 < len(plan.routing.dense) < len(plan.lse) - 5
             out.loss.backward()
         found[size] = {k: cast[k].grad.double().cpu() for k in leaves}
     for leaf in leaves:

@@ -16,7 +16,7 @@ import test_routed_kernels
 import torch
 
 from lad_kernels import checks, linear_logprobs, reference
-from lad_kernels.head import autograd, dispatch, kernels, pytorch
+from lad_kernels.head import head, kernels, memory, pytorch
 from lad_kernels.head.kernels import dense, forward, routed_runs, routed_work  # noqa: F401  (bound in the folder)
 from lad_kernels.testing import check_head, make_inputs
 
@@ -85,7 +85,7 @@ TORCH_HEAD = {
 def test_bug_in_the_chunked_head_is_caught(bug, monkeypatch, tmp_path, device):
     mutant = mutate("head/pytorch.py", *TORCH_HEAD[bug], tmp_path)
     mutant.TILE_BYTES, mutant.MAX_CHUNK = 4 * 40 * 100, 40
-    monkeypatch.setattr(autograd, "pytorch", mutant)
+    monkeypatch.setattr(head, "pytorch", mutant)
     monkeypatch.setattr(checks, "use_triton", lambda impl, *_: impl != "torch")  # "auto" is Triton, as on a GPU
     with pytest.raises((AssertionError, RuntimeError)):
         check("torch", torch.float32, device)
@@ -94,7 +94,7 @@ def test_bug_in_the_chunked_head_is_caught(bug, monkeypatch, tmp_path, device):
 def test_the_chunked_head_without_a_bug_passes(monkeypatch, tmp_path, device):
     mutant = mutate("head/pytorch.py", "TILE_BYTES = 16 << 20", "TILE_BYTES = 16000", tmp_path)
     mutant.MAX_CHUNK = 40
-    monkeypatch.setattr(autograd, "pytorch", mutant)
+    monkeypatch.setattr(head, "pytorch", mutant)
     check("torch", torch.float32, device)
 
 
@@ -129,7 +129,7 @@ def plant_in_triton(monkeypatch, mutant) -> None:
     if hasattr(mutant, "forward"):
         monkeypatch.setattr(kernels, "forward", mutant)
     else:  # three slabs of 256 columns
-        monkeypatch.setattr(dispatch, "piece", lambda tokens, *shape, **options: (tokens, 256 * (90 * 4 + 4 * 80)))
+        monkeypatch.setattr(memory, "token_chunk", lambda tokens, *shape, **options: (tokens, 256 * (90 * 4 + 4 * 80)))
         monkeypatch.setattr(mutant, "_MIN_COLUMNS", 128)
         monkeypatch.setattr(dense, "backward", mutant.backward)
 
@@ -190,7 +190,7 @@ def test_bug_in_the_routing_is_caught(bug, tmp_path):
 
 def test_a_forgotten_scale_is_caught(monkeypatch, tmp_path):
     mutant = mutate("head/pytorch.py", "dz.mul_(scale[:, None])", "dz", tmp_path)
-    monkeypatch.setattr(autograd, "pytorch", mutant)
+    monkeypatch.setattr(head, "pytorch", mutant)
     with pytest.raises(AssertionError):
         test_paths.test_unbiased_tail_has_the_exact_mean()
 
@@ -200,7 +200,7 @@ PIECES = {
     "float16 pieces scaled twice": ("kernels/dense.py", "(add and down is not None)", "False"),
     "routing not renumbered": ("records.py", "self.rows[inside] - tokens.start", "self.rows[inside]"),
     "dense tokens of every piece": ("records.py", "(self.dense < tokens.stop)", "(self.dense < tokens.stop + 3)"),
-    "dH to the first rows": ("autograd.py", "self.tokens[part]] = found", "slice(0, part.stop - part.start)] = found"),
+    "dH to the first rows": ("head.py", "self.tokens[chunk]] = found", "slice(0, chunk.stop - chunk.start)] = found"),
 }
 
 
@@ -209,9 +209,9 @@ def test_bug_in_the_pieces_is_caught(bug, monkeypatch, tmp_path, device):
     name, old, new = PIECES[bug or "dH to the first rows"]
     mutant = mutate(f"head/{name}", old, new if bug else old, tmp_path)
     if name == "records.py":
-        monkeypatch.setattr(autograd.Routing, "part", mutant.Routing.part)
-    elif name == "autograd.py":
-        monkeypatch.setattr(autograd.Head, "backward", mutant.Head.backward)
+        monkeypatch.setattr(head.Routing, "part", mutant.Routing.part)
+    elif name == "head.py":
+        monkeypatch.setattr(head.Head, "backward", mutant.Head.backward)
     else:
         monkeypatch.setattr(dense, "backward", mutant.backward)
 

@@ -31,7 +31,7 @@ from lad_kernels import reference, testing
 from lad_kernels.head import flops
 from lad_kernels.head.kernels import dense, one_pass
 from lad_kernels.head.kernels.tile_table import Tiles
-from lad_kernels.head.records import LogitTransform
+from lad_kernels.head.records import LogitTransform, Needs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROMISE_MARGIN = 1.05
@@ -87,7 +87,7 @@ def run(case: Case, *, prior=True, chunks=CHUNKS, needs=(True, True, True), coef
     return one_pass.one_pass(
         x.hidden, x.weight, x.targets, x.bias, transform, case.old if prior is True else prior,
         coefficients or case.coefficients, chunks=chunks, want_entropy=options.pop("want_entropy", True),
-        need_hidden=needs[0], need_weight=needs[1], need_bias=needs[2], **options,
+        needs=Needs(*needs), **options,
     )  # fmt: skip
 
 
@@ -322,7 +322,7 @@ def compile_all(arch: str) -> None:
             one_pass.one_pass(
                 hidden, weight, targets, bias, transform, numbers, lambda rows, logprobs: logprobs[rows],
                 chunks=[slice(0, n)], want_entropy="entropy" in features,
-                need_hidden=True, need_weight=False, need_bias=bias is not None,
+                needs=Needs(True, False, bias is not None),
             )  # fmt: skip
         for name, kernel in compiled.values():
             found = vars(aot.resources(name, kernel, arch))

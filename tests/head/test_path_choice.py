@@ -11,16 +11,17 @@ from test_paths import B, D, M, T, V, batch, fresh, run  # noqa: F401  (fresh is
 from torch import Tensor
 
 from lad_kernels import GRPOConfig, LADConfig, linear_grpo_loss, linear_lad_loss
-from lad_kernels.head import dispatch
+from lad_kernels.head import cost, dispatch, memory
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_a_call_looks_at_its_own_tokens(impl, device, monkeypatch):
     """A flat policy takes one pass, a peaked one is routed, whatever came before."""
-    monkeypatch.setattr(dispatch.Work, "one_pass", lambda work, live=None: 0.9 * (work.score() + work.dense(M)))
-    dear = lambda work, pairs, dense=0, live=None: 9.0 * (pairs > 0.5 * M * work.blocks)  # noqa: E731
-    monkeypatch.setattr(dispatch.Work, "routed", dear)
-    monkeypatch.setattr(dispatch, "LOOK", 1.0)
+    two_pass = lambda work: cost.score(work) + cost.dense(work, M)  # noqa: E731
+    monkeypatch.setattr(cost, "one_pass", lambda work, active=None: 0.9 * two_pass(work))
+    dear = lambda work, pairs, dense=0, active=None: 9.0 * (pairs > 0.5 * M * work.blocks)  # noqa: E731
+    monkeypatch.setattr(cost, "routed", dear)
+    monkeypatch.setattr(dispatch, "SAMPLE_COST", 1.0)
     config, look = LADConfig(tail_mass=1e-3), 2 * 8 / (M - 3)
     for entropy in (None, 0.1, 0.1, None, None, 0.1):
         inputs = batch(entropy) | {"advantages": torch.ones(B, dtype=torch.float64)}
@@ -37,19 +38,19 @@ def test_looking_tells_what_routing_keeps(impl, tail, device, monkeypatch):
     inputs, told = batch(0.5), []
     inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     config = GRPOConfig(policy_loss="reinforce", tail_mass=3e-2, tail=tail)
-    monkeypatch.setattr(dispatch.Work, "sample", property(lambda work: work.tokens))
-    speeds = {k: dataclasses.replace(v, gathered=0.9) for k, v in dispatch.SPEEDS.items()}
-    monkeypatch.setattr(dispatch, "SPEEDS", speeds)
-    monkeypatch.setattr(dispatch, "must_look", lambda *arguments, **options: True)
-    monkeypatch.setattr(dispatch, "takes_one_pass", lambda *arguments, **options: told.append(options))
+    monkeypatch.setattr(memory.Work, "sample", property(lambda work: work.tokens))
+    speeds = {k: dataclasses.replace(v, gathered=0.9) for k, v in cost.SPEEDS.items()}
+    monkeypatch.setattr(cost, "SPEEDS", speeds)
+    monkeypatch.setattr(dispatch, "needs_sample", lambda *arguments, **options: True)
+    monkeypatch.setattr(dispatch, "takes_one_pass", lambda work, sparsity, shares: told.append(shares))
     run(linear_grpo_loss, inputs, torch.float32, config=config, impl=impl)
     (shares,) = told
     with dispatch.force("routed"):
         routed = run(linear_grpo_loss, inputs, torch.float32, config=config, impl=impl)[0].metrics["kept_share"]
     live = (M - 3 - 2 * T) / (M - 3)
-    assert shares["live"] == pytest.approx(live)
+    assert shares.active == pytest.approx(live)
     assert 0.05 < routed / live < 0.9
-    assert shares["kept"] * live == pytest.approx(routed.item(), rel=0.1)
+    assert shares.density * live == pytest.approx(routed.item(), rel=0.1)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lad_kernels import GRPOConfig, LADConfig, linear_grpo_loss, linear_lad_loss, linear_logprobs, reference
-from lad_kernels.head import dispatch, pytorch
-from lad_kernels.head.records import BLOCK, LogitGradient, LogitTransform
+from lad_kernels.head import cost, dispatch, memory, pytorch
+from lad_kernels.head.records import BLOCK, LogitGradient, LogitTransform, Needs
 from lad_kernels.head.routing import _draws, route
 from lad_kernels.testing import FP32_TOLERANCE, make_inputs, relative_error
 
@@ -25,7 +25,7 @@ M = B * T
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.setattr(dispatch.Work, "chunk_rows", lambda self: 30)  # several chunks, two sequences each
+    monkeypatch.setattr(memory.Work, "chunk_rows", lambda self: 30)  # several chunks, two sequences each
 
 
 def batch(entropy: float | None = 0.5, *, drift: float | None = 0.3, seed: int = 0, **options) -> dict:
@@ -97,8 +97,8 @@ def test_exact_paths_equal_the_specification(objective, on_policy, path):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_kernels_take_every_path(transform, on_policy, path, device, monkeypatch):
     """In float32 and exact, the Triton paths agree with the specification in float64; no token is left to dense."""
-    never = {k: dataclasses.replace(v, gathered=2.0) for k, v in dispatch.SPEEDS.items()}
-    monkeypatch.setattr(dispatch, "SPEEDS", never)
+    never = {k: dataclasses.replace(v, gathered=2.0) for k, v in cost.SPEEDS.items()}
+    monkeypatch.setattr(cost, "SPEEDS", never)
     inputs = batch(None, drift=None if on_policy else 0.3, **TRANSFORMS["all"] if transform == "all" else {})
     inputs["temperature"] = TRANSFORMS[transform].get("temperature", 1.0)
     inputs["bias"] = inputs["bias"] if transform == "all" else None
@@ -158,8 +158,8 @@ def certify(name: str, theta: float, *, unbiased=False, entropy_gradient=False, 
         dense_share=0.9 if theta else 2.0,
     )  # fmt: skip
     arguments = (hidden, weight, targets, None, plain, out.lse, gradient)
-    needs = dict(need_hidden=True, need_weight=True, need_bias=False)
-    exact, routed = pytorch.backward(*arguments, **needs), ops.backward(*arguments, routing, **needs)
+    needs = Needs(True, True, False)
+    exact, routed = pytorch.backward(*arguments, needs=needs), ops.backward(*arguments, routing, needs=needs)
     for found, truth, bound in (
         (routed.hidden, exact.hidden, certificate.dhidden_bound),
         (routed.weight, exact.weight, certificate.dweight_bound),

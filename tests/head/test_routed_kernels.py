@@ -31,11 +31,11 @@ from torch import Tensor
 from lad_kernels.head import flops
 from lad_kernels.head.kernels import dense, routed
 from lad_kernels.head.kernels.routed_work import RoutedTiles, Schedule, Work
-from lad_kernels.head.records import BLOCK, HeadGradients, LogitGradient, Routing
+from lad_kernels.head.records import BLOCK, GradientSums, HeadGradients, LogitGradient, Needs, Routing
 
 N, D, V = 70, 48, 521
 SMALL = RoutedTiles(16, Schedule(64, 4, 1), Schedule(64, 4, 1), Schedule(64, 4, 1))
-NEEDS = ("need_hidden", "need_weight", "need_bias")
+NEEDS = Needs(True, True, True)
 
 
 def inputs_of(device, dtype="float32", features=(), *, n=N, d=D, v=V) -> Inputs:
@@ -102,7 +102,7 @@ def run(inputs: Inputs, routing: Routing, needs=(True, True, True), gradient=Non
     lse, computed = coefficients(inputs)
     return routed.backward(
         inputs.hidden, inputs.weight, inputs.targets, inputs.bias, inputs.transform, lse, gradient or computed, routing,
-        **dict(zip(NEEDS, needs, strict=True)), **options,
+        needs=Needs(*needs), **options,
     )  # fmt: skip
 
 
@@ -206,10 +206,10 @@ def test_a_run_goes_on_in_the_next_slab(device, monkeypatch):
     for joint in (99, 0):
         monkeypatch.setattr(routed, "_JOINT", joint)
         check(inputs, routing, tiles=SMALL)
-        into = HeadGradients(None, *(x.clone() for x in others))
-        found = run(inputs, routing, tiles=SMALL, into=into)
-        for sums, x, whole in zip(into[1:], others, expected[1:], strict=True):
-            assert error(sums - x, whole.double()) < 2e-3
+        sums = GradientSums(*(x.clone() for x in others))
+        found = run(inputs, routing, tiles=SMALL, sums=sums)
+        for total, x, whole in zip(sums, others, expected[1:], strict=True):
+            assert error(total - x, whole.double()) < 2e-3
         assert torch.equal(found.hidden.half(), expected.hidden)
 
 
@@ -247,7 +247,7 @@ def test_only_whole_tokens_are_the_dense_backward(device):
     lse, gradient = coefficients(inputs)
     expected = dense.backward(
         inputs.hidden, inputs.weight, inputs.targets, inputs.bias, inputs.transform, lse, gradient,
-        **dict.fromkeys(NEEDS, True),
+        needs=NEEDS,
     )  # fmt: skip
     same(run(inputs, route(inputs, 0.0, 1.0)), expected)
 
@@ -306,7 +306,7 @@ def test_nan_stays_with_its_token_and_blocks(device, token):
     hidden[token] = float("nan")
     gradients = routed.backward(
         hidden, inputs.weight, inputs.targets, inputs.bias, inputs.transform, lse, gradient, routing,
-        **dict.fromkeys(NEEDS, True),
+        needs=NEEDS,
     )  # fmt: skip
     assert gradients.hidden.isnan().any(1).nonzero().tolist() == [[token]]
     reached = factors(routing, 17, V)[token] > 0  # [V]

@@ -61,7 +61,7 @@ def test_launches(device, case, monkeypatch):
     with Operations(monkeypatch) as met:
         routed.backward(
             inputs.hidden, inputs.weight, inputs.targets, None, inputs.transform, lse, gradient, routing,
-            **dict.fromkeys(NEEDS, True), workspace_bytes=workspace,
+            needs=NEEDS, workspace_bytes=workspace,
         )  # fmt: skip
     print(case, len(routing.rows), len(routing.dense), met.operations(), met.kernels, met.torch)
     assert met.kernels == dict.fromkeys(("items", "pairs", "weight", "hidden", "token"), 1) | kernels

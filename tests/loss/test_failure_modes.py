@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lad_kernels import GRPOConfig, LADConfig, checks, linear_grpo_loss, linear_lad_loss, linear_logprobs, reference
-from lad_kernels.head import dispatch
+from lad_kernels.head import cost, dispatch
 from lad_kernels.testing import CONTRACT_MARGIN, FP32_TOLERANCE, relative_error
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +100,7 @@ SYNCS = {  # (path, ratio 1): host syncs of forward and backward with a loss_mas
 def test_host_syncs_are_those_of_the_readme(path, on_policy, device, monkeypatch):
     """A mask: one. Tokens with c = 0 dropped: one. One pass: one. Routing: one. Nothing else reads the device."""
     monkeypatch.setattr(checks, "may_read", lambda x: False)  # as on an accelerator
-    monkeypatch.setattr(dispatch, "kind", lambda device, triton: "cuda")
+    monkeypatch.setattr(cost, "kind", lambda device, triton: "cuda")
     hidden, weight, targets = inputs(150, 16, 300, device)
     mask = torch.arange(150, device=device) % 5 != 0
     old = None if on_policy else torch.full((150,), -5.0, device=device)

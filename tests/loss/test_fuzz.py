@@ -30,7 +30,7 @@ from torch import Tensor
 
 import lad_kernels
 from lad_kernels import GRPOConfig, LADConfig, reference
-from lad_kernels.head import dispatch, pytorch
+from lad_kernels.head import dispatch, memory, pytorch
 from lad_kernels.objective import config as names
 from lad_kernels.testing import CONTRACT_MARGIN, FP32_TOLERANCE
 
@@ -252,7 +252,7 @@ def ours(case: dict[str, Any], call: dict[str, Any]) -> dict[str, Tensor]:
     with ExitStack() as stack:
         if case["small_slabs"]:
             stack.enter_context(mock.patch.object(pytorch, "TILE_BYTES", 16 << 10))
-            stack.enter_context(mock.patch.object(dispatch.Work, "chunk_rows", return_value=8))
+            stack.enter_context(mock.patch.object(memory.Work, "chunk_rows", return_value=8))
         if case.get("path") is not None:
             stack.enter_context(dispatch.force(case["path"]))
         return outputs(lad_kernels, case, call, impl=case["impl"])

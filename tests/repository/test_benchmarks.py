@@ -20,7 +20,7 @@ from benchmarks.measure import Rounds, quartiles, ratio, ratio_interval, summary
 from benchmarks.providers import EAGER, JOBS, Provider, all_providers, eager_logprobs, split_available
 from benchmarks.shapes import SETS, TINY
 from lad_kernels import reference
-from lad_kernels.head import dispatch
+from lad_kernels.head import dispatch, memory
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -194,12 +194,12 @@ def test_committed_results_are_rendered():
 def test_predicted_memory_is_within_the_budget():
     """Beyond inputs, gradients and one float32 dW, or what has its room, at every shape of the table."""
     for shape in predicted.SHAPES:
-        work = dispatch.Work(shape.tokens, shape.hidden_size, shape.vocab_size, 2, "cuda")
+        work = memory.Work(shape.tokens, shape.hidden_size, shape.vocab_size, 2, "cuda")
         for path in dispatch.PATHS:
             for kept in predicted.KEPT:
-                size, float32_dw = dispatch.peak_bytes(work, path, int(kept * work.tokens * work.blocks))
+                size, float32_dw = memory.peak_bytes(work, path, int(kept * work.tokens * work.blocks))
                 room = 4 * work.vocab_size * work.hidden_size if path == "one_pass" and not float32_dw else 0
-                assert 0 <= size <= dispatch.BUDGET + room
+                assert 0 <= size <= memory.BUDGET + room
 
 
 @pytest.mark.parametrize("part", tuple(gpu.DEADLINE))

@@ -15,7 +15,7 @@ pytest.importorskip("jsonargparse", reason="it needs the train extra: jsonargpar
 from rich.console import Console
 
 from lad_kernels import doctor
-from lad_kernels.head.autograd import Head
+from lad_kernels.head.head import Head
 from lad_kernels.head.records import LogitTransform
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without CUDA; lost: one error message")

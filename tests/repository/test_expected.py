@@ -10,7 +10,7 @@ import pytest
 from benchmarks import expected, gpu, head_shapes, report, sparse
 from benchmarks.providers import JOBS, all_providers
 from benchmarks.shapes import GPU, Shape
-from lad_kernels.head import dispatch
+from lad_kernels.head import dispatch, memory
 
 BENCHMARKS = Path(expected.__file__).parent
 ENTRIES = expected.load(report.RESULTS)
@@ -108,11 +108,11 @@ def test_memory_is_what_the_cost_model_says():
             continue
         m = e["match"]
         shape: Shape = SHAPES[m["shape"]]
-        work = dispatch.Work(shape.tokens, shape.hidden_size, shape.vocab_size, 2, "cuda")
+        work = memory.Work(shape.tokens, shape.hidden_size, shape.vocab_size, 2, "cuda")
         path = m.get("path", "two_pass" if m.get("job") == "ce" else "as chosen")
         if path == "as chosen":
             path = "routed" if m["data"] == "peaked" else "one_pass"
-        size, with_dw = dispatch.peak_bytes(work, path, int(0.052 * work.tokens * work.blocks))
+        size, with_dw = memory.peak_bytes(work, path, int(0.052 * work.tokens * work.blocks))
         size += with_dw * 4 * work.vocab_size * work.hidden_size
         assert e["predicted"] == pytest.approx(size / 2**20, rel=expected.OFF), expected.what(e)
         seen += 1

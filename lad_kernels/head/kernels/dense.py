@@ -10,7 +10,7 @@ tokens in fp32 and cast once, without a V x D float32 buffer. dH is accumulated 
 buffer and cast once.
 Workspace: Vc columns of dR and, for 16-bit weights, of float32 dW. When even 1,024 columns of N tokens exceed it,
 rows are split too, and the slab of dW is accumulated over the row runs. Beside it: float32 dH; a caller who has no
-room for all of it hands in pieces of the tokens and a float32 dW to add them to (`into`).
+room for all of it hands in pieces of the tokens and a float32 dW to add them to (`sums`).
 
 Exact: nothing is dropped, no atomics, fixed order; two runs agree bitwise. The slab width depends on N, so the last
 bits of dH may depend on N (those of the forward do not). A token with three zero coefficients gets a dH of exactly 0.
@@ -49,7 +49,7 @@ from lad_kernels.head.kernels.tile import (
     tile_order,
 )
 from lad_kernels.head.kernels.tile_table import Tiles
-from lad_kernels.head.records import BLOCK, HeadGradients, LogitGradient, LogitTransform
+from lad_kernels.head.records import BLOCK, GradientSums, HeadGradients, LogitGradient, LogitTransform, Needs
 
 _MIN_COLUMNS = 1024  # narrower slabs would starve the products: split the rows instead
 _ROW_STEP = 256  # rows are split at multiples of this, hence of every block_n
@@ -212,52 +212,47 @@ def backward(
     lse: Tensor,  # [N] of the forward
     gradient: LogitGradient,
     *,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    needs: Needs,
     workspace_bytes: int = 512 << 20,
     tiles: Tiles | None = None,
     then: Callable[[Handed], None] | None = None,
     leave_weight: bool = False,
-    into: HeadGradients | None = None,
+    sums: GradientSums | None = None,
 ) -> HeadGradients:
     """Gradients with respect to hidden, weight and bias. `tiles` overrides the table of tile_table.py.
 
     `then` is called for each slab and writes its dW: what is in `base` and what else there is, rounded once. With
-    `leave_weight` it multiplies dR itself; the workspace has to hold 1,024 columns of all rows then. With `into` dW and
-    db are added to its float32 tensors, and dH stays float32.
+    `leave_weight` it multiplies dR itself; the workspace has to hold 1,024 columns of all rows then. With `sums` dW and
+    db are added to it, and dH stays float32.
     """
     N, D = hidden.shape
-    need_bias = need_bias and bias is not None
-    if N == 0 and into is not None:
-        return into._replace(hidden=hidden.float() if need_hidden else None)
+    needs = needs._replace(bias=needs.bias and bias is not None)
+    if N == 0 and sums is not None:
+        return HeadGradients(hidden.float() if needs.hidden else None, sums.weight, sums.bias)
     if N == 0:
-        wanted = ((hidden, need_hidden), (weight, need_weight), (bias, need_bias))
-        return HeadGradients(*(torch.zeros_like(x) if need else None for x, need in wanted))
+        return HeadGradients(*(torch.zeros_like(x) if need else None for x, need in zip((hidden, weight, bias), needs)))
     hidden, weight = tile_table.by_rows(hidden), tile_table.by_rows(weight)
     targets, lse, bias = (None if x is None else x.contiguous() for x in (targets, lse, bias))
     gradient, down = scaled(gradient, transform, hidden.dtype)
-    dh = torch.empty(N, D, dtype=torch.float32, device=hidden.device) if need_hidden else None  # [N, D]
-    dw, db = accumulators(weight, need_weight, need_bias, into)  # [V, D], [V]
+    dh = torch.empty(N, D, dtype=torch.float32, device=hidden.device) if needs.hidden else None  # [N, D]
+    dw, db = accumulators(weight, needs, sums)  # [V, D], [V]
     whole = _Slab(hidden, weight, targets, bias, lse, 0)
     tiles = tiles or tile_table.tiles_for(hidden, weight, bias, transform)
-    _slabs(whole, transform, gradient, down, HeadGradients(dh, dw, db), into is not None, workspace_bytes, tiles, then,
+    _slabs(whole, transform, gradient, down, HeadGradients(dh, dw, db), sums is not None, workspace_bytes, tiles, then,
            leave_weight)  # fmt: skip
-    if down is not None and need_hidden:
+    if down is not None and needs.hidden:
         dh.mul_(down)
-    if into is not None:
+    if sums is not None:
         return HeadGradients(dh, dw, db)
     return HeadGradients(None if dh is None else dh.to(hidden.dtype), dw, None if db is None else db.to(bias.dtype))
 
 
-def accumulators(
-    weight: Tensor, need_weight: bool, need_bias: bool, into: HeadGradients | None
-) -> tuple[Tensor | None, Tensor | None]:
+def accumulators(weight: Tensor, needs: Needs, sums: GradientSums | None) -> tuple[Tensor | None, Tensor | None]:
     """Where dW [V, D] and db [V] go: new memory, db of zeros; or float32 tensors that hold other tokens' already."""
-    if into is not None:
-        return into.weight, into.bias
-    dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None  # [V, D]
-    return dw, torch.zeros(len(weight), dtype=torch.float32, device=weight.device) if need_bias else None
+    if sums is not None:
+        return sums.weight, sums.bias
+    dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if needs.weight else None  # [V, D]
+    return dw, torch.zeros(len(weight), dtype=torch.float32, device=weight.device) if needs.bias else None
 
 
 class _Slab(NamedTuple):

@@ -57,7 +57,7 @@ from lad_kernels.head.kernels.tile import (
     tile_order,
 )
 from lad_kernels.head.kernels.tile_table import Tiles
-from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitTransform, gather
+from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitTransform, Needs, gather
 
 _LARGEST_SUM = 2.0**64  # F, F W and r H stay far inside the exponents of bfloat16 and float32
 _BLOCK = tl.constexpr(BLOCK)
@@ -201,9 +201,7 @@ def one_pass(
     *,
     chunks: Sequence[slice],
     want_entropy: bool,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    needs: Needs,
     tokens: Tensor | None = None,  # [M] rows of hidden; None: all, M = N
     tiles: Tiles | None = None,
 ) -> tuple[HeadForward, HeadGradients] | None:
@@ -223,13 +221,13 @@ def one_pass(
     entropy = torch.empty(M, **new) if want_entropy else None  # [M]
     outputs = HeadForward(torch.empty(M, **new), torch.empty(M, **new), entropy, None)
     row_sums = torch.empty(M, **new)  # [M]
-    dh = hidden.new_zeros(hidden.shape[:-1].numel(), D) if need_hidden else None  # [N, D]
+    dh = hidden.new_zeros(hidden.shape[:-1].numel(), D) if needs.hidden else None  # [N, D]
     once = len(chunks) == 1 and hidden.element_size() == 2  # the library rounds the only product itself
     dw = None  # [V, D]
-    if need_weight:
+    if needs.weight:
         kind = hidden.dtype if once else torch.float32
         dw = (torch.empty if M else torch.zeros)(V, D, dtype=kind, device=hidden.device)
-    db = torch.zeros(V, 2, **new) if need_bias and bias is not None else None  # [V, 2]
+    db = torch.zeros(V, 2, **new) if needs.bias and bias is not None else None  # [V, 2]
     longest = max((rows.stop - rows.start for rows in chunks), default=0)
     workspace = hidden.new_empty(longest, _padded(V))  # [longest chunk, >= V]
     for rows in chunks:
@@ -241,12 +239,12 @@ def one_pass(
         _exponentials(part, prior, f, row_sums, outputs, chosen)
         c = coefficients(rows, outputs.logprobs)  # [C]
         r = -c / row_sums[rows]  # [C]
-        if need_hidden:
+        if needs.hidden:
             dh_chunk = torch.empty(len(f), D, **new)  # [C, D]
             dense.accumulate(dh_chunk, f, weight, first=True)
             dh[at] = dh_chunk.mul_(r[:, None]).to(dh.dtype)
             del dh_chunk
-        if need_weight:
+        if needs.weight:
             scaled = torch.mul(part.hidden, r[:, None], out=torch.empty_like(part.hidden))  # [C, D], from float32
             if once:
                 dense.rounded_product(dw, f.t(), scaled)

@@ -47,7 +47,15 @@ from lad_kernels.head.kernels.routed_runs import (
     weight_gradient,
 )
 from lad_kernels.head.kernels.routed_work import ByToken, RoutedTiles, Run, Work, by_token, tiles_for
-from lad_kernels.head.records import BLOCK, HeadGradients, LogitGradient, LogitTransform, Routing
+from lad_kernels.head.records import (
+    BLOCK,
+    GradientSums,
+    HeadGradients,
+    LogitGradient,
+    LogitTransform,
+    Needs,
+    Routing,
+)
 
 _JOINT = 768  # dense tokens that weight_kernel multiplies, at most; about where the library's rate pays its float32 dW
 
@@ -63,53 +71,51 @@ def backward(
     gradient: LogitGradient,
     routing: Routing,
     *,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    needs: Needs,
     workspace_bytes: int = 512 << 20,
     atomics: bool = False,
     tiles: RoutedTiles | None = None,
-    into: HeadGradients | None = None,
+    sums: GradientSums | None = None,
 ) -> HeadGradients:
     """Gradients with respect to hidden, weight and bias. `tiles` overrides the table of routed_work.py.
 
-    With `into` dW and db are added to its float32 tensors, and dH stays float32.
+    With `sums` dW and db are added to it, and dH stays float32.
     """
     (N, D), device, whole = hidden.shape, hidden.device, None
-    need_bias = need_bias and bias is not None
-    needs = {"need_hidden": need_hidden, "need_weight": need_weight, "need_bias": need_bias}
-    if N == 0 or not any(needs.values()):
-        return dense.backward(hidden[:0], weight, targets[:0], bias, transform, lse[:0], gradient, **needs, into=into)
+    needs = needs._replace(bias=needs.bias and bias is not None)
+    if N == 0 or not any(needs):
+        nothing = (hidden[:0], weight, targets[:0], bias, transform, lse[:0], gradient)
+        return dense.backward(*nothing, needs=needs, sums=sums)
     hidden, weight = tile_table.by_rows(hidden), tile_table.by_rows(weight)
     targets, lse, bias = (None if x is None else x.contiguous() for x in (targets, lse, bias))
     scaled, down = dense.scaled(gradient, transform, hidden.dtype)
     tiles = tiles or tiles_for(hidden, weight)
     call = Call(
         hidden, weight, targets, bias, transform, lse, scaled, down, routing.rows, routing.scale,
-        Work.plan(routing.counts, tiles.block_n, device), tiles, need_hidden, need_weight, atomics, workspace_bytes,
+        Work.plan(routing.counts, tiles.block_n, device), tiles, needs.hidden, needs.weight, atomics, workspace_bytes,
     )  # fmt: skip
     runs, room, dense_room = call.plan(len(routing.dense) > 0)
-    ordered = by_token(routing.rows, N, runs) if need_hidden and not atomics else None
-    dh = torch.zeros(N, D, dtype=torch.float32, device=device) if need_hidden else None  # [N, D]
+    ordered = by_token(routing.rows, N, runs) if needs.hidden and not atomics else None
+    dh = torch.zeros(N, D, dtype=torch.float32, device=device) if needs.hidden else None  # [N, D]
     if len(routing.dense):
-        db = torch.zeros(len(weight), dtype=torch.float32, device=device) if need_bias else None  # [V]
+        db = torch.zeros(len(weight), dtype=torch.float32, device=device) if needs.bias else None  # [V]
         pairs = _Pairs(call, runs, room, ordered, dh, db)
-        if not need_weight:
+        if not needs.weight:
             pairs.finish()
-        whole = _dense(pairs, transform, gradient, routing.dense, dense_room, into)
+        whole = _dense(pairs, transform, gradient, routing.dense, dense_room, sums)
         dw, db = whole.weight, whole.bias  # [V, D], [V]
     else:
-        dw, db = dense.accumulators(weight, need_weight, need_bias, into)  # [V, D], [V]
+        dw, db = dense.accumulators(weight, needs, sums)  # [V, D], [V]
         pairs = _Pairs(call, runs, room, ordered, dh, db)
-        if need_weight:
-            pairs.weight(slice(0, len(weight)), dw, None if into is None else dw)
+        if needs.weight:
+            pairs.weight(slice(0, len(weight)), dw, None if sums is None else dw)
     pairs.finish()
     if dh is not None:
         dh = dh if down is None else dh.mul_(down)  # [N, D]
-        dh = dh if into is not None else dh.to(hidden.dtype)  # [N, D]
+        dh = dh if sums is not None else dh.to(hidden.dtype)  # [N, D]
     if dh is not None and whole is not None:
         dh.index_copy_(0, routing.dense, whole.hidden)
-    return HeadGradients(dh, dw, None if db is None or into is not None else db.to(bias.dtype))
+    return HeadGradients(dh, dw, None if db is None or sums is not None else db.to(bias.dtype))
 
 
 def _dense(
@@ -118,7 +124,7 @@ def _dense(
     gradient: LogitGradient,
     rows: Tensor,  # [Nd]
     workspace_bytes: int,
-    into: HeadGradients | None,
+    sums: GradientSums | None,
 ) -> HeadGradients:
     """Gradients of the dense tokens [Nd, D], and of weight and bias over them and the pairs."""
     call, V = pairs.call, len(pairs.call.weight)
@@ -141,9 +147,9 @@ def _dense(
     return dense.backward(
         hidden, call.weight, call.targets[rows], call.bias, transform, call.lse[rows],
         LogitGradient(gradient.onehot[rows], gradient.prob[rows], part),
-        need_hidden=call.need_hidden, need_weight=call.need_weight, need_bias=pairs.db is not None,
+        needs=Needs(call.need_hidden, call.need_weight, pairs.db is not None),
         workspace_bytes=workspace_bytes, then=then if len(call.tokens) else None,
-        leave_weight=len(call.tokens) > 0 and Nd <= _JOINT and fits, into=into,
+        leave_weight=len(call.tokens) > 0 and Nd <= _JOINT and fits, sums=sums,
     )  # fmt: skip
 
 

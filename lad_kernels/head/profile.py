@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
-from lad_kernels.head import dispatch
-from lad_kernels.head.autograd import Head
-from lad_kernels.head.logprobs import prepare
-from lad_kernels.head.records import BLOCK, LogitGradient
+from lad_kernels.head import cost, dispatch
+from lad_kernels.head.head import Head
+from lad_kernels.head.memory import Work
+from lad_kernels.head.operands import HeadArguments, prepare
+from lad_kernels.head.records import BLOCK, LogitGradient, Needs
 from lad_kernels.head.routing import Certificate, route
 
 
@@ -139,14 +140,10 @@ def profile_sparsity(
         raise ValueError("impl: expected 'auto', 'triton' or 'torch', got 'reference', which has no routing")
     checks.per_token("coefficients", coefficients, target_ids, "target_ids")
     checks.mask(loss_mask, target_ids, "target_ids")
-    hidden, weight, targets, packing, transform = prepare(
-        hidden, weight, target_ids, bias, temperature, logit_scale, softcap, loss_mask, impl
-    )
-    triton = checks.use_triton(impl, hidden.device, hidden.dtype)
-    rows, tokens = packing.source(hidden)
-    head = Head(rows, weight, targets, bias, transform, triton, tokens)
-    c = None if coefficients is None else packing.take(coefficients)  # [M]
-    return _measure(head, c, tail_mass, tail, buckets)
+    given = HeadArguments(hidden, weight, target_ids, bias, temperature, logit_scale, softcap, None, impl)
+    operands = prepare(given, loss_mask, None, {})
+    c = None if coefficients is None else operands.layout.packing.take(coefficients)  # [M]
+    return _measure(operands.head(), c, tail_mass, tail, buckets)
 
 
 @without_autocast
@@ -154,18 +151,15 @@ def _measure(head: Head, c: Tensor | None, tail_mass: float, tail: str, buckets:
     """Forward and routing; c None: 1 for every token."""
     out = head.forward(want_entropy=True, want_block_lse=True)
     c = torch.ones_like(out.lse) if c is None else c.to(out.lse.dtype)  # [M]
-    work = dispatch.Work(
-        len(head.targets), head.weight.shape[1], len(head.weight), head.hidden.dtype.itemsize,
-        dispatch.kind(head.hidden.device, head.triton),
-    )  # fmt: skip
+    work = head.work(Needs(hidden=True, weight=True, bias=False))
     live, kept = c.nonzero()[:, 0], torch.zeros_like(head.targets)  # [A] the others have nothing to drop, [M]
     dense, certificate = live, Certificate(*[out.lse.new_zeros(())] * 5)
     if len(live):
-        part = head.take(live)
+        part = head.select(live)
         routing, certificate = route(
             part.hidden, part.weight, part.targets, part.transform, out.lse[live], out.logprobs[live],
             out.block_lse[:, live], LogitGradient(c[live], -c[live]), tail_mass, tokens=part.tokens,
-            dense_share=dispatch.SPEEDS[work.device].gathered, unbiased=tail == "unbiased", triton=part.triton,
+            dense_share=cost.speeds(work).gathered, unbiased=tail == "unbiased", triton=part.triton,
         )  # fmt: skip
         dense = live[routing.dense]  # tokens that keep every block
         kept[live] = torch.bincount(routing.rows, minlength=len(live))
@@ -206,7 +200,7 @@ def _of_model(
 
 
 def _summarise(
-    work: dispatch.Work, entropy: Tensor, c: Tensor, kept: Tensor, certificate: Certificate, dense: int, theta: float,
+    work: Work, entropy: Tensor, c: Tensor, kept: Tensor, certificate: Certificate, dense: int, theta: float,
     count: int,
 ) -> SparsityProfile:  # fmt: skip
     tokens, live = work.tokens, int((c != 0).sum())
@@ -218,8 +212,8 @@ def _summarise(
             spread = entropy[part]
             zero = (c[part] == 0).double().mean().item()
             found.append(EntropyBucket(spread.min().item(), spread.max().item(), len(part), share, zero))
-    fastest = work.score() + work.dense(live)
-    routed = work.score() + work.routed(pairs - dense * work.blocks, dense)
+    fastest = cost.score(work) + cost.dense(work, live)
+    routed = cost.score(work) + cost.routed(work, pairs - dense * work.blocks, dense)
     return SparsityProfile(
         tokens=tokens,
         vocab_size=work.vocab_size,
@@ -231,6 +225,6 @@ def _summarise(
         dropped_mass_max=certificate.dropped_mass_max.item(),
         dense_tokens=dense,
         flops_share=1 / 3 + pairs / (tokens * work.blocks),
-        predicted_speedup=min(fastest, work.one_pass()) / routed,
+        predicted_speedup=min(fastest, cost.one_pass(work)) / routed,
         buckets=tuple(found),
     )

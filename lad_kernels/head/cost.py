@@ -1,0 +1,113 @@
+"""Seconds of each path through the head, in closed form over one table of speeds.
+
+With N tokens of which A have a coefficient c != 0, and P kept (token, block) pairs of routing.py,
+
+| path | flops | when it is possible |
+|---|---|---|
+| score | 2 N D V | no gradient is asked for |
+| one pass | 6 N D V | c is known as soon as a chunk's log-probs are |
+| two pass | (2 N + 6 A) D V | always |
+| routed | 2 N D V + 6 D BLOCK P | tail_mass > 0 and backward is not "dense" |
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from lad_kernels.head.memory import Work
+from lad_kernels.head.records import BLOCK
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What one kind of device does in a second, and what a path costs besides its products."""
+
+    flops: float  # of a large product
+    bytes: float  # copied
+    element: float  # seconds per logit outside the products (exponential, sums), each time it is made
+    gathered: float  # rate of the routed products over that of large ones; also the dense cut-off of a token
+    block: float  # seconds per vocabulary block of the routed backward
+    pair: float = 0.0  # seconds per (token, block) pair that is looked at when pairs are chosen
+    waiting: float = 0.0  # seconds for which the device waits for the host while pairs are chosen
+
+
+# "cpu" was measured with one thread of the machine of benchmarks/RESULTS.md; only ratios matter. "cuda" was measured on
+# an H100 80GB HBM3 in bfloat16 (benchmarks/results): head products 600 to 741 Tflop/s, a copy 3.03 TB/s, the tiles'
+# epilogues 2e-13 to 4e-13 s a logit, routed products 27 to 43 ns a pair at D = 4,096.
+SPEEDS = {
+    "cpu": Speeds(8e10, 8e9, 1.2e-9, 0.4, 3.5e-4),
+    "cuda": Speeds(7e14, 3.0e12, 3e-13, 0.13, 1e-7, 7e-11, 3e-3),
+}
+
+
+def kind(device: torch.device, triton: bool) -> str:
+    """The key of SPEEDS."""
+    return "cuda" if triton and device.type == "cuda" else "cpu"
+
+
+def speeds(work: Work) -> Speeds:
+    return SPEEDS[work.device]
+
+
+def _product(work: Work, tokens: float) -> float:
+    return 2 * tokens * work.hidden_size * work.vocab_size / speeds(work).flops
+
+
+def score(work: Work) -> float:
+    """Seconds of the forward."""
+    return _product(work, work.tokens) + speeds(work).element * work.tokens * work.vocab_size
+
+
+def sample(work: Work) -> float:
+    """Seconds of the forward of `work.sample` tokens, which reads W for a few tokens."""
+    read = work.itemsize * work.vocab_size * work.hidden_size / speeds(work).bytes
+    return _product(work, work.sample) + speeds(work).element * work.sample * work.vocab_size + read
+
+
+def dense(work: Work, active: float) -> float:
+    """Seconds of the dense backward of the `active` tokens, those with a gradient."""
+    s, tokens = speeds(work), math.ceil(active)
+    slabs, chunks = 0, _chunk_sums(work, tokens)
+    if work.device != "cpu" and tokens:  # each slab of the vocabulary reads and writes a float32 dH
+        rows, workspace = work.token_chunk(tokens)
+        slabs = math.ceil(work.vocab_size * work.itemsize * rows / workspace)
+    traffic = 8 * active * work.hidden_size * slabs * work.need_hidden / s.bytes
+    if work.device != "cpu" and tokens and work.itemsize == 2:  # dW passes through float32
+        traffic += 10 * work.vocab_size * work.hidden_size * work.need_weight / s.bytes
+    return (1 + work.products) * _product(work, active) + s.element * active * work.vocab_size + traffic + chunks
+
+
+def routed(work: Work, pairs: float, dense_tokens: int = 0, active: float | None = None) -> float:
+    """Seconds of the routed backward of `pairs` pairs and `dense_tokens` whole tokens, of `active` (None: all)."""
+    s, weight = speeds(work), work.vocab_size * work.hidden_size * work.need_weight
+    gathered = 2 * (1 + work.products) * work.hidden_size * BLOCK * pairs / (s.flops * s.gathered)
+    tokens = work.tokens if active is None else math.ceil(active)
+    chunks = _chunk_sums(work, tokens, pairs=int(pairs), dense=dense_tokens)
+    choosing = s.waiting + s.pair * work.tokens * work.blocks
+    moved = work.itemsize * weight / s.bytes + chunks + s.block * work.blocks
+    return choosing + gathered + dense(work, dense_tokens) + moved
+
+
+def one_pass(work: Work, active: float | None = None) -> float:
+    """Seconds of forward and backward in one pass of which `active` tokens (None: all) have a gradient.
+
+    Each of several chunks reads and writes a float32 dW, rounded last. PyTorch drops the tokens without a gradient
+    from the products.
+    """
+    active = work.tokens if active is None or work.device != "cpu" else active
+    s = speeds(work)
+    chunks = -(-work.tokens // work.chunk_rows())
+    each = 0 if chunks == 1 and work.itemsize == 2 else 8 * chunks + work.itemsize * (work.itemsize == 2)
+    sums = each * work.vocab_size * work.hidden_size * work.need_weight / s.bytes
+    products = _product(work, work.tokens) + work.products * _product(work, active)
+    return products + s.element * (work.tokens + active) * work.vocab_size + sums
+
+
+def _chunk_sums(work: Work, tokens: int, **listed: int) -> float:
+    """Seconds that a float32 dW takes, read and written by every token chunk; 0 for one chunk."""
+    count = 1 if work.device == "cpu" or not tokens else -(-tokens // work.token_chunk(tokens, **listed)[0])
+    traffic = (8 * count + work.itemsize) * work.vocab_size * work.hidden_size
+    return traffic / speeds(work).bytes if count > 1 and work.need_weight else 0.0

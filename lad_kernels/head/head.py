@@ -1,0 +1,194 @@
+"""The head on some tokens, in Triton or PyTorch, without autograd: forward, both together in one pass, backward.
+
+Nothing of size N x V is ever stored: the backward recomputes logits one tile or slab at a time. Triton needs at most
+memory.BUDGET bytes beyond inputs, gradients and one float32 dW, whatever N is. Memory that the gradients use later
+counts towards the budget from the start, so block masses (freed before the backward) may use it.
+
+| quantity | precision |
+|---|---|
+| hidden states, weight, bias | bfloat16, float16 or float32; float64 in PyTorch only |
+| logits, lse, log-probs, entropy | float32, never rounded to 16 bits before the softmax |
+| dZ | rounded once to the input dtype for the matrix units (Triton); float32 (PyTorch) |
+| dH, dW, dbias | accumulated in float32, rounded once; twice if one pass made them and the loss is scaled afterwards |
+| tf32 | only if PyTorch is told to use it |
+| torch.autocast | casts hidden states and weight at the public function; off inside, forward and backward |
+
+Deterministic: fixed order of every sum and no atomics, unless `dispatch.allow_atomics` asks for them. Gradients are
+computed for what needs them alone: a frozen head costs no dW, a frozen body no dH.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lad_kernels.head import cost, dispatch, memory, pytorch
+from lad_kernels.head.records import (
+    GradientSums,
+    HeadForward,
+    HeadGradients,
+    LogitGradient,
+    LogitTransform,
+    Needs,
+    Routing,
+    gather,
+    spread,
+)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head on M tokens. Hidden states are gathered when they are needed."""
+
+    hidden: Tensor  # [N, D] or [B, T, D], as the user gave them
+    weight: Tensor  # [V, D]
+    targets: Tensor  # [M]
+    bias: Tensor | None  # [V]
+    transform: LogitTransform
+    triton: bool
+    tokens: Tensor | None = None  # [M] flat rows of hidden; None: all of [N, D]
+
+    def select(self, chosen: Tensor | slice | None) -> Head:
+        """The head on some of the tokens [A]; None stands for all."""
+        if chosen is None:
+            return self
+        transform, t = self.transform, self.transform.temperature
+        if isinstance(t, Tensor):
+            transform = replace(transform, temperature=t[chosen])
+        hidden, tokens = self.hidden, self.tokens
+        if tokens is not None:
+            tokens = tokens[chosen]
+        elif isinstance(chosen, slice):
+            hidden = hidden[chosen]
+        else:
+            tokens = chosen
+        return replace(self, hidden=hidden, tokens=tokens, targets=self.targets[chosen], transform=transform)
+
+    def work(self, needs: Needs) -> memory.Work:
+        """Shapes and dtype, as far as time and memory depend on them."""
+        vocab, hidden_size = self.weight.shape
+        device, itemsize = cost.kind(self.hidden.device, self.triton), self.hidden.dtype.itemsize
+        return memory.Work(len(self.targets), hidden_size, vocab, itemsize, device, needs.hidden, needs.weight)
+
+    def forward(self, *, want_entropy: bool, want_block_lse: bool = False) -> HeadForward:
+        """Log-probs, lse, entropy and block masses of the M tokens."""
+        operands = (self.hidden, self.weight, self.targets, self.bias, self.transform)
+        if self.triton:
+            from lad_kernels.head.kernels import forward
+
+            return forward.forward(
+                *operands, want_entropy=want_entropy, want_block_lse=want_block_lse, tokens=self.tokens
+            )
+        return pytorch.forward(*operands, want_entropy=want_entropy, want_block_lse=want_block_lse, tokens=self.tokens)
+
+    def has_one_pass(self, need_bias: bool) -> bool:
+        """Whether `one_pass` can run.
+
+        Triton: not for float16 (exponentials leave its range), nor for a 16-bit dbias (it would be rounded before the
+        sum). PyTorch: not for 16-bit inputs (the weight would be widened twice per chunk), nor with a softcap (its
+        slope would be lost).
+        """
+        dtype = self.hidden.dtype
+        if self.triton:
+            return dtype == torch.float32 or (dtype == torch.bfloat16 and not need_bias)
+        return dtype.itemsize > 2 and self.transform.softcap is None
+
+    def one_pass(
+        self,
+        prior: Tensor | None,  # [M] log-probs that may be 44 nats off (Triton); None: 0
+        coefficients: Callable[[slice, Tensor], Tensor],
+        *,
+        chunks: Sequence[slice],
+        want_entropy: bool,
+        needs: Needs,
+    ) -> tuple[HeadForward, HeadGradients] | None:
+        """Forward and gradient together, dH [N, D]; None where the prior is too far off (Triton)."""
+        operands = (self.hidden, self.weight, self.targets, self.bias, self.transform)
+        if self.triton:
+            from lad_kernels.head.kernels import one_pass
+
+            return one_pass.one_pass(
+                *operands, prior, coefficients, chunks=chunks, want_entropy=want_entropy, needs=needs,
+                tokens=self.tokens,
+            )  # fmt: skip
+        return pytorch.one_pass(
+            *operands, prior, coefficients, chunks=chunks, want_entropy=want_entropy, needs=needs, tokens=self.tokens
+        )
+
+    def backward(self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: Needs) -> HeadGradients:
+        """Gradients of hidden [N, D], zero where no token is, of weight and of bias; exact without a routing.
+
+        Where Triton has no room for all tokens at once (memory.BUDGET) they pass in chunks, dW and dbias being added
+        up in float32.
+        """
+        size, workspace = len(lse), 0  # PyTorch takes one chunk and a workspace of its own
+        if self.triton:
+            dense, pairs = (0, 0) if routing is None else (len(routing.dense), len(routing.rows))
+            size, workspace = memory.token_chunk(
+                size, self.hidden.shape[-1], len(self.weight), self.hidden.element_size(), need_hidden=needs.hidden,
+                need_weight=needs.weight, gathered=self.tokens is not None, dense=dense, pairs=pairs,
+            )  # fmt: skip
+        if size == len(lse):
+            found = self.chunk_gradients(lse, gradient, routing, needs, workspace)
+            return found if found.hidden is None else found._replace(hidden=self._spread(found.hidden))
+        head = self if self.weight.stride(1) == 1 else replace(self, weight=self.weight.contiguous())
+        sums = GradientSums.zeros(self.weight, self.bias, needs)
+        dh = self.no_gradient() if needs.hidden else None  # [N, D]
+        for first in range(0, len(lse), size):
+            chunk = slice(first, min(first + size, len(lse)))
+            found = head.select(chunk).chunk_gradients(
+                lse[chunk], gradient.select(chunk), None if routing is None else routing.part(chunk), needs, workspace,
+                sums=sums,
+            )  # fmt: skip
+            if dh is not None:
+                dh[chunk if self.tokens is None else self.tokens[chunk]] = found.hidden.to(dh.dtype)
+            del found  # dW is rounded where it was
+        return HeadGradients(dh, *sums.rounded(self.weight, self.bias))
+
+    def chunk_gradients(
+        self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: Needs, workspace: int, *,
+        sums: GradientSums | None = None,
+    ) -> HeadGradients:  # fmt: skip
+        """`backward` of all M tokens at once, dH [M, D], with so many bytes of workspace (Triton).
+
+        With `sums` dW and dbias are added to it, and dH is not rounded.
+        """
+        if not self.triton:
+            return pytorch.backward(
+                self.rows(), self.weight, self.targets, self.bias, self.transform, lse, gradient, routing, needs=needs,
+                sums=sums,
+            )  # fmt: skip
+        from lad_kernels.head.kernels import dense, routed
+
+        operands = (self.rows(), self.weight, self.targets, self.bias, self.transform, lse, gradient)
+        if routing is None:
+            return dense.backward(*operands, needs=needs, workspace_bytes=workspace, sums=sums)
+        return routed.backward(
+            *operands, routing, needs=needs, workspace_bytes=workspace, sums=sums, atomics=dispatch.atomics()
+        )
+
+    def rows(self) -> Tensor:
+        """Hidden states of the tokens [M, D]."""
+        return gather(self.hidden, self.tokens)
+
+    def scale(self, gradients: HeadGradients, factor: Tensor) -> HeadGradients:
+        """`gradients` times factor [], in place and with one more rounding, unless it is 1."""
+        if self.triton:
+            from lad_kernels.head.kernels.scale import scale
+
+            scale(gradients, factor)
+        elif factor.device.type != "cpu" or factor != 1:
+            for x in gradients:
+                if x is not None:
+                    x.mul_(factor)
+        return gradients
+
+    def _spread(self, dh: Tensor) -> Tensor:  # [M, D] -> [N, D]
+        return spread(dh, self.hidden, self.tokens)
+
+    def no_gradient(self) -> Tensor:
+        """Zeros [N, D]."""
+        return self.hidden.new_zeros(self.hidden.shape[:-1].numel(), self.hidden.shape[-1])

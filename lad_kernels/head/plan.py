@@ -1,0 +1,166 @@
+"""Which path a head takes, and what its backward multiplies: active tokens, routed pairs, the bound on their error.
+
+Whether gradients come with the forward, in one pass, is decided before it. After it, tokens whose coefficients are all
+zero are dropped before the backward's first product (one host sync on an accelerator), and of the others the routing
+rule keeps (token, block) pairs, if the cost model finds that faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lad_kernels.head import cost, dispatch, memory
+from lad_kernels.head.dispatch import Shares, Sparsity
+from lad_kernels.head.head import Head
+from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitGradient, Needs, Routing, select
+from lad_kernels.head.routing import Certificate, kept_share, route
+
+_BLOCKS = 64  # vocabulary blocks whose masses are moved together
+
+
+@dataclass
+class BackwardPlan:
+    """The backward of a call; tokens without a gradient are left out."""
+
+    needs: Needs
+    active: Tensor | None  # [A] tokens with a gradient; None: all M
+    lse: Tensor  # [A]
+    gradient: LogitGradient  # [A]
+    routing: Routing | None
+    metrics: dict[str, Tensor]  # 0-d: density and error bounds
+    flops: int  # of the products that the backward will launch
+    ready: HeadGradients | None = None  # gradients that one pass has made already, for an upstream gradient of 1
+
+    def run(self, head: Head, upstream: Tensor) -> HeadGradients:
+        """Gradients of the hidden states [N, D], weight and bias, times `upstream` []; `head` has all M tokens."""
+        ready, self.ready = self.ready, None
+        if ready is not None:  # the memory is handed on; a second backward computes again
+            return head.scale(ready, upstream)
+        gradient = self.gradient.scaled(upstream)
+        return head.select(self.active).backward(self.lse, gradient, self.routing, self.needs)
+
+
+def takes_one_pass(
+    part: Head,  # [A]
+    needs: Needs,
+    sparsity: Sparsity,
+    coefficients: Callable[[Tensor, Tensor], Tensor],
+    *,
+    all_active: bool,
+) -> bool:
+    """Whether forward and gradient together are faster than what is expected of two passes or of routing.
+
+    Where that depends on the call's own numbers, a few of its tokens, at a fixed stride, are scored first (one host
+    sync).
+
+    Args:
+        coefficients: (places [S] among the A tokens, their log-probs [S]) -> c [S].
+        all_active: no coefficient is zero.
+    """
+    work, shares = part.work(needs), Shares()
+    if dispatch.needs_sample(work, sparsity, all_active=all_active):
+        chosen = torch.arange(work.sample, device=part.targets.device) * work.tokens // work.sample  # [S]
+        few = part.select(chosen)
+        out = few.forward(want_entropy=False, want_block_lse=True)
+        c = coefficients(chosen, out.logprobs)  # [S]
+        density = c.new_ones(())  # []
+        if sparsity.threshold > 0:
+            density = kept_share(
+                out, few.targets, c, sparsity.threshold, dense_share=cost.speeds(work).gathered,
+                unbiased=sparsity.unbiased,
+            ).nan_to_num(0.0)  # []  # fmt: skip
+        shares = Shares(*torch.stack([(c != 0).to(c.dtype).mean(), density]).tolist())
+    return dispatch.takes_one_pass(work, sparsity, shares)
+
+
+def one_pass_chunks(part: Head, needs: Needs, cu_seqlens: Tensor | None) -> list[slice] | None:  # [B + 1]
+    """Token chunks whose logits fit memory, of whole sequences if their bounds are given (read on the host).
+
+    None where a sequence does not fit.
+    """
+    work = part.work(needs)
+    tokens, rows = work.tokens, work.chunk_rows()
+    if cu_seqlens is None:
+        return [slice(i, min(i + rows, tokens)) for i in range(0, tokens, rows)]
+    chunks, start, last = [], 0, 0
+    for bound in cu_seqlens.tolist():
+        if bound - last > rows:
+            return None
+        if bound - start > rows:
+            chunks.append(slice(start, last))
+            start = last
+        last = bound
+    return [*chunks, slice(start, last)]
+
+
+def forward_for_backward(part: Head, needs: Needs, sparsity: Sparsity, *, want_entropy: bool) -> HeadForward:
+    """The forward, with block masses where a routing may follow."""
+    route = dispatch.may_route(part.work(needs), sparsity)
+    return part.forward(want_entropy=want_entropy, want_block_lse=route)
+
+
+def select_active(out: HeadForward, active: Tensor | None) -> HeadForward:
+    """The outputs of the active tokens [A]; block masses move in place, since there may be no room for both."""
+    if active is None:
+        return out
+    block_lse = out.block_lse  # [blocks, M]
+    if block_lse is not None:
+        for blocks in block_lse.split(_BLOCKS):
+            blocks[:, : len(active)] = blocks[:, active]
+        block_lse = block_lse[:, : len(active)]
+    rest = None if out.lse_rest is None else out.lse_rest[active]
+    return HeadForward(out.logprobs[active], out.lse[active], select(out.entropy, active), block_lse, rest)
+
+
+def plan_backward(
+    head: Head,  # of all M tokens
+    out: HeadForward,  # [A]
+    gradient: LogitGradient,  # [A]
+    active: Tensor | None,  # [A]; None: all
+    needs: Needs,
+    sparsity: Sparsity,
+    ready: HeadGradients | None = None,
+) -> BackwardPlan:
+    """Choose what the backward of the active tokens multiplies; exact where `out` has no block masses."""
+    tokens, work = len(out.lse), head.work(needs)
+    routing, bound = None, None
+    if out.block_lse is not None and tokens:
+        part = head.select(active)
+        chosen, certificate = route(
+            part.hidden, part.weight, part.targets, part.transform, out.lse, out.logprobs, out.block_lse, gradient,
+            sparsity.threshold, tokens=part.tokens, dense_share=cost.speeds(work).gathered, unbiased=sparsity.unbiased,
+            most_pairs=memory.most_pairs(work) if sparsity.backward == "auto" else None, triton=part.triton,
+        )  # fmt: skip
+        dense = len(chosen.dense)
+        pairs = sum(chosen.counts) + dense * work.blocks
+        if dispatch.takes_routed(work, tokens, pairs, dense, backward=sparsity.backward) and dense < tokens:
+            routing, bound = chosen, certificate
+    if bound is None:
+        zero = out.lse.new_zeros(())  # []
+        bound = Certificate(zero + tokens * work.blocks, zero, zero, zero, zero)
+    if out.lse_rest is not None:
+        gradient = gradient.with_rest(out.lse_rest)
+    metrics = {
+        "kept_share": bound.pairs.float() / max(work.tokens * work.blocks, 1),
+        "dropped_mass_mean": bound.dropped_mass_mean,
+        "dropped_mass_max": bound.dropped_mass_max,
+        "dhidden_bound": bound.dhidden_bound,
+        "dweight_bound": bound.dweight_bound,
+    }
+    flops = 0 if ready is not None else _flops(head, tokens, routing, needs)
+    return BackwardPlan(needs, active, out.lse, gradient, routing, metrics, flops, ready)
+
+
+def _flops(head: Head, tokens: int, routing: Routing | None, needs: Needs) -> int:
+    """Of a backward, which recomputes each logit and multiplies its gradient once for dH and once for dW."""
+    vocab, hidden_size = head.weight.shape
+    logits = tokens * vocab
+    if routing is not None:
+        *whole, last = routing.counts  # the last block may be narrower
+        columns = vocab - len(whole) * BLOCK
+        logits = sum(whole) * BLOCK + last * columns + len(routing.dense) * vocab
+    return 2 * hidden_size * logits * (1 + needs.hidden + needs.weight)

@@ -268,7 +268,7 @@ EXPERIMENTS: dict[str, Callable[[Run], None]] = {
 def main() -> None:
     name, path, *flags = sys.argv[1:]
     if "--dry-run" in flags:
-        from tests import interpreter
+        from tests.support import interpreter
 
         torch.set_num_threads(1)
         interpreter.install()

@@ -82,7 +82,7 @@ def main(name: str, device: str) -> None:
     """Compare, time the first and a later call, print."""
     case = CASES[name]
     if device == "cpu":
-        from tests import interpreter
+        from tests.support import interpreter
 
         interpreter.install()
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None

@@ -208,7 +208,7 @@ EXPERIMENTS: dict[str, Callable[[Run], None]] = {f.__name__: f for f in (kernels
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
-        from tests import interpreter
+        from tests.support import interpreter
 
         interpreter.install()
     watched(sys.argv[1])

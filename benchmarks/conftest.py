@@ -13,11 +13,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import gate, machine, report
-from benchmarks.data import Batch, make_batches
-from benchmarks.measure import Rounds, describe, peak_bytes_cuda, peaks_cpu, ratio, runs_on_cpu, summary
-from benchmarks.providers import EAGER, Provider, all_providers, split_available
-from benchmarks.shapes import SETS, Shape
+from benchmarks import report
+from benchmarks.harness import gate, machine
+from benchmarks.harness.data import Batch, make_batches
+from benchmarks.harness.measure import Rounds, describe, peak_bytes_cuda, peaks_cpu, ratio, runs_on_cpu, summary
+from benchmarks.harness.providers import EAGER, Provider, all_providers, split_available
+from benchmarks.harness.shapes import SETS, Shape
 
 ROUNDS = {"tiny": 2, "sweep": 3, "small": 5, "full": 2, "gpu": 20}
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The experiments of benchmarks/gpu.py on this machine's own Python, offline: no network, nothing installed for good.
+# The experiments of benchmarks/gpu/ on this machine's own Python, offline: no network, nothing installed for good.
 # Results go to $OUT, or to benchmarks/results/<name of the GPU>. Peers are taken from the wheels that
 # benchmarks/carry.sh put into .carry/peers, or from a folder of installed packages named by SITE.
 #   benchmarks/gpu.sh              parts A and B: at most 560 s on one CUDA device
@@ -14,4 +14,4 @@ if [ -z "${SITE:-}" ] && compgen -G ".carry/peers/*.whl" >/dev/null; then
   "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$SITE" .carry/peers/*.whl
 fi
 export PYTHONPATH="$PWD${SITE:+:$SITE}${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-"$python" -m benchmarks.gpu "$@"
+"$python" -m benchmarks.gpu.session "$@"

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import sparse
-from benchmarks.measure import Rounds, ratio, summary
+from benchmarks.harness import sparse
+from benchmarks.harness.measure import Rounds, ratio, summary
 from lad_kernels.testing import CONTRACT_MARGIN, FP32_TOLERANCE
 
 MIB = 2**20

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.measure import Rounds
-from benchmarks.providers import JOBS
+from benchmarks.harness.measure import Rounds
+from benchmarks.harness.providers import JOBS
 
 
 @pytest.mark.parametrize("job", tuple(JOBS))

@@ -27,7 +27,7 @@ from lad_kernels import reference
 
 # Largest relative error of a float32 output. Measured over the cases of tests/support on a CPU (PyTorch 2.13): 8e-7
 # chunked, 5e-7 in interpreted Triton, except the peaked policy (2.6e-6, where the contract's own error is 2.3e-6). On
-# an H100 the gate (benchmarks/gate.py, D = 64) measured 4e-8 to 9e-7 on flat data and up to 3.7e-6 of 3.9e-6 on peaked.
+# an H100 the gate of the benchmarks (D = 64) measured 4e-8 to 9e-7 on flat data and up to 3.7e-6 of 3.9e-6 on peaked.
 FP32_TOLERANCE = 2e-6
 CONTRACT_MARGIN = 2.0
 # Error of a float32 log-prob in units of 2^-24 |lse|. Measured on an H100 80GB HBM3 (Triton 3.6, mean entropy 0.4 nats,

@@ -1,4 +1,4 @@
-"""benchmarks/trl_step.py on a CPU: its tables, its gate, its search for the largest micro-batch."""
+"""benchmarks/gpu/trl_step.py on a CPU: its tables, its gate, its search for the largest micro-batch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import torch
 
 pytest.importorskip("trl", reason="TRL is not installed; the measurement of TRL's steps goes untested")
 
-from benchmarks import experiments, gpu, report, trl_step
-from benchmarks.trl_step import FUSED, LAD, STOCK
+from benchmarks import report
+from benchmarks.gpu import experiments, session, trl_step
+from benchmarks.gpu.trl_step import FUSED, LAD, STOCK
 from lad_kernels.frameworks import trl as adapter
 from lad_kernels.frameworks import trl_options
 
@@ -68,4 +69,4 @@ def test_missing_trl_is_named(run, monkeypatch):
 
 
 def test_every_planned_experiment_exists():
-    assert {e.name for e in gpu.PLAN} <= set(experiments.EXPERIMENTS)
+    assert {e.name for e in session.PLAN} <= set(experiments.EXPERIMENTS)

@@ -1,4 +1,4 @@
-"""A short run of benchmarks/training.py: dense, routed and unbiased routed training go the same way.
+"""A short run of benchmarks/studies/training.py: dense, routed and unbiased routed training go the same way.
 
 Rounding decides which tokens are sampled, so runs part after some steps: what is compared are means over all steps,
 with margins above what was measured over two seeds and the kernels of three instruction sets.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import training
+from benchmarks.studies import training
 
 
 @pytest.fixture(scope="module")

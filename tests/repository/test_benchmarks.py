@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import device_checks, experiments, gate, gpu, predicted, report
-from benchmarks.data import make_batch
-from benchmarks.measure import Rounds, quartiles, ratio, ratio_interval, summary
-from benchmarks.providers import EAGER, JOBS, Provider, all_providers, eager_logprobs, split_available
-from benchmarks.shapes import SETS, TINY
+from benchmarks import report
+from benchmarks.gpu import checks, experiments, session
+from benchmarks.harness import gate, predicted
+from benchmarks.harness.data import make_batch
+from benchmarks.harness.measure import Rounds, quartiles, ratio, ratio_interval, summary
+from benchmarks.harness.providers import EAGER, JOBS, Provider, all_providers, eager_logprobs, split_available
+from benchmarks.harness.shapes import SETS, TINY
 from lad_kernels import reference
 from lad_kernels.head import dispatch, memory
 
@@ -202,22 +204,22 @@ def test_predicted_memory_is_within_the_budget():
                 assert 0 <= size <= memory.BUDGET + room
 
 
-@pytest.mark.parametrize("part", tuple(gpu.DEADLINE))
+@pytest.mark.parametrize("part", tuple(session.DEADLINE))
 def test_limits_add_up_to_the_deadline(part):
-    plan = [e for e in gpu.PLAN if e.part == part]
+    plan = [e for e in session.PLAN if e.part == part]
     assert plan
-    assert gpu.longest(plan) <= gpu.DEADLINE[part]
+    assert session.longest(plan) <= session.DEADLINE[part]
     assert all(e.lost for e in plan)
 
 
 def test_every_experiment_of_the_plan_exists_and_is_explained():
-    assert {e.name for e in gpu.PLAN} == set(experiments.EXPERIMENTS)
+    assert {e.name for e in session.PLAN} == set(experiments.EXPERIMENTS)
     text = " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
-    for e in gpu.PLAN:
+    for e in session.PLAN:
         seconds = f"{e.seconds}{', beside the one above' * e.beside}"
         assert f"| {e.name} | {e.part} | {seconds} | {e.what} | {e.lost} |" in text
-    for part, deadline in gpu.DEADLINE.items():
-        assert f"{part} {gpu.longest([e for e in gpu.PLAN if e.part == part])} of {deadline} s" in text
+    for part, deadline in session.DEADLINE.items():
+        assert f"{part} {session.longest([e for e in session.PLAN if e.part == part])} of {deadline} s" in text
 
 
 RECORD = '{"machine": {"device": "d"}, "missing": {}, "tables": {"%s": [{"row": 1}]}}'
@@ -235,14 +237,14 @@ def test_experiments_that_crash_hang_and_lie_lose_only_themselves(tmp_path, monk
     """Every second one is bad; the rows of the others are whole, and each bad one is named."""
     behaviours = ["good", "crashes", "good", "hangs", "good", "hangs and leaves a child", "good", "writes half a file",
                   "good", "writes no tables", "good"]  # fmt: skip
-    plan = [gpu.Experiment(f"{i} {name}", "A", 1, "planted", "nothing") for i, name in enumerate(behaviours)]
-    monkeypatch.setattr(gpu, "GRACE", 0.2)
+    plan = [session.Experiment(f"{i} {name}", "A", 1, "planted", "nothing") for i, name in enumerate(behaviours)]
+    monkeypatch.setattr(session, "GRACE", 0.2)
     monkeypatch.setattr(
-        gpu, "command",
+        session, "command",
         lambda e, rows, dry_run: [sys.executable, "-c", BEHAVIOUR[e.name.split(" ", 1)[1]], str(rows), e.name],
     )  # fmt: skip
-    statuses, _ = gpu.run(plan, 60, tmp_path, dry_run=False)
-    record = gpu.merge(tmp_path, plan, statuses, "A")
+    statuses, _ = session.run(plan, 60, tmp_path, dry_run=False)
+    record = session.merge(tmp_path, plan, statuses, "A")
     for e in plan:
         name = e.name.split(" ", 1)[1]
         assert statuses[e.name].startswith({"good": "done", "crashes": "failed with", "writes half a file": "done",
@@ -256,11 +258,11 @@ def test_experiments_that_crash_hang_and_lie_lose_only_themselves(tmp_path, monk
 
 
 def test_a_deadline_cuts_what_comes_last(tmp_path, monkeypatch):
-    plan = [gpu.Experiment(name, "A", 60, "planted", "nothing") for name in ("first", "second", "third")]
-    monkeypatch.setattr(gpu, "GRACE", 0.2)
-    monkeypatch.setattr(gpu, "command", lambda e, rows, dry_run: [sys.executable, "-c", BEHAVIOUR["hangs"]])
+    plan = [session.Experiment(name, "A", 60, "planted", "nothing") for name in ("first", "second", "third")]
+    monkeypatch.setattr(session, "GRACE", 0.2)
+    monkeypatch.setattr(session, "command", lambda e, rows, dry_run: [sys.executable, "-c", BEHAVIOUR["hangs"]])
     begin = time.monotonic()
-    statuses, _ = gpu.run(plan, 6 + gpu.CLOSING, tmp_path, dry_run=False)
+    statuses, _ = session.run(plan, 6 + session.CLOSING, tmp_path, dry_run=False)
     assert time.monotonic() - begin < 9
     assert list(statuses) == ["first"]
     assert statuses["first"].startswith("cut")
@@ -271,11 +273,11 @@ def test_what_the_smoke_test_finds_wrong_is_left_out(tmp_path, monkeypatch):
     rows = [dict(path="routed", verdict="WRONG"), dict(path="one_pass", verdict="right"), dict(path="", verdict="trap")]
     smoke = json.dumps({"machine": {}, "missing": {}, "tables": {"smoke": rows}})
     say = "import sys; open(sys.argv[1], 'w').write({!r} if sys.argv[2] == 'smoke' else sys.stdin.readline())"
-    plan = [gpu.Experiment(name, "A", 20, "planted", "nothing") for name in ("smoke", "later")]
+    plan = [session.Experiment(name, "A", 20, "planted", "nothing") for name in ("smoke", "later")]
     monkeypatch.setattr(
-        gpu, "command", lambda e, path, dry_run: [sys.executable, "-c", say.format(smoke), str(path), e.name]
+        session, "command", lambda e, path, dry_run: [sys.executable, "-c", say.format(smoke), str(path), e.name]
     )
-    gpu.run(plan, 60, tmp_path, dry_run=False)
+    session.run(plan, 60, tmp_path, dry_run=False)
     assert (tmp_path / "later.json").read_text().split()[1:] == ["routed"]
     run = experiments.Run(tmp_path / "run.json", dry_run=True, without=["routed"])
     assert run.paths == ["one_pass", "two_pass"]
@@ -284,11 +286,11 @@ def test_what_the_smoke_test_finds_wrong_is_left_out(tmp_path, monkeypatch):
 def test_a_second_call_keeps_the_first_results(tmp_path, monkeypatch):
     options = argparse.Namespace(dry_run=True)
     monkeypatch.setattr(
-        gpu, "command", lambda e, rows, dry_run: [sys.executable, "-c", BEHAVIOUR["good"], rows, e.name]
+        session, "command", lambda e, rows, dry_run: [sys.executable, "-c", BEHAVIOUR["good"], rows, e.name]
     )
-    plan = [gpu.Experiment("smoke", "A", 20, "planted", "nothing")]
+    plan = [session.Experiment("smoke", "A", 20, "planted", "nothing")]
     for _ in range(2):
-        assert gpu.run_part("A", plan, 60, tmp_path, options)
+        assert session.run_part("A", plan, 60, tmp_path, options)
         time.sleep(1.1)
     assert len(list(tmp_path.glob("A-*.json"))) == 2
 
@@ -353,7 +355,7 @@ def test_a_test_run_keeps_verdicts_and_tracebacks(tmp_path, capsys, workers, han
     (tmp_path / "test_planted.py").write_text(SUITE.format(1000 if hangs else 0))
     run = experiments.Run(tmp_path / "rows.json", dry_run=True, end=time.monotonic() + (30 if hangs else 100))
     with pytest.raises(SystemExit, match="cut" if hangs else "exit status 1"):
-        device_checks.run_tests(run, ["-n", str(workers), str(tmp_path / "test_planted.py")])
+        checks.run_tests(run, ["-n", str(workers), str(tmp_path / "test_planted.py")])
     tables = json.loads(run.path.read_text())["tables"]
     (counts,) = tables["test suite"]
     assert counts == dict(outcome="cut" if hangs else "exit status 1", passed=1 + (not hangs), failed=2, error=1,
@@ -371,8 +373,8 @@ def test_a_test_run_keeps_verdicts_and_tracebacks(tmp_path, capsys, workers, han
 
 def test_the_suite_of_a_gpu_leaves_out_only_what_launches_no_kernel(monkeypatch):
     asked = []
-    monkeypatch.setattr(device_checks, "run_tests", lambda run, arguments: asked.extend(arguments))
-    device_checks.test_suite(argparse.Namespace(dry_run=False))
+    monkeypatch.setattr(checks, "run_tests", lambda run, arguments: asked.extend(arguments))
+    checks.test_suite(argparse.Namespace(dry_run=False))
     assert all((ROOT / x).exists() for x in asked if x.startswith("tests/"))
     others = ["-k", f"not ({asked[asked.index('-k') + 1]})", "-n", "0"]
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *asked, *others]

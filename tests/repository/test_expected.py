@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import expected, gpu, head_shapes, report, sparse
-from benchmarks.providers import JOBS, all_providers
-from benchmarks.shapes import GPU, Shape
+from benchmarks import report
+from benchmarks.gpu import head_shapes, session
+from benchmarks.harness import expected, sparse
+from benchmarks.harness.providers import JOBS, all_providers
+from benchmarks.harness.shapes import GPU, Shape
 from lad_kernels.head import dispatch, memory
 
-BENCHMARKS = Path(expected.__file__).parent
+BENCHMARKS = Path(expected.__file__).parents[1]
 ENTRIES = expected.load(report.RESULTS)
 SHAPES = {str(s): s for s in (*GPU, *head_shapes.SHAPES, sparse.SHAPES["gpu"])}
 H100 = "NVIDIA H100 80GB HBM3, 132 multiprocessors, 79 GiB, CUDA 13.0"
@@ -68,8 +70,8 @@ def test_every_figure_has_a_source_that_a_reader_can_open():
 
 
 def test_experiments_write_these_tables():
-    names = {e.name for e in gpu.PLAN}
-    sources = "".join(p.read_text() for p in BENCHMARKS.glob("*.py") if p.name != "expected.py")
+    names = {e.name for e in session.PLAN}
+    sources = "".join(p.read_text() for p in BENCHMARKS.rglob("*.py") if p.name != "expected.py")
     for name, table in expected.TABLES.items():
         assert table.experiment in names
         assert f'"{name}"' in sources

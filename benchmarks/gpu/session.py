@@ -4,12 +4,12 @@
     B   180 s: peers by shape, a TRL step, the memory checker, the race checker, hardware counters
     C   for another day: workspaces, chunks, planted routings, providers that compile for long
 
-Without arguments A runs, then B. An experiment (`benchmarks/experiments.py`) adds rows to a file as it goes: a crash, a
-hang or a cut loses at most the row in progress. Experiments run in the order of PLAN, the ones that time nothing beside
-each other; each stage has its limit, and a part's limits add up to its deadline. The next stage's processes
-import their libraries while the present one runs, and wait. Each part writes `PART-TIME.json` (all tables) and
-`PART-TIME.log` (the end of every experiment's output), B also `PART-TIME-counters.txt`: a second call never overwrites
-the first. A path that the smoke test finds wrong is named, and the experiments behind it go on without it.
+Without arguments A runs, then B. An experiment (`benchmarks/gpu/experiments.py`) adds rows to a file as it goes: a
+crash, a hang or a cut loses at most the row in progress. Experiments run in the order of PLAN, the ones that time
+nothing beside each other; each stage has its limit, and a part's limits add up to its deadline. The next stage's
+processes import their libraries while the present one runs, and wait. Each part writes `PART-TIME.json` (all tables)
+and `PART-TIME.log` (the end of every experiment's output), B also `PART-TIME-counters.txt`: a second call never
+overwrites the first. A path that the smoke test finds wrong is named, and the experiments behind it go on without it.
 This process never touches the GPU.
 
 --dry-run runs the same code on CPU tensors, tiny shapes and Triton's interpreter: its numbers mean nothing.
@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = {"A": 380, "B": 180, "C": 400}  # seconds of a part
 DRY_FACTOR = 5  # more time for the interpreter
 GRACE = 3  # seconds between an experiment's own limit, at which it should stop, and its end
@@ -101,7 +101,8 @@ def longest(plan: Sequence[Experiment]) -> int:
 
 def command(experiment: Experiment, rows: Path, dry_run: bool) -> list[str]:
     return [
-        sys.executable, "-m", "benchmarks.experiments", experiment.name, str(rows), *(["--dry-run"] if dry_run else [])
+        sys.executable, "-m", "benchmarks.gpu.experiments", experiment.name, str(rows),
+        *(["--dry-run"] if dry_run else []),
     ]  # fmt: skip
 
 

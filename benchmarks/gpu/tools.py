@@ -1,6 +1,6 @@
 """The GPU experiments that look inside: a table of every kernel, the memory and race checkers, hardware counters.
 
-python -m benchmarks.gpu_tools small | large      the step that a checker or profiler watches
+python -m benchmarks.gpu.tools small | large      the step that a checker or profiler watches
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from benchmarks.data import Batch, make_batch
-from benchmarks.shapes import GPU, TINY
+from benchmarks.harness.data import Batch, make_batch
+from benchmarks.harness.shapes import GPU, TINY
 from lad_kernels import LADConfig, linear_lad_loss, linear_logprobs
 from lad_kernels.head import dispatch
 
 if TYPE_CHECKING:
-    from benchmarks.experiments import Run
+    from benchmarks.gpu.experiments import Run
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OURS = "_kernel"  # every Triton kernel of the package ends so
 SECTIONS = (
     "SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "WarpStateStats", "LaunchStats", "Occupancy",
@@ -143,7 +143,7 @@ def tool(run: Run, name: str, arguments: list[str], size: str) -> tuple[int | No
     if shutil.which(name) is None:
         run.missing({name: f"{name} is not on the path"})
         return None
-    target = [sys.executable, "-m", "benchmarks.gpu_tools", size]
+    target = [sys.executable, "-m", "benchmarks.gpu.tools", size]
     environment = dict(os.environ)
     if size == "small":
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor an allocation: its bounds are then watched

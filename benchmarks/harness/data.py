@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Shape
+from benchmarks.harness.shapes import Shape
 from lad_kernels import linear_logprobs
 from lad_kernels.testing import peaked_hidden, sample_targets
 

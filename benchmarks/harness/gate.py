@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks.data import DRIFT, ENTROPY, Batch
-from benchmarks.providers import Provider
+from benchmarks.harness.data import DRIFT, ENTROPY, Batch
+from benchmarks.harness.providers import Provider
 from lad_kernels import reference
 from lad_kernels.testing import (
     CONTRACT_MARGIN,

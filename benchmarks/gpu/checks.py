@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks import gate, verdicts
-from benchmarks.data import Batch, make_batch
-from benchmarks.head_shapes import ROUNDS, Gate, peak_mib, timed
-from benchmarks.measure import claim, describe, peak_bytes_cuda, ratio, summary
-from benchmarks.providers import EAGER, PROMISE, TAIL_MASS, Provider, all_providers, our_loss, split_available
-from benchmarks.shapes import TINY, Shape
+from benchmarks.gpu import verdicts
+from benchmarks.gpu.head_shapes import ROUNDS, Gate, peak_mib, timed
+from benchmarks.harness import gate
+from benchmarks.harness.data import Batch, make_batch
+from benchmarks.harness.measure import claim, describe, peak_bytes_cuda, ratio, summary
+from benchmarks.harness.providers import EAGER, PROMISE, TAIL_MASS, Provider, all_providers, our_loss, split_available
+from benchmarks.harness.shapes import TINY, Shape
 from lad_kernels import (
     GRPOConfig,
     LADConfig,
@@ -34,9 +35,9 @@ from lad_kernels.head import dispatch
 from lad_kernels.testing import CONTRACT_MARGIN, FP32_TOLERANCE, check_head, make_inputs, relative_error
 
 if TYPE_CHECKING:
-    from benchmarks.experiments import Run
+    from benchmarks.gpu.experiments import Run
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DIVERGENCES = ("js", "hd", "tv", "kl", "rkl", "jf", "ps", "pearson")
 LEVELS = ("token", "sequence", "sequence_sum")
 MIB = 2**20
@@ -208,7 +209,7 @@ def test_suite(run: Run) -> None:
 
 def run_tests(run: Run, arguments: Sequence[str]) -> None:
     record, output = run.path.with_suffix(".jsonl"), run.path.with_suffix(".txt")
-    plugins = ["-p", "no:cacheprovider", "-p", "benchmarks.verdicts"]
+    plugins = ["-p", "no:cacheprovider", "-p", "benchmarks.gpu.verdicts"]
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", *plugins, *arguments]
     environment = {**os.environ, "VERDICTS": str(record)}
     with output.open("w") as out:

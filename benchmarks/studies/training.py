@@ -8,7 +8,7 @@ it goes. Adam divides by the gradient's own size, so a row of the head that is s
 rate's size when the backward is dense and none when it is routed: how far the rows of the coldest quarter of the blocks
 move is reported beside held-out loss; "coldest" is measured in the run that drops the tail.
 
-python -m benchmarks.training [--steps 2000] [--seeds 3]      about 20 minutes of one core; writes results/training/
+python -m benchmarks.studies.training [--steps 2000] [--seeds 3]   20 minutes of one core; writes results/training/
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks import machine, report
+from benchmarks import report
+from benchmarks.harness import machine
 from lad_kernels import LADConfig, linear_lad_loss, linear_logprobs
 
 VOCABULARY, HIDDEN, CONTEXTS = 16_384, 64, 256
@@ -198,7 +199,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    command = f"python -m benchmarks.training --steps {options.steps} --seeds {options.seeds}"
+    command = f"python -m benchmarks.studies.training --steps {options.steps} --seeds {options.seeds}"
     results = report.Results(machine.describe("cpu", command))
     for line in summarise(compare(options.steps, options.seeds)):
         results.add("training", **line)

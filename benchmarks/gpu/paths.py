@@ -16,19 +16,19 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks import sparse
-from benchmarks.data import Batch
-from benchmarks.gpu_tools import device_times
-from benchmarks.measure import describe, peak_bytes_cuda
-from benchmarks.providers import Provider
-from benchmarks.shapes import TINY, Shape
+from benchmarks.gpu.tools import device_times
+from benchmarks.harness import sparse
+from benchmarks.harness.data import Batch
+from benchmarks.harness.measure import describe, peak_bytes_cuda
+from benchmarks.harness.providers import Provider
+from benchmarks.harness.shapes import TINY, Shape
 from lad_kernels import LADConfig, LossOutput, lad_loss, linear_lad_loss
 from lad_kernels.head import cost, dispatch, memory
 from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitGradient, LogitTransform, Routing
 from lad_kernels.testing import relative_error
 
 if TYPE_CHECKING:
-    from benchmarks.experiments import Run
+    from benchmarks.gpu.experiments import Run
     from lad_kernels.head.kernels.routed_work import RoutedTiles
 
 MIB = 2**20
@@ -50,7 +50,7 @@ def large(run: Run) -> tuple[Shape, ...]:
 
 def library_ms(run: Run, shape: Shape) -> float:
     """The sum of the three bare library products of a head's forward and backward."""
-    from benchmarks.experiments import three_products
+    from benchmarks.gpu.experiments import three_products
 
     return sum(ms[1] for what, ms in three_products(run, shape, repeats=10).items() if "fp32" not in what)
 
@@ -136,7 +136,7 @@ class RoutedBench:
     """The routed backward at one shape."""
 
     def __init__(self, run: Run, shape: Shape):
-        from benchmarks.experiments import product_ms
+        from benchmarks.gpu.experiments import product_ms
 
         self.run, self.shape, self.batches = run, shape, run.batches(shape)
         self.library = product_ms(run, self.batches)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.shapes import Shape
+from benchmarks.harness.shapes import Shape
 from lad_kernels.head import cost, memory
 
 SHAPES = (

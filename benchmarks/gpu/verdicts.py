@@ -1,6 +1,6 @@
 """pytest plugin: one JSON line per finished test, written at once, so that a run that is cut keeps its tracebacks.
 
-`VERDICTS=<file> python -m pytest -p benchmarks.verdicts tests`
+`VERDICTS=<file> python -m pytest -p benchmarks.gpu.verdicts tests`
 """
 
 from __future__ import annotations

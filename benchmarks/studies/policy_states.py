@@ -1,8 +1,8 @@
 """Hidden states of a small trained policy over a real vocabulary, and what a routed backward does to their gradient.
 
-python -m benchmarks.policy_states train       a tokenizer and a causal LM from this machine's Python files
-python -m benchmarks.policy_states states      completions sampled from it, one file of states per temperature
-python -m benchmarks.policy_states report      sparsity and errors by entropy; benchmarks/results/policy_states/
+python -m benchmarks.studies.policy_states train       a tokenizer and a causal LM from this machine's Python files
+python -m benchmarks.studies.policy_states states      completions sampled from it, one file of states per temperature
+python -m benchmarks.studies.policy_states report      sparsity and errors by entropy; benchmarks/results/policy_states/
 
 The model is small and briefly trained, and nothing about it is fitted to the package: entropies are whatever they are.
 Other code reads the data by `load_states` and `sparsity_table`. `transformers` and `tokenizers` are needed.
@@ -26,8 +26,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import machine, report
-from benchmarks.data import ENTROPY
+from benchmarks import report
+from benchmarks.harness import machine
+from benchmarks.harness.data import ENTROPY
 from lad_kernels import linear_logprobs
 from lad_kernels.head.records import BLOCK
 from lad_kernels.testing import relative_error, sample_targets
@@ -353,7 +354,7 @@ def add_policy(results: report.Results, name: str, order: str, states: States, c
 
 def write_report(out: Path, temperatures: Sequence[float], seed: int) -> None:
     torch.manual_seed(seed)
-    command = shlex.join(["python", "-m", "benchmarks.policy_states", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "benchmarks.studies.policy_states", *sys.argv[1:]])
     results = report.Results(machine.describe("cpu", command) | {"notes": []})
     completions = REPORT_TOKENS // COMPLETION
     advantages = torch.randn(completions, generator=torch.Generator().manual_seed(seed))  # [completions]

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.data import Batch
+from benchmarks.harness.data import Batch
 from lad_kernels import GRPOConfig, LADConfig, linear_grpo_loss, linear_lad_loss, linear_logprobs
 
 JOBS = {
@@ -234,7 +234,7 @@ def torch_providers() -> list[Provider]:
 
 def all_providers(job: str | None = None) -> list[Provider]:
     """Every provider, the eager baseline of each job first."""
-    from benchmarks.peers import peer_providers
+    from benchmarks.harness.peers import peer_providers
 
     found = [*torch_providers(), *our_providers("triton"), *our_providers("torch"), *peer_providers()]
     return [p for p in found if job in (None, p.job)]

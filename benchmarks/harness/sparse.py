@@ -4,7 +4,7 @@ that does not.
     off-policy    old log-probs differ from the present ones; every token has a gradient
     zero groups   on-policy, and 19 of 32 sequences have advantage 0, as groups without reward variance do
 
-python -m benchmarks.sparse SET DATA CASE      peak memory of every entry on CPU, in bytes, as JSON
+python -m benchmarks.harness.sparse SET DATA CASE      peak memory of every entry on CPU, in bytes, as JSON
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.data import Batch, make_batch
-from benchmarks.machine import cores
-from benchmarks.measure import M_MMAP_THRESHOLD, ROOT, peak_bytes_cpu
-from benchmarks.providers import EAGER, ETA, Provider, eager_logprobs, lad_from_logprobs
-from benchmarks.shapes import Shape
+from benchmarks.harness.data import Batch, make_batch
+from benchmarks.harness.machine import cores
+from benchmarks.harness.measure import M_MMAP_THRESHOLD, ROOT, peak_bytes_cpu
+from benchmarks.harness.providers import EAGER, ETA, Provider, eager_logprobs, lad_from_logprobs
+from benchmarks.harness.shapes import Shape
 from lad_kernels import LADConfig, LossOutput, linear_lad_loss, reference
 from lad_kernels.head import dispatch
 from lad_kernels.testing import relative_error
@@ -137,7 +137,7 @@ def errors(dh: Tensor, dw: Tensor, true_dh: Tensor, true_dw: Tensor, targets: Te
 
 def peaks_cpu(set_name: str, data: str, case: str) -> dict[str, int]:
     """Peak bytes of every entry beyond the inputs, from one fresh process."""
-    command = [sys.executable, "-m", "benchmarks.sparse", set_name, data, case]
+    command = [sys.executable, "-m", "benchmarks.harness.sparse", set_name, data, case]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-800:])

@@ -1,4 +1,4 @@
-"""The GPU experiments, each a function of (Run): `python -m benchmarks.experiments NAME RESULTS [--dry-run]`.
+"""The GPU experiments, each a function of (Run): `python -m benchmarks.gpu.experiments NAME RESULTS [--dry-run]`.
 
 After its imports the process waits for a line on standard input: when it ends, and paths that it shall leave out. Every
 row is saved as soon as it is measured. Times are CUDA events, medians of 20 runs with quartiles (fewer where a time
@@ -18,10 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import device_checks, gpu_smoke, gpu_tools, head_shapes, machine, report, sparse_experiments
-from benchmarks.data import Batch, make_batches
-from benchmarks.measure import describe, quartiles
-from benchmarks.shapes import GPU, TINY, Shape
+from benchmarks import report
+from benchmarks.gpu import checks, head_shapes, paths, smoke, tools
+from benchmarks.harness import machine
+from benchmarks.harness.data import Batch, make_batches
+from benchmarks.harness.measure import describe, quartiles
+from benchmarks.harness.shapes import GPU, TINY, Shape
 from lad_kernels.head import dispatch
 
 MIB = 2**20
@@ -250,18 +252,18 @@ def single_pass_step(batch: Batch, rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def trl_steps(run: Run) -> None:
     """GRPO and LAD in TRL's trainers, with TRL's head and with ours."""
-    from benchmarks import trl_step  # imports TRL: many seconds that no other experiment should pay
+    from benchmarks.gpu import trl_step  # imports TRL: many seconds that no other experiment should pay
 
     trl_step.trl_steps(run)
 
 
 EXPERIMENTS: dict[str, Callable[[Run], None]] = {
     **{f.__name__: f for f in (ceilings, forward_tiles, slabs, single_pass, trl_steps)},
-    **device_checks.EXPERIMENTS,
-    **gpu_smoke.EXPERIMENTS,
-    **gpu_tools.EXPERIMENTS,
+    **checks.EXPERIMENTS,
+    **smoke.EXPERIMENTS,
+    **tools.EXPERIMENTS,
     **head_shapes.EXPERIMENTS,
-    **sparse_experiments.EXPERIMENTS,
+    **paths.EXPERIMENTS,
 }
 
 

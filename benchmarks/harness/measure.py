@@ -4,7 +4,7 @@ All providers of a comparison run once per round, in an order that rotates, so t
 all of them; ratios are taken round by round and their median is reported. CPU: wall clock, or one thread's CPU time
 where the machine is too busy for that. CUDA: events, and inputs that rotate among copies larger than the cache.
 
-python -m benchmarks.measure SET SHAPE      peak memory of every provider's step on CPU, in bytes, as JSON
+python -m benchmarks.harness.measure SET SHAPE      peak memory of every provider's step on CPU, in bytes, as JSON
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.data import Batch, make_batch
-from benchmarks.machine import cores
-from benchmarks.providers import EAGER, TAIL_MASS, Provider, all_providers, split_available
-from benchmarks.shapes import SETS, TINY, Shape
+from benchmarks.harness.data import Batch, make_batch
+from benchmarks.harness.machine import cores
+from benchmarks.harness.providers import EAGER, TAIL_MASS, Provider, all_providers, split_available
+from benchmarks.harness.shapes import SETS, TINY, Shape
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 M_MMAP_THRESHOLD = -3  # of malloc.h
 Clock = Callable[[], float]
 FOCUS = (EAGER, "torch, 512-row checkpoints", "lad_kernels (torch)", f"lad_kernels (torch), tail_mass {TAIL_MASS:g}")
@@ -174,7 +174,7 @@ def peaks_cpu(set_name: str, shape_name: str) -> dict[str, dict[str, int | str]]
 
     Flat data, and peaked for providers that drop a tail: no other allocates by the values of its input.
     """
-    command = [sys.executable, "-m", "benchmarks.measure", set_name, shape_name]
+    command = [sys.executable, "-m", "benchmarks.harness.measure", set_name, shape_name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-800:])

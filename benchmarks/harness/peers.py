@@ -11,8 +11,8 @@ import os
 import torch
 from torch import Tensor
 
-from benchmarks.data import Batch
-from benchmarks.providers import (
+from benchmarks.harness.data import Batch
+from benchmarks.harness.providers import (
     CPU_COMPILES,
     EPSILON,
     SLOW_START,

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks import gate
-from benchmarks.data import Batch
-from benchmarks.measure import Rounds, describe, peak_bytes_cuda, ratio, summary
-from benchmarks.providers import EAGER, Provider, all_providers, split_available
-from benchmarks.shapes import TINY, Shape
+from benchmarks.harness import gate
+from benchmarks.harness.data import Batch
+from benchmarks.harness.measure import Rounds, describe, peak_bytes_cuda, ratio, summary
+from benchmarks.harness.providers import EAGER, Provider, all_providers, split_available
+from benchmarks.harness.shapes import TINY, Shape
 
 if TYPE_CHECKING:
-    from benchmarks.experiments import Run
+    from benchmarks.gpu.experiments import Run
 
 MIB = 2**20
 ROUNDS = 7
@@ -107,7 +107,7 @@ def logprob_errors(run: Run, shape: Shape, data: str, batch: Batch) -> None:
 
 def head_shapes(run: Run) -> None:
     """Rows: three bare products, then every provider of a job, its time over theirs, its memory beyond gradients."""
-    from benchmarks.sparse_experiments import library_ms
+    from benchmarks.gpu.paths import library_ms
 
     shapes = TINY if run.dry_run else SHAPES
     verdicts, products, checked = Gate(run), {}, set()

@@ -1,7 +1,7 @@
 """The first experiment on a GPU: does every path run at all, is it right, how long does a first call take?
 
 Each case runs in a process of its own, all at once, because a kernel that traps poisons its process and compiling takes
-seconds: `python -m benchmarks.gpu_smoke CASE DEVICE` prints one JSON line. Truth is `impl="torch"` on the same inputs.
+seconds: `python -m benchmarks.gpu.smoke CASE DEVICE` prints one JSON line. Truth is `impl="torch"` on the same inputs.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from benchmarks.data import Batch, make_batch
-from benchmarks.gpu import SLOW
-from benchmarks.shapes import Shape
+from benchmarks.gpu.session import SLOW
+from benchmarks.harness.data import Batch, make_batch
+from benchmarks.harness.shapes import Shape
 from lad_kernels import LADConfig, linear_lad_loss, linear_logprobs
 from lad_kernels.head import dispatch
 from lad_kernels.testing import relative_error
 
 if TYPE_CHECKING:
-    from benchmarks.experiments import Run
+    from benchmarks.gpu.experiments import Run
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = Shape("smoke", 4, 80, 256, 4096, "the layout of real heads, so that compiled kernels serve the experiments too")
 TINY = Shape("smoke", 2, 20, 64, 512, "for the interpreter")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -102,7 +102,7 @@ def main(name: str, device: str) -> None:
 
 def smoke(run: Run) -> None:
     """All cases at once; what traps, hangs or is wrong is named, and fails the experiment."""
-    command = [sys.executable, "-m", "benchmarks.gpu_smoke"]
+    command = [sys.executable, "-m", "benchmarks.gpu.smoke"]
     cases = list(CASES)[: 3 if run.dry_run else None]
     children = {
         name: subprocess.Popen([*command, name, run.device], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -1,0 +1,1 @@
+"""A quarter of an hour on one CUDA device: `benchmarks/gpu.sh`."""

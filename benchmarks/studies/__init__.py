@@ -1,0 +1,1 @@
+"""Two questions that a benchmark does not answer: what real policies route, and how routing trains."""

@@ -16,8 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import report
 from benchmarks.harness import gate, machine
 from benchmarks.harness.data import Batch, make_batches
+from benchmarks.harness.eager import EAGER
 from benchmarks.harness.measure import Rounds, describe, peak_bytes_cuda, peaks_cpu, ratio, runs_on_cpu, summary
-from benchmarks.harness.providers import EAGER, Provider, all_providers, split_available
+from benchmarks.harness.provider import Provider
+from benchmarks.harness.providers import all_providers, split_available
+from benchmarks.harness.results import RESULTS, Results
 from benchmarks.harness.shapes import SETS, Shape
 
 ROUNDS = {"tiny": 2, "sweep": 3, "small": 5, "full": 2, "gpu": 20}
@@ -55,7 +58,7 @@ class Bench:
         self.set_name, self.device, self.dtype = set_name, device, DTYPE[device]
         self.clock = time.process_time if one_thread else time.perf_counter
         notes = ["One thread; times are its CPU time, because other jobs ran on the machine."] if one_thread else []
-        self.results = report.Results({**machine.describe(device, command), "notes": notes})
+        self.results = Results({**machine.describe(device, command), "notes": notes})
         self._batches: tuple[object, list[Batch]] = (None, [])
         self._verdicts: dict[tuple[str, str, str], gate.Verdict | str] = {}
         self._peaks: dict[Shape, dict[str, dict[str, int | str]]] = {}
@@ -136,7 +139,7 @@ def save(bench: Bench, pytestconfig: pytest.Config):
     """With --save, results are on disk after every test."""
     yield
     if pytestconfig.getoption("--save"):
-        bench.results.save(report.RESULTS / machine.folder(bench.device) / f"{bench.set_name}.json")
+        bench.results.save(RESULTS / machine.folder(bench.device) / f"{bench.set_name}.json")
         report.write()
 
 

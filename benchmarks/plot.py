@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.report import HERE, RESULTS, Results
+from benchmarks.harness.results import RESULTS, Results
 
 JOB = "grpo"  # the job that most peers can express
 
@@ -60,4 +60,4 @@ def draw(results: Results, target: Path) -> Path:
 if __name__ == "__main__":
     sources = [Path(p) for p in sys.argv[1:]] or sorted(RESULTS.glob("*/sweep.json"))
     for path in sources:
-        print(draw(Results.load(path), HERE / f"sweep-{path.parent.name}.png"))
+        print(draw(Results.load(path), RESULTS.with_name(f"sweep-{path.parent.name}.png")))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.harness.eager import EAGER
 from benchmarks.harness.measure import claim
-from benchmarks.harness.providers import EAGER
 
 LIMIT = 1.02
 PAIRS = {"tiny": 4, "small": 30, "full": 3, "gpu": 40}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.harness.measure import Rounds
-from benchmarks.harness.providers import JOBS
+from benchmarks.harness.provider import JOBS
 
 
 @pytest.mark.parametrize("job", tuple(JOBS))

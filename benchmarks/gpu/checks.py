@@ -9,16 +9,18 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from benchmarks.gpu import verdicts
 from benchmarks.gpu.head_shapes import ROUNDS, Gate, peak_mib, timed
+from benchmarks.gpu.run import Run
 from benchmarks.harness import gate
 from benchmarks.harness.data import Batch, make_batch
+from benchmarks.harness.eager import EAGER
 from benchmarks.harness.measure import claim, describe, peak_bytes_cuda, ratio, summary
-from benchmarks.harness.providers import EAGER, PROMISE, TAIL_MASS, Provider, all_providers, our_loss, split_available
+from benchmarks.harness.provider import Provider
+from benchmarks.harness.providers import PROMISE, TAIL_MASS, all_providers, our_loss, split_available
 from benchmarks.harness.shapes import TINY, Shape
 from lad_kernels import (
     GRPOConfig,
@@ -33,9 +35,6 @@ from lad_kernels import (
 )
 from lad_kernels.head import dispatch
 from lad_kernels.testing import CONTRACT_MARGIN, FP32_TOLERANCE, check_head, make_inputs, relative_error
-
-if TYPE_CHECKING:
-    from benchmarks.gpu.experiments import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 DIVERGENCES = ("js", "hd", "tv", "kl", "rkl", "jf", "ps", "pearson")

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.gpu.kernels import library_ms
+from benchmarks.gpu.run import Run
 from benchmarks.harness import gate
 from benchmarks.harness.data import Batch
+from benchmarks.harness.eager import EAGER
 from benchmarks.harness.measure import Rounds, describe, peak_bytes_cuda, ratio, summary
-from benchmarks.harness.providers import EAGER, Provider, all_providers, split_available
+from benchmarks.harness.provider import Provider
+from benchmarks.harness.providers import all_providers, split_available
 from benchmarks.harness.shapes import TINY, Shape
-
-if TYPE_CHECKING:
-    from benchmarks.gpu.experiments import Run
 
 MIB = 2**20
 ROUNDS = 7
@@ -107,8 +107,6 @@ def logprob_errors(run: Run, shape: Shape, data: str, batch: Batch) -> None:
 
 def head_shapes(run: Run) -> None:
     """Rows: three bare products, then every provider of a job, its time over theirs, its memory beyond gradients."""
-    from benchmarks.gpu.paths import library_ms
-
     shapes = TINY if run.dry_run else SHAPES
     verdicts, products, checked = Gate(run), {}, set()
     for at, data, jobs in CASES[:1] if run.dry_run else CASES:

@@ -16,11 +16,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.kernels import library_ms, product_ms
+from benchmarks.gpu.run import Run
 from benchmarks.gpu.tools import device_times
 from benchmarks.harness import sparse
 from benchmarks.harness.data import Batch
 from benchmarks.harness.measure import describe, peak_bytes_cuda
-from benchmarks.harness.providers import Provider
+from benchmarks.harness.provider import Provider
 from benchmarks.harness.shapes import TINY, Shape
 from lad_kernels import LADConfig, LossOutput, lad_loss, linear_lad_loss
 from lad_kernels.head import cost, dispatch, memory
@@ -28,7 +30,6 @@ from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitGra
 from lad_kernels.testing import relative_error
 
 if TYPE_CHECKING:
-    from benchmarks.gpu.experiments import Run
     from lad_kernels.head.kernels.routed_work import RoutedTiles
 
 MIB = 2**20
@@ -46,13 +47,6 @@ WAYS = {
 def large(run: Run) -> tuple[Shape, ...]:
     """4096 tokens, 16384 tokens, and 16384 of small D."""
     return run.shapes[1:2] if run.dry_run else (run.shapes[0], run.shapes[3], run.shapes[1])
-
-
-def library_ms(run: Run, shape: Shape) -> float:
-    """The sum of the three bare library products of a head's forward and backward."""
-    from benchmarks.gpu.experiments import three_products
-
-    return sum(ms[1] for what, ms in three_products(run, shape, repeats=10).items() if "fp32" not in what)
 
 
 def loss(
@@ -136,8 +130,6 @@ class RoutedBench:
     """The routed backward at one shape."""
 
     def __init__(self, run: Run, shape: Shape):
-        from benchmarks.gpu.experiments import product_ms
-
         self.run, self.shape, self.batches = run, shape, run.batches(shape)
         self.library = product_ms(run, self.batches)
         self.lse = [forward(b, want_block_lse=False).lse for b in self.batches]  # [N] each

@@ -160,7 +160,7 @@ def rows_of(path: Path) -> dict | str:
 
 
 def merge(folder: Path, plan: Sequence[Experiment], statuses: dict[str, str], arguments: str) -> dict:
-    """One record of all experiments so far, in the layout of `report.Results`."""
+    """One record of all experiments so far, in the layout of `results.Results`."""
     record: dict = {"machine": {}, "missing": dict(NOT_BUILT), "tables": {}}
     notes = {}
     for experiment in plan:

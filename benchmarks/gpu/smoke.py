@@ -15,20 +15,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.run import Run
 from benchmarks.gpu.session import SLOW
 from benchmarks.harness.data import Batch, make_batch
 from benchmarks.harness.shapes import Shape
 from lad_kernels import LADConfig, linear_lad_loss, linear_logprobs
 from lad_kernels.head import dispatch
 from lad_kernels.testing import relative_error
-
-if TYPE_CHECKING:
-    from benchmarks.gpu.experiments import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = Shape("smoke", 4, 80, 256, 4096, "the layout of real heads, so that compiled kernels serve the experiments too")

@@ -13,17 +13,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from benchmarks.gpu.run import Run
 from benchmarks.harness.data import Batch, make_batch
 from benchmarks.harness.shapes import GPU, TINY
 from lad_kernels import LADConfig, linear_lad_loss, linear_logprobs
 from lad_kernels.head import dispatch
-
-if TYPE_CHECKING:
-    from benchmarks.gpu.experiments import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = "_kernel"  # every Triton kernel of the package ends so

@@ -12,11 +12,12 @@ import gc
 import os
 import statistics
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.run import Run
 from benchmarks.harness.data import ENTROPY
 from benchmarks.harness.measure import describe, quartiles
 from benchmarks.harness.providers import PROMISE
@@ -24,9 +25,6 @@ from lad_kernels import grpo_loss, lad_loss
 from lad_kernels.frameworks import trl as adapter
 from lad_kernels.frameworks import trl_options
 from lad_kernels.testing import relative_error
-
-if TYPE_CHECKING:
-    from benchmarks.gpu.experiments import Run
 
 STOCK, FUSED, LAD = "TRL", "TRL, our head", "LADTrainer"
 SIZES = {  # Qwen2Config, tokens of a sequence and of a micro-batch; "tiny" is for dry runs

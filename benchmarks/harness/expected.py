@@ -19,10 +19,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from benchmarks.report import Results
+from benchmarks.harness.results import Results
 
 NAME = "expected.json"
 OFF = 0.15  # a prediction missed by more than this share is marked

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.data import DRIFT, ENTROPY, Batch
-from benchmarks.harness.providers import Provider
+from benchmarks.harness.provider import Provider
 from lad_kernels import reference
 from lad_kernels.testing import (
     CONTRACT_MARGIN,

@@ -23,8 +23,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness.data import Batch, make_batch
+from benchmarks.harness.eager import EAGER
 from benchmarks.harness.machine import cores
-from benchmarks.harness.providers import EAGER, TAIL_MASS, Provider, all_providers, split_available
+from benchmarks.harness.provider import Provider
+from benchmarks.harness.providers import TAIL_MASS, all_providers, split_available
 from benchmarks.harness.shapes import SETS, TINY, Shape
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.data import Batch
-from benchmarks.harness.providers import (
+from benchmarks.harness.eager import EPSILON, grpo_from_logprobs
+from benchmarks.harness.provider import (
     CPU_COMPILES,
-    EPSILON,
     SLOW_START,
     Provider,
     compiler_missing,
-    grpo_from_logprobs,
     needs,
     on_cuda,
     package_missing,

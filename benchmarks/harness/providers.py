@@ -1,20 +1,8 @@
-"""Everything that is measured, behind one signature: `forward(batch) -> Tensor`, differentiable in hidden and weight.
-
-job       forward returns          gradient asked for
-head      log-probs [N]            with a given upstream gradient per token: what a policy loss sends down
-ce        mean cross entropy []    of the scalar; for peers that cannot weigh tokens one by one
-lad, grpo the whole loss []        from hidden states, old log-probs and advantages
-
-`eager` is the baseline of each job, written as trainers write it: logits stored in the dtype of the model, widened,
-log-softmax, gather. Peers live in `peers.py`; a provider that cannot run here says why in words.
-"""
+"""Every provider: eager PyTorch and what else PyTorch offers, this package, and the peers of `peers.py`."""
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -23,101 +11,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.harness.data import Batch
+from benchmarks.harness.eager import EAGER, eager_ce, eager_grpo, eager_lad, eager_logprobs
+from benchmarks.harness.peers import peer_providers
+from benchmarks.harness.provider import SLOW, SLOW_START, Provider, anywhere, compiler_missing
 from lad_kernels import GRPOConfig, LADConfig, linear_grpo_loss, linear_lad_loss, linear_logprobs
 
-JOBS = {
-    "head": "token log-probs, any upstream gradient",
-    "ce": "mean cross entropy",
-    "grpo": "GRPO from hidden states",
-    "lad": "LAD from hidden states",
-}
-EAGER = "eager torch"
-SLOW_START = frozenset({"compiled"})  # compiles for seconds before its first step
-CPU_COMPILES = frozenset({"compiled on a CPU"})
-SLOW = frozenset({"slow"})  # takes seconds a step where it is not at home
 CHUNK = 512  # rows of the checkpointed baseline
-EPSILON, ETA = 0.2, 0.25  # as in the default GRPOConfig and LADConfig
 TAIL_MASS, PROMISE = 3e-4, 4e-3  # of the routed rows, and the relative gradient error that they may reach
 
-
-def anywhere(batch: Batch) -> str | None:
-    """The reason function of what runs on every machine."""
-    return None
-
-
-@dataclass(frozen=True)
-class Provider:
-    """One way to do a job."""
-
-    name: str
-    job: str
-    forward: Callable[[Batch], Tensor]
-    unavailable: Callable[[Batch], str | None] = anywhere
-    ours: bool = False
-    note: str = ""
-    tags: frozenset[str] = field(default_factory=frozenset)  # one of the three above
-    promise: float = 0.0  # relative gradient error that it allows itself beyond the rule, on peaked data
-
-    def unavailable_reason(self, batch: Batch) -> str | None:
-        """Why this provider cannot run on `batch`, in words; None if it can."""
-        return self.unavailable(batch)
-
-    def step(self, batch: Batch) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
-        """(value, backward): the forward has run; `backward()` gives dH [N, D] and dW [V, D]."""
-        value = self.forward(batch)
-        upstream = batch.upstream.to(value.dtype) if self.job == "head" else None
-
-        def backward() -> tuple[Tensor, Tensor]:
-            return torch.autograd.grad(value, (batch.hidden, batch.weight), upstream)
-
-        return value, backward
-
-
-def package_missing(name: str) -> str | None:
-    return None if importlib.util.find_spec(name) else f"the package {name} is not installed"
-
-
-def needs(*packages: str, cuda: bool = False) -> Callable[[Batch], str | None]:
-    """A reason function: packages that must be installed, and whether a CUDA device is needed."""
-
-    def reason(batch: Batch) -> str | None:
-        for name in packages:
-            if package_missing(name):
-                return package_missing(name)
-        return f"it needs a CUDA device, the input is on {batch.hidden.device}" if cuda and not on_cuda(batch) else None
-
-    return reason
-
-
-def on_cuda(batch: Batch) -> bool:
-    return batch.hidden.is_cuda
-
-
-def compiler_missing(batch: Batch) -> str | None:
-    if on_cuda(batch) or shutil.which("g++") or shutil.which("clang++"):
-        return None
-    return "torch.compile needs a C++ compiler on CPU and none is on the path"
-
-
-def kernels_missing(batch: Batch) -> str | None:
-    """What the package itself answers when the kernels are asked for, on no tokens."""
-    try:
-        linear_logprobs(batch.hidden[:0], batch.weight, batch.targets[:0], impl="triton")
-    except RuntimeError as error:
-        return str(error)
-    return None
-
-
-# Eager torch and what PyTorch offers
-
-
-def eager_logprobs(batch: Batch) -> Tensor:  # [N]
-    logits = (batch.hidden @ batch.weight.T).float()  # [N, V]
-    return logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
-
-
-def eager_ce(batch: Batch) -> Tensor:  # []
-    return F.cross_entropy((batch.hidden @ batch.weight.T).float(), batch.targets)
+# What PyTorch offers
 
 
 def chunked_logprobs(batch: Batch) -> Tensor:  # [N]
@@ -129,25 +31,6 @@ def chunked_logprobs(batch: Batch) -> Tensor:  # [N]
 
     rows = zip(batch.hidden.split(CHUNK), batch.targets.split(CHUNK))
     return torch.cat([checkpoint(some, h, t, use_reentrant=False) for h, t in rows])
-
-
-def grpo_from_logprobs(logprobs: Tensor, batch: Batch) -> Tensor:  # [N] -> []
-    """The token-mean PPO-clip loss as trainers write it."""
-    mask = torch.ones_like(batch.old_logprobs)  # [B, T]
-    ratio = (logprobs.view(batch.padded) - batch.old_logprobs).exp()  # [B, T]
-    a = batch.advantages[:, None]  # [B, 1]
-    loss = -torch.minimum(ratio * a, ratio.clamp(1 - EPSILON, 1 + EPSILON) * a)  # [B, T]
-    return (loss * mask).sum() / mask.sum()
-
-
-def lad_from_logprobs(logprobs: Tensor, batch: Batch) -> Tensor:  # [N] -> []
-    """The paper's objective with the Jensen-Shannon divergence, e^u f(r / e^u), written the same way."""
-    mask = torch.ones_like(batch.old_logprobs)  # [B, T]
-    u = batch.advantages[:, None] / ETA  # [B, 1]
-    log_x = logprobs.view(batch.padded) - batch.old_logprobs - u  # [B, T]
-    x = log_x.exp()
-    loss = u.exp() * 0.5 * (x * log_x - (x + 1) * ((x + 1) / 2).log())  # [B, T]
-    return (loss * mask).sum() / mask.sum()
 
 
 @cache
@@ -175,15 +58,16 @@ def torch_linear_ce_missing(batch: Batch) -> str | None:
     return f"torch {torch.__version__} has no chunked torch.nn.functional.linear_cross_entropy"
 
 
-def eager_grpo(batch: Batch) -> Tensor:
-    return grpo_from_logprobs(eager_logprobs(batch), batch)
-
-
-def eager_lad(batch: Batch) -> Tensor:
-    return lad_from_logprobs(eager_logprobs(batch), batch)
-
-
 # Ours
+
+
+def kernels_missing(batch: Batch) -> str | None:
+    """What the package itself answers when the kernels are asked for, on no tokens."""
+    try:
+        linear_logprobs(batch.hidden[:0], batch.weight, batch.targets[:0], impl="triton")
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def our_logprobs(impl: str) -> Callable[[Batch], Tensor]:
@@ -234,8 +118,6 @@ def torch_providers() -> list[Provider]:
 
 def all_providers(job: str | None = None) -> list[Provider]:
     """Every provider, the eager baseline of each job first."""
-    from benchmarks.harness.peers import peer_providers
-
     found = [*torch_providers(), *our_providers("triton"), *our_providers("torch"), *peer_providers()]
     return [p for p in found if job in (None, p.job)]
 

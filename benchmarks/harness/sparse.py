@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.data import Batch, make_batch
+from benchmarks.harness.eager import EAGER, ETA, eager_logprobs, lad_from_logprobs
 from benchmarks.harness.machine import cores
 from benchmarks.harness.measure import M_MMAP_THRESHOLD, ROOT, peak_bytes_cpu
-from benchmarks.harness.providers import EAGER, ETA, Provider, eager_logprobs, lad_from_logprobs
+from benchmarks.harness.provider import Provider
 from benchmarks.harness.shapes import Shape
 from lad_kernels import LADConfig, LossOutput, linear_lad_loss, reference
 from lad_kernels.head import dispatch

@@ -29,12 +29,12 @@ from torch import Tensor
 from benchmarks import report
 from benchmarks.harness import machine
 from benchmarks.harness.data import ENTROPY
+from benchmarks.harness.results import RESULTS, Results
 from lad_kernels import linear_logprobs
 from lad_kernels.head.records import BLOCK
 from lad_kernels.testing import relative_error, sample_targets
 
 RUNS = Path("runs/policy_states")
-RESULTS = report.RESULTS / "policy_states" / "results.json"
 VOCABULARY = 32_768
 CORPUS_BYTES = 60_000_000
 SUFFIXES = (".py", ".md", ".rst", ".txt")
@@ -333,7 +333,7 @@ def flat(states: States, seed: int) -> States:
     return States(hidden, states.weight, sample_targets(hidden, states.weight, gen), 1.0)
 
 
-def add_policy(results: report.Results, name: str, order: str, states: States, coefficients: Tensor) -> Policy:
+def add_policy(results: Results, name: str, order: str, states: States, coefficients: Tensor) -> Policy:
     """Every table's rows for one policy and one order of the vocabulary."""
     tails = {tail: partial(routed, theta=TAIL_THETA, tail=tail) for tail in ("block means", "stochastic")}
     rules = {f"{theta:g}": partial(routed, theta=theta) for theta in THETAS}
@@ -355,7 +355,7 @@ def add_policy(results: report.Results, name: str, order: str, states: States, c
 def write_report(out: Path, temperatures: Sequence[float], seed: int) -> None:
     torch.manual_seed(seed)
     command = shlex.join(["python", "-m", "benchmarks.studies.policy_states", *sys.argv[1:]])
-    results = report.Results(machine.describe("cpu", command) | {"notes": []})
+    results = Results(machine.describe("cpu", command) | {"notes": []})
     completions = REPORT_TOKENS // COMPLETION
     advantages = torch.randn(completions, generator=torch.Generator().manual_seed(seed))  # [completions]
     coefficients = advantages.repeat_interleave(COMPLETION)  # [N]
@@ -376,7 +376,7 @@ def write_report(out: Path, temperatures: Sequence[float], seed: int) -> None:
                 f"Mean entropy at temperature 1 is {entropy:.3g} nats; under reinforcement learning about "
                 f"{ENTROPY['peaked']} is usual. A lower temperature lowers it, which is not the same as such training."
             ]
-        results.save(RESULTS)
+        results.save(RESULTS / "policy_states" / "results.json")
     print(report.render([results]))
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks import report
 from benchmarks.harness import machine
+from benchmarks.harness.results import RESULTS, Results
 from lad_kernels import LADConfig, linear_lad_loss, linear_logprobs
 
 VOCABULARY, HIDDEN, CONTEXTS = 16_384, 64, 256
@@ -200,8 +201,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     torch.set_num_threads(1)
     command = f"python -m benchmarks.studies.training --steps {options.steps} --seeds {options.seeds}"
-    results = report.Results(machine.describe("cpu", command))
+    results = Results(machine.describe("cpu", command))
     for line in summarise(compare(options.steps, options.seeds)):
         results.add("training", **line)
-    results.save(report.RESULTS / "training" / "results.json")
+    results.save(RESULTS / "training" / "results.json")
     print(report.render([results]))

@@ -9,15 +9,17 @@ pytest.importorskip("trl", reason="TRL is not installed; the measurement of TRL'
 
 from benchmarks import report
 from benchmarks.gpu import experiments, session, trl_step
+from benchmarks.gpu.run import Run
 from benchmarks.gpu.trl_step import FUSED, LAD, STOCK
+from benchmarks.harness.results import Results
 from lad_kernels.frameworks import trl as adapter
 from lad_kernels.frameworks import trl_options
 
 
 @pytest.fixture
-def run(tmp_path) -> experiments.Run:
+def run(tmp_path) -> Run:
     torch.set_num_threads(1)
-    return experiments.Run(tmp_path / "rows.json", dry_run=True)
+    return Run(tmp_path / "rows.json", dry_run=True)
 
 
 def test_dry_run(run):
@@ -30,7 +32,7 @@ def test_dry_run(run):
     assert [(r["tokens"], r["trainer"]) for r in steps[:6]] == [(n, t) for n in (64, 128) for t in (STOCK, FUSED, LAD)]
     assert len(steps) == 12
     assert all(r["tokens_per_s"] == pytest.approx(1e3 * r["tokens"] / r["ms"][1]) for r in steps)
-    assert "#### TRL steps" in report.render([report.Results.load(run.path)])
+    assert "#### TRL steps" in report.render([Results.load(run.path)])
 
 
 @pytest.mark.parametrize(("name", "function"), [(FUSED, "linear_logprobs"), (LAD, "linear_lad_loss")])

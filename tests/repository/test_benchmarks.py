@@ -16,10 +16,14 @@ import torch
 
 from benchmarks import report
 from benchmarks.gpu import checks, experiments, session
+from benchmarks.gpu.run import Run
 from benchmarks.harness import gate, predicted
 from benchmarks.harness.data import make_batch
+from benchmarks.harness.eager import EAGER, eager_logprobs
 from benchmarks.harness.measure import Rounds, quartiles, ratio, ratio_interval, summary
-from benchmarks.harness.providers import EAGER, JOBS, Provider, all_providers, eager_logprobs, split_available
+from benchmarks.harness.provider import JOBS, Provider
+from benchmarks.harness.providers import all_providers, split_available
+from benchmarks.harness.results import RESULTS, Results
 from benchmarks.harness.shapes import SETS, TINY
 from lad_kernels import reference
 from lad_kernels.head import dispatch, memory
@@ -163,8 +167,8 @@ def test_statistics():
     assert quartiles([0.001]) == [1.0, 1.0, 1.0]
 
 
-def example_results() -> report.Results:
-    results = report.Results({"device": "a machine", "versions": {"torch": "2"}, "commit": "abc", "command": "pytest"})
+def example_results() -> Results:
+    results = Results({"device": "a machine", "versions": {"torch": "2"}, "commit": "abc", "command": "pytest"})
     row = dict(job="head", shape="s N=1 D=2 V=3", data="flat", dtype="float32", note="", rounds=3, outside=[],
                errors={"value": 1e-7}, forward_ms=[1.0, 2.0, 3.0], backward_ms=[1.0, 2.0, 3.0])  # fmt: skip
     results.add("speed", **row, provider=EAGER, ours=False, total_ms=[3.0, 4.0, 5.0], vs_eager=1.0)
@@ -188,9 +192,9 @@ def test_report_shows_machine_missing_and_losing_rows(tmp_path):
 
 def test_committed_results_are_rendered():
     """RESULTS.md is what the committed JSON files give."""
-    if not report.RESULTS.exists():
+    if not RESULTS.exists():
         pytest.skip("no results are committed; lost: that RESULTS.md shows them as they are")
-    assert report.TARGET.read_text() == report.document(report.RESULTS)
+    assert report.TARGET.read_text() == report.document(RESULTS)
 
 
 def test_predicted_memory_is_within_the_budget():
@@ -279,7 +283,7 @@ def test_what_the_smoke_test_finds_wrong_is_left_out(tmp_path, monkeypatch):
     )
     session.run(plan, 60, tmp_path, dry_run=False)
     assert (tmp_path / "later.json").read_text().split()[1:] == ["routed"]
-    run = experiments.Run(tmp_path / "run.json", dry_run=True, without=["routed"])
+    run = Run(tmp_path / "run.json", dry_run=True, without=["routed"])
     assert run.paths == ["one_pass", "two_pass"]
 
 
@@ -353,7 +357,7 @@ def test_last():
 def test_a_test_run_keeps_verdicts_and_tracebacks(tmp_path, capsys, workers, hangs):
     """Whole names and tracebacks of what failed, also when the run is cut."""
     (tmp_path / "test_planted.py").write_text(SUITE.format(1000 if hangs else 0))
-    run = experiments.Run(tmp_path / "rows.json", dry_run=True, end=time.monotonic() + (30 if hangs else 100))
+    run = Run(tmp_path / "rows.json", dry_run=True, end=time.monotonic() + (30 if hangs else 100))
     with pytest.raises(SystemExit, match="cut" if hangs else "exit status 1"):
         checks.run_tests(run, ["-n", str(workers), str(tmp_path / "test_planted.py")])
     tables = json.loads(run.path.read_text())["tables"]

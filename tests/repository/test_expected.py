@@ -10,12 +10,14 @@ import pytest
 from benchmarks import report
 from benchmarks.gpu import head_shapes, session
 from benchmarks.harness import expected, sparse
-from benchmarks.harness.providers import JOBS, all_providers
+from benchmarks.harness.provider import JOBS
+from benchmarks.harness.providers import all_providers
+from benchmarks.harness.results import RESULTS, Results
 from benchmarks.harness.shapes import GPU, Shape
 from lad_kernels.head import dispatch, memory
 
 BENCHMARKS = Path(expected.__file__).parents[1]
-ENTRIES = expected.load(report.RESULTS)
+ENTRIES = expected.load(RESULTS)
 SHAPES = {str(s): s for s in (*GPU, *head_shapes.SHAPES, sparse.SHAPES["gpu"])}
 H100 = "NVIDIA H100 80GB HBM3, 132 multiprocessors, 79 GiB, CUDA 13.0"
 H200 = "NVIDIA H200, 132 multiprocessors, 140 GiB, CUDA 13.0"
@@ -30,8 +32,8 @@ def entry(quantity: str = "of_three_products", predicted: float | None = 1.0, **
     }  # fmt: skip
 
 
-def results(device: str = H100, **measured) -> report.Results:
-    found = report.Results({"device": device, "versions": {"torch": "2"}, "commit": "abc", "command": "gpu.sh"})
+def results(device: str = H100, **measured) -> Results:
+    found = Results({"device": device, "versions": {"torch": "2"}, "commit": "abc", "command": "gpu.sh"})
     found.add("one pass", shape="s", path="two_pass", rows="", **dict.fromkeys(measured, 77.0))
     found.add("one pass", shape="s", path="one_pass", rows=32, **measured)
     return found
@@ -188,7 +190,7 @@ def test_the_newest_file_counts(tmp_path):
     save(tmp_path, names)
     files = sorted(tmp_path.glob("*.json"), key=expected.age)
     assert [f.name for f in files] == ["results.json", "z-2.json", "B-20261130-235959.json", "A-20261201-090000.json"]
-    found = expected.compare([entry()], [report.Results.load(f) for f in files])
+    found = expected.compare([entry()], [Results.load(f) for f in files])
     assert found.rows[0].measured == 3
 
 
@@ -245,7 +247,7 @@ def test_short_names_the_misses():
 def test_every_entry_can_be_met():
     """A planted row for each entry, at what is predicted: nothing is missing and nothing is off, on either card."""
     for device, card in ((H100, "H100"), (H200, "H200")):
-        run = report.Results({"device": device})
+        run = Results({"device": device})
         for e in ENTRIES:
             number = e["predicted"] or e["published"][0]["value"]
             row = {k: v.replace("*", "4096 MiB") if isinstance(v, str) else v for k, v in e["match"].items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -139,6 +140,125 @@ def test_import_direction():
 )
 def test_import_direction_can_fail(name, source):
     assert import_violations(name, source)
+
+
+# What the programs around the package may import, wherever the import stands. A longer prefix wins.
+PROGRAMS_MAY_IMPORT = {
+    "benchmarks": {"benchmarks.harness", "benchmarks.report", "lad_kernels"},  # the pytest files
+    "benchmarks.report": {"benchmarks.harness"},
+    "benchmarks.plot": {"benchmarks.harness"},
+    "benchmarks.harness": {"benchmarks.harness", "lad_kernels"},
+    "benchmarks.gpu": {"benchmarks.gpu", "benchmarks.harness", "lad_kernels", "tests.support.interpreter"},
+    "benchmarks.gpu.session": set(),  # it outlives every experiment: it imports no library and touches no GPU
+    "benchmarks.gpu.verdicts": set(),  # a plugin of pytest
+    "benchmarks.studies": {"benchmarks.harness", "benchmarks.report", "lad_kernels"},
+    "integration": {"integration", "lad_kernels"},
+}
+# The adapter of one of these imports nothing of another's; what several share imports nothing of any.
+FRAMEWORKS = ("prime_rl", "slime", "torchtitan", "trl", "verl")
+
+
+def repository() -> dict[str, str]:
+    """{module: source}; tests go by their last name, as conftest.py puts their folders on the path."""
+    found = {name.rpartition(".")[2]: source for name, source in sources(ROOT / "tests")}
+    for top in ("benchmarks", "integration", "lad_kernels"):
+        found |= {f"{top}.{name}".rstrip("."): source for name, source in sources(ROOT / top)}
+    return found
+
+
+def is_deferred(node: ast.AST) -> bool:
+    """Whether what stands in `node` runs later than the module, or never."""
+    return isinstance(node, ast.FunctionDef) or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+
+
+def imported(source: str) -> list[tuple[str, bool]]:
+    """(dotted name, whether deferred: in a function or for type checkers alone) of everything that is imported."""
+    tree, found = ast.parse(source), []
+    deferred = {id(n) for block in ast.walk(tree) if is_deferred(block) for n in ast.walk(block)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            found += [(prefix + name.name, id(node) in deferred) for name in node.names]
+    return found
+
+
+def program_violations(name: str, source: str) -> list[str]:
+    part = max((p for p in PROGRAMS_MAY_IMPORT if belongs(name, p)), key=len)
+    ours = [t for t, _ in imported(source) if t.split(".")[0] in ("benchmarks", "integration", "lad_kernels", "tests")]
+    return [f"{name} imports {t}" for t in ours if not any(belongs(t, p) for p in PROGRAMS_MAY_IMPORT[part])]
+
+
+def framework_of(module: str) -> str | None:
+    """Whose adapter a module of lad_kernels/frameworks is; None for what several share, and for other modules."""
+    found = re.match(rf"lad_kernels\.frameworks\.({'|'.join(FRAMEWORKS)})(?![a-z])", module)
+    return found and found[1]
+
+
+def adapter_violations(name: str, source: str) -> list[str]:
+    return [f"{name} imports {t}" for t, _ in imported(source) if framework_of(t) not in (None, framework_of(name))]
+
+
+def circle(modules: dict[str, str]) -> list[str]:
+    """Modules that import each other in a circle, if any. Only the package may defer an import that closes one."""
+    graph: dict[str, set[str]] = {name: set() for name in modules}
+    for name, source in modules.items():
+        for target, deferred in imported(source):
+            target = target.removeprefix("tests.support.")
+            while target and target not in modules:
+                target = target.rpartition(".")[0]
+            if target not in ("", name) and not (deferred and belongs(name, "lad_kernels")):
+                graph[name].add(target)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_programs_and_adapters_import_in_one_direction():
+    modules = repository()
+    programs = {n: s for n, s in modules.items() if any(belongs(n, p) for p in PROGRAMS_MAY_IMPORT)}
+    adapters = {n: s for n, s in modules.items() if belongs(n, "lad_kernels.frameworks")}
+    assert [v for n, s in programs.items() for v in program_violations(n, s)] == []
+    assert [v for n, s in adapters.items() for v in adapter_violations(n, s)] == []
+    assert {framework_of(n) for n in adapters} == {None, *FRAMEWORKS}
+    assert all(any(belongs(n, p) for n in programs) for p in PROGRAMS_MAY_IMPORT)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert circle(repository()) == []
+
+
+@pytest.mark.parametrize("part", PROGRAMS_MAY_IMPORT)
+@pytest.mark.parametrize("form", ["import {}", "from {} import x", "def f():\n    from {0} import x"])
+def test_directions_of_programs_can_fail(part, form):
+    other = "integration.report" if belongs(part, "benchmarks") else "benchmarks.report"
+    for target in [other, "tests.support.cases"] + ["benchmarks.gpu.run"] * (part != "benchmarks.gpu"):
+        assert program_violations(f"{part}.planted", form.format(target))
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("trl", "from lad_kernels.frameworks.verl import LADLoss"),
+        ("slime", "from lad_kernels.frameworks import prime_rl"),
+        ("verl_megatron", "def f():\n    import lad_kernels.frameworks.trl_options"),
+        ("head_call", "from lad_kernels.frameworks.torchtitan import LADLoss"),
+    ],
+)
+def test_directions_of_adapters_can_fail(name, source):
+    assert adapter_violations(f"lad_kernels.frameworks.{name}", source)
+
+
+@pytest.mark.parametrize("top", ["benchmarks", "integration", "lad_kernels"])
+@pytest.mark.parametrize(
+    "back", ["from {0}.a import x", "def f():\n    from {0} import a", "if TYPE_CHECKING:\n    import {0}.a"]
+)
+def test_circles_can_fail(top, back):
+    there = {f"{top}.a": f"from {top} import b", f"{top}.b": f"from {top}.c import x"}
+    allowed = top == "lad_kernels" and not back.startswith("from")
+    assert (circle({**there, f"{top}.c": back.format(top)}) == []) == allowed
+    assert circle({**there, f"{top}.c": "import math"}) == []
 
 
 def test_sizes():

@@ -251,7 +251,7 @@ def run_part(part: str, plan: Sequence[Experiment], deadline: float, out: Path, 
                 Path(f"{stem}-counters.txt").write_text(text[: 4 * LOG_BYTES])
 
         statuses, _ = run(plan, deadline, folder, options.dry_run, save)
-    show = [sys.executable, "-m", "benchmarks.report", "--short", f"{stem}.json"]
+    show = [sys.executable, "-m", "benchmarks.harness.terminal", f"{stem}.json"]
     done = subprocess.run(show, cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout or done.stderr)
     bad = [name for name, status in statuses.items() if not status.startswith("done")]

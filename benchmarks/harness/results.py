@@ -1,4 +1,4 @@
-"""What one run measured, as a JSON file under benchmarks/results/."""
+"""What one run measured, as a JSON file under benchmarks/results/, and how its numbers are written."""
 
 from __future__ import annotations
 
@@ -29,3 +29,17 @@ class Results:
     def load(cls, path: Path) -> Results:
         record = json.loads(path.read_text())
         return cls(record["machine"], record["tables"], record["missing"])
+
+
+def number(x: object) -> str:
+    """Three significant figures."""
+    if isinstance(x, float):
+        return f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}"
+    if isinstance(x, list):
+        return " to ".join(number(v) for v in x)
+    return str(x).replace("|", "/")
+
+
+def spread(quartiles: list[float]) -> str:
+    low, middle, high = quartiles
+    return f"{number(middle)} [{number(low)}, {number(high)}]"

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.gpu import head_shapes, session
-from benchmarks.harness import expected, sparse
+from benchmarks.harness import expected, sparse, terminal
 from benchmarks.harness.provider import JOBS
 from benchmarks.harness.providers import all_providers
 from benchmarks.harness.results import RESULTS, Results
@@ -234,14 +234,14 @@ def test_short_names_the_misses():
     run = results()
     for i in range(30):
         run.add("one pass", shape="s", path="one_pass", rows=i, of_three_products=(1 + i / 100) * (1 if i < 2 else 1.3))
-    lines = report.short(run, entries).splitlines()
+    lines = terminal.short(run, entries).splitlines()
     assert "Off by more than 15 %: 28 of 30 compared; not measured: 0; of another card: 0." in lines
     marked = [line for line in lines if line.startswith("+30 %")]
     assert len(marked) == 20
     assert marked[0].startswith("+30 % one_pass, s, one_pass, rows ")
     assert marked[0].endswith("; published 0.9 (a peer, H100)")
     run.machine["device"] = CPU
-    assert "Off by" not in report.short(run, entries)
+    assert "Off by" not in terminal.short(run, entries)
 
 
 def test_every_entry_can_be_met():

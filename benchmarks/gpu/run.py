@@ -28,7 +28,7 @@ class Run:
         self.path, self.dry_run = path, dry_run
         self.device = "cpu" if dry_run else "cuda"
         self.shapes = TINY if dry_run else GPU
-        self.repeats = 2 if dry_run else 20
+        self.repeats = 1 if dry_run else 20
         self.end = end or time.monotonic() + 600  # of time.monotonic(), one clock for all processes
         self.paths = [path for path in dispatch.PATHS if path not in without]  # those found right
         notes = ["Dry run on CPU in Triton's interpreter: the numbers mean nothing."] if dry_run else []
@@ -47,24 +47,24 @@ class Run:
         return self.end - time.monotonic()
 
     def time(self, function: Callable[[int], object], repeats: int | None = None) -> list[float]:
-        """Quartiles in ms of function(i), i counting the calls. Launches queue up, so their own cost is hidden."""
+        """Quartiles in ms of function(i), i counting the calls, after three; in a dry run it is called once.
+
+        Launches queue up, so their own cost is hidden.
+        """
         repeats = min(repeats or self.repeats, self.repeats)
-        for i in range(1 if self.dry_run else 3):
-            function(i)
-        if self.device == "cuda":
-            marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-            marks[0].record()
-            for i, mark in enumerate(marks[1:]):
-                function(i)
-                mark.record()
-            marks[-1].synchronize()
-            return quartiles([start.elapsed_time(stop) / 1e3 for start, stop in itertools.pairwise(marks)])
-        seconds = []
-        for i in range(repeats):
+        if self.device != "cuda":
             begin = time.perf_counter()
+            function(0)
+            return quartiles([time.perf_counter() - begin])
+        for i in range(3):
             function(i)
-            seconds.append(time.perf_counter() - begin)
-        return quartiles(seconds)
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        marks[0].record()
+        for i, mark in enumerate(marks[1:]):
+            function(i)
+            mark.record()
+        marks[-1].synchronize()
+        return quartiles([start.elapsed_time(stop) / 1e3 for start, stop in itertools.pairwise(marks)])
 
     def batches(self, shape: Shape, data: str = "flat", dtype: torch.dtype = torch.bfloat16) -> list[Batch]:
         return make_batches(shape, data, dtype, self.device)

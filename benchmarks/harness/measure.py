@@ -141,7 +141,7 @@ def claim(lad: Provider, grpo: Provider, eager: Provider, batches: list[Batch], 
     clock, threads = time.process_time, torch.get_num_threads()
     torch.set_num_threads(1)
     paired, against = Rounds([lad, grpo], batches, clock), Rounds([lad, eager], batches, clock)
-    for rounds, count in ((paired, pairs), (against, max(3, pairs // 10))):
+    for rounds, count in ((paired, pairs), (against, max(min(pairs, 3), pairs // 10))):
         rounds.warm()
         for _ in range(count):
             rounds()

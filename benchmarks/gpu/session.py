@@ -5,7 +5,7 @@
     C   for another day: workspaces, chunks, planted routings, providers that compile for long
 
 Without arguments A runs, then B. An experiment (`benchmarks/gpu/experiments.py`) adds rows to a file as it goes: a
-crash, a hang or a cut loses at most the row in progress. Experiments run in the order of PLAN, the ones that time
+crash, a hang or a cut loses at most the row in progress. Experiments run in the order of `plan.py`, the ones that time
 nothing beside each other; each stage has its limit, and a part's limits add up to its deadline. The next stage's
 processes import their libraries while the present one runs, and wait. Each part writes `PART-TIME.json` (all tables)
 and `PART-TIME.log` (the end of every experiment's output), B also `PART-TIME-counters.txt`: a second call never
@@ -27,76 +27,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.gpu.plan import CLOSING, DEADLINE, GRACE, PLAN, SLOW, Experiment, stages
+
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE = {"A": 380, "B": 180, "C": 400}  # seconds of a part
 DRY_FACTOR = 5  # more time for the interpreter
-GRACE = 3  # seconds between an experiment's own limit, at which it should stop, and its end
-CLOSING = 8  # seconds of a part for merging and the table
 LOG_BYTES = 1 << 20  # of each experiment's output that is kept
-
-
-@dataclass(frozen=True)
-class Experiment:
-    name: str  # a function of experiments.py
-    part: str
-    seconds: int  # its own limit
-    what: str
-    lost: str  # what nobody knows if it is cut
-    beside: bool = False  # times nothing: starts together with the one before
-
-
-PLAN = (
-    Experiment("ceilings", "A", 25, "library products and copy bandwidth, the denominators",
-               "every ratio to the library, the cost model's constants"),
-    Experiment("smoke", "A", 30, "every path once, a process each, against impl='torch'; first-call time",
-               "which path traps, so that the others can go on"),
-    Experiment("correctness", "A", 90, "the gate for every provider, runs twice bitwise, objectives, poisoned memory",
-               "errors against float64, bitwise promises"),
-    Experiment("test_suite", "A", 90, "the tests that touch kernels, compiled",
-               "edges of tiles, layouts, features; the verdicts so far are kept", beside=True),
-    Experiment("head_shapes", "A", 55, "N = 8,192, D = 4,096, V = 151,936 and 128,256: ours, eager, peers",
-               "the comparison with what others publish"),
-    Experiment("lad_against_grpo", "A", 20, "the ratio of LAD to GRPO in time and memory", "the paper's claim"),
-    Experiment("routed", "A", 35, "every path end to end on peaked and flat data, error beside bound",
-               "what routing saves"),
-    Experiment("one_pass", "A", 20, "one pass against two, rows of a chunk", "the choice between the two"),
-    Experiment("forward_tiles", "A", 25, "tile shapes of the forward, with and without entropy", "tuning"),
-    Experiment("kernels", "A", 25, "time, registers, spills and shared memory of every kernel, two shapes",
-               "where the time of a path goes"),
-    Experiment("step_parts", "A", 15, "the parts of a routed call, the device's time beside the host's",
-               "what routing costs"),
-    Experiment("peers", "B", 35, "time, memory and error of every provider that is installed", "tables by shape"),
-    Experiment("trl_steps", "B", 45, "GRPO and LAD micro-batches of a 0.5B model in TRL, with its head and with ours",
-               "what a trainer sees"),
-    Experiment("memcheck", "B", 35, "accesses out of bounds, on small shapes", "proof of none"),
-    Experiment("racecheck", "B", 22, "races in shared memory, on small shapes", "proof of none"),
-    Experiment("counters", "B", 20, "hardware counters, one launch of each kernel", "why a kernel is slow"),
-    Experiment("slabs", "C", 30, "workspace of the two-pass backward", "tuning"),
-    Experiment("single_pass", "C", 20, "one pass in library products and row operations", "a bound for one pass"),
-    Experiment("routed_kernels", "C", 60, "the routed backward against planted shares, and its tiles", "tuning"),
-    Experiment("slow_peers", "C", 120, "providers that compile for long", "torch.compile"),
-)  # fmt: skip
-SLOW = "no answer in time"  # a verdict of the smoke test
 NOT_BUILT = {"fp8 forward that only screens": "not built yet"}
-
-
-def stages(plan: Sequence[Experiment]) -> list[list[Experiment]]:
-    """The plan in the groups that run at once."""
-    found: list[list[Experiment]] = []
-    for experiment in plan:
-        if experiment.beside and found:
-            found[-1].append(experiment)
-        else:
-            found.append([experiment])
-    return found
-
-
-def longest(plan: Sequence[Experiment]) -> int:
-    """Seconds that the plan takes if every experiment meets its limit."""
-    return sum(max(e.seconds for e in stage) + GRACE for stage in stages(plan)) + CLOSING
 
 
 def command(experiment: Experiment, rows: Path, dry_run: bool) -> list[str]:

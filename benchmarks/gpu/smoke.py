@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.plan import SLOW
 from benchmarks.gpu.run import Run
-from benchmarks.gpu.session import SLOW
 from benchmarks.harness.data import Batch, make_batch
 from benchmarks.harness.shapes import Shape
 from lad_kernels import LADConfig, linear_lad_loss, linear_logprobs

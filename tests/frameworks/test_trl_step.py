@@ -8,7 +8,8 @@ import torch
 pytest.importorskip("trl", reason="TRL is not installed; the measurement of TRL's steps goes untested")
 
 from benchmarks import report
-from benchmarks.gpu import experiments, session, trl_step
+from benchmarks.gpu import experiments, trl_step
+from benchmarks.gpu.plan import PLAN
 from benchmarks.gpu.run import Run
 from benchmarks.gpu.trl_step import FUSED, LAD, STOCK
 from benchmarks.harness.results import Results
@@ -71,4 +72,4 @@ def test_missing_trl_is_named(run, monkeypatch):
 
 
 def test_every_planned_experiment_exists():
-    assert {e.name for e in session.PLAN} <= set(experiments.EXPERIMENTS)
+    assert {e.name for e in PLAN} <= set(experiments.EXPERIMENTS)

@@ -149,7 +149,8 @@ PROGRAMS_MAY_IMPORT = {
     "benchmarks.plot": {"benchmarks.harness"},
     "benchmarks.harness": {"benchmarks.harness", "lad_kernels"},
     "benchmarks.gpu": {"benchmarks.gpu", "benchmarks.harness", "lad_kernels", "tests.support.interpreter"},
-    "benchmarks.gpu.session": set(),  # it outlives every experiment: it imports no library and touches no GPU
+    "benchmarks.gpu.session": {"benchmarks.gpu.plan"},  # outlives the experiments: imports no library, touches no GPU
+    "benchmarks.gpu.plan": set(),
     "benchmarks.gpu.verdicts": set(),  # a plugin of pytest
     "benchmarks.studies": {"benchmarks.harness", "benchmarks.report", "lad_kernels"},
     "integration": {"integration", "lad_kernels"},

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.gpu import checks, experiments, session
+from benchmarks.gpu.plan import CLOSING, DEADLINE, PLAN, Experiment, longest
 from benchmarks.gpu.run import Run
 from benchmarks.harness import gate, predicted
 from benchmarks.harness.data import make_batch
@@ -208,22 +209,22 @@ def test_predicted_memory_is_within_the_budget():
                 assert 0 <= size <= memory.BUDGET + room
 
 
-@pytest.mark.parametrize("part", tuple(session.DEADLINE))
+@pytest.mark.parametrize("part", tuple(DEADLINE))
 def test_limits_add_up_to_the_deadline(part):
-    plan = [e for e in session.PLAN if e.part == part]
+    plan = [e for e in PLAN if e.part == part]
     assert plan
-    assert session.longest(plan) <= session.DEADLINE[part]
+    assert longest(plan) <= DEADLINE[part]
     assert all(e.lost for e in plan)
 
 
 def test_every_experiment_of_the_plan_exists_and_is_explained():
-    assert {e.name for e in session.PLAN} == set(experiments.EXPERIMENTS)
+    assert {e.name for e in PLAN} == set(experiments.EXPERIMENTS)
     text = " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
-    for e in session.PLAN:
+    for e in PLAN:
         seconds = f"{e.seconds}{', beside the one above' * e.beside}"
         assert f"| {e.name} | {e.part} | {seconds} | {e.what} | {e.lost} |" in text
-    for part, deadline in session.DEADLINE.items():
-        assert f"{part} {session.longest([e for e in session.PLAN if e.part == part])} of {deadline} s" in text
+    for part, deadline in DEADLINE.items():
+        assert f"{part} {longest([e for e in PLAN if e.part == part])} of {deadline} s" in text
 
 
 RECORD = '{"machine": {"device": "d"}, "missing": {}, "tables": {"%s": [{"row": 1}]}}'
@@ -241,7 +242,7 @@ def test_experiments_that_crash_hang_and_lie_lose_only_themselves(tmp_path, monk
     """Every second one is bad; the rows of the others are whole, and each bad one is named."""
     behaviours = ["good", "crashes", "good", "hangs", "good", "hangs and leaves a child", "good", "writes half a file",
                   "good", "writes no tables", "good"]  # fmt: skip
-    plan = [session.Experiment(f"{i} {name}", "A", 1, "planted", "nothing") for i, name in enumerate(behaviours)]
+    plan = [Experiment(f"{i} {name}", "A", 1, "planted", "nothing") for i, name in enumerate(behaviours)]
     monkeypatch.setattr(session, "GRACE", 0.2)
     monkeypatch.setattr(
         session, "command",
@@ -262,11 +263,11 @@ def test_experiments_that_crash_hang_and_lie_lose_only_themselves(tmp_path, monk
 
 
 def test_a_deadline_cuts_what_comes_last(tmp_path, monkeypatch):
-    plan = [session.Experiment(name, "A", 60, "planted", "nothing") for name in ("first", "second", "third")]
+    plan = [Experiment(name, "A", 60, "planted", "nothing") for name in ("first", "second", "third")]
     monkeypatch.setattr(session, "GRACE", 0.2)
     monkeypatch.setattr(session, "command", lambda e, rows, dry_run: [sys.executable, "-c", BEHAVIOUR["hangs"]])
     begin = time.monotonic()
-    statuses, _ = session.run(plan, 6 + session.CLOSING, tmp_path, dry_run=False)
+    statuses, _ = session.run(plan, 6 + CLOSING, tmp_path, dry_run=False)
     assert time.monotonic() - begin < 9
     assert list(statuses) == ["first"]
     assert statuses["first"].startswith("cut")
@@ -277,7 +278,7 @@ def test_what_the_smoke_test_finds_wrong_is_left_out(tmp_path, monkeypatch):
     rows = [dict(path="routed", verdict="WRONG"), dict(path="one_pass", verdict="right"), dict(path="", verdict="trap")]
     smoke = json.dumps({"machine": {}, "missing": {}, "tables": {"smoke": rows}})
     say = "import sys; open(sys.argv[1], 'w').write({!r} if sys.argv[2] == 'smoke' else sys.stdin.readline())"
-    plan = [session.Experiment(name, "A", 20, "planted", "nothing") for name in ("smoke", "later")]
+    plan = [Experiment(name, "A", 20, "planted", "nothing") for name in ("smoke", "later")]
     monkeypatch.setattr(
         session, "command", lambda e, path, dry_run: [sys.executable, "-c", say.format(smoke), str(path), e.name]
     )
@@ -292,7 +293,7 @@ def test_a_second_call_keeps_the_first_results(tmp_path, monkeypatch):
     monkeypatch.setattr(
         session, "command", lambda e, rows, dry_run: [sys.executable, "-c", BEHAVIOUR["good"], rows, e.name]
     )
-    plan = [session.Experiment("smoke", "A", 20, "planted", "nothing")]
+    plan = [Experiment("smoke", "A", 20, "planted", "nothing")]
     for _ in range(2):
         assert session.run_part("A", plan, 60, tmp_path, options)
         time.sleep(1.1)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
-from benchmarks.gpu import head_shapes, session
+from benchmarks.gpu import head_shapes
+from benchmarks.gpu.plan import PLAN
 from benchmarks.harness import expected, sparse, terminal
 from benchmarks.harness.provider import JOBS
 from benchmarks.harness.providers import all_providers
@@ -72,7 +73,7 @@ def test_every_figure_has_a_source_that_a_reader_can_open():
 
 
 def test_experiments_write_these_tables():
-    names = {e.name for e in session.PLAN}
+    names = {e.name for e in PLAN}
     sources = "".join(p.read_text() for p in BENCHMARKS.rglob("*.py") if p.name != "expected.py")
     for name, table in expected.TABLES.items():
         assert table.experiment in names

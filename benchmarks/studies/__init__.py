@@ -1,1 +1,1 @@
-"""Two questions that a benchmark does not answer: what real policies route, and how routing trains."""
+"""Whether routing changes training, and what it leaves out of the gradient on a trained policy."""

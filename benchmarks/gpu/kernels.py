@@ -71,7 +71,7 @@ def product_ms(run: Run, batches: list[Batch]) -> float:
 def forward_tiles(run: Run) -> None:
     """Tile shapes of the forward; all at the first shape, then the best three at the others and with entropy."""
     from lad_kernels.head.kernels import forward
-    from lad_kernels.head.logits import LogitTransform
+    from lad_kernels.head.records import LogitTransform
 
     def measure(shape: Shape, batches: list[Batch], tiles, entropy: bool) -> float:
         def call(i: int):
@@ -120,7 +120,7 @@ def lse(batch: Batch) -> Tensor:  # [1024] or [N]
 
 def tile_variants(dry_run: bool) -> list:
     """Most promising first, so that a cut costs the least."""
-    from lad_kernels.head.kernels.configs import Tiles
+    from lad_kernels.head.kernels.tile_table import Tiles
 
     if dry_run:
         return [Tiles(64, 128, 32, 8, 8, 2), Tiles(128, 256, 64, 8, 8, 3, tma=True)]
@@ -137,7 +137,7 @@ def tile_variants(dry_run: bool) -> list:
 def slabs(run: Run) -> None:
     """The two-pass backward against its workspace."""
     from lad_kernels.head.kernels import dense, forward
-    from lad_kernels.head.logits import LogitGradient, LogitTransform
+    from lad_kernels.head.records import LogitGradient, LogitTransform, Needs
 
     plain = LogitTransform()
     for shape in run.shapes[:2] if run.dry_run else (run.shapes[0], run.shapes[3], run.shapes[1]):
@@ -152,7 +152,7 @@ def slabs(run: Run) -> None:
                 b, out = batches[i % len(batches)], outs[i % len(batches)]
                 return dense.backward(
                     b.hidden, b.weight, b.targets, None, plain, out.lse, LogitGradient(b.upstream, -b.upstream),
-                    need_hidden=True, need_weight=True, need_bias=False, workspace_bytes=mib * MIB,
+                    needs=Needs(True, True, False), workspace_bytes=mib * MIB,
                 )  # fmt: skip
 
             ms = run.time(call)

@@ -26,7 +26,15 @@ from benchmarks.harness.provider import Provider
 from benchmarks.harness.shapes import TINY, Shape
 from lad_kernels import LADConfig, LossOutput, lad_loss, linear_lad_loss
 from lad_kernels.head import cost, dispatch, memory
-from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitGradient, LogitTransform, Routing
+from lad_kernels.head.records import (
+    BLOCK,
+    HeadForward,
+    HeadGradients,
+    LogitGradient,
+    LogitTransform,
+    Needs,
+    Routing,
+)
 from lad_kernels.testing import relative_error
 
 if TYPE_CHECKING:
@@ -35,12 +43,12 @@ if TYPE_CHECKING:
 MIB = 2**20
 TRUTH_TOKENS = 4096  # above it float64 takes too long
 PLAIN = LogitTransform()
-BOTH = {"need_hidden": True, "need_weight": True, "need_bias": False}
+BOTH = {"needs": Needs(True, True, False)}
 WAYS = {
     "deterministic": BOTH,
     "atomics": {**BOTH, "atomics": True},
-    "dW alone": {**BOTH, "need_hidden": False},
-    "dH alone": {**BOTH, "need_weight": False},
+    "dW alone": {"needs": Needs(False, True, False)},
+    "dH alone": {"needs": Needs(True, False, False)},
 }
 
 
@@ -141,7 +149,7 @@ class RoutedBench:
     def add(self, table: str, routing: Routing, options: dict, **labels: object) -> None:
         """Time and rate; `of_library_rate` is what `gathered` of cost.SPEEDS stands for."""
         pairs = sum(routing.counts)
-        products = 3 if options["need_hidden"] and options["need_weight"] else 2
+        products = 1 + sum(options["needs"])
         try:
             ms = self.run.time(lambda i: self.backward(i, routing, options))
         except Exception as problem:  # a tile the device refuses is a result

@@ -24,10 +24,10 @@ test-isa: $(VENV)/.test
 
 # Random legal calls against the specification: `make fuzz CASES=20000 SEED=1`. Both have defaults.
 fuzz: $(VENV)/.test
-	FUZZ_CASES=$(or $(CASES),20000) FUZZ_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -s tests/loss/test_fuzz.py $(ARGS)
+	FUZZ_CASES=$(or $(CASES),20000) FUZZ_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -rP tests/loss/test_fuzz.py $(ARGS)
 
 soak: $(VENV)/.test
-	SOAK=1 $(BIN)/python -m pytest -n 2 -s tests/loss/test_soak.py tests/loss/test_failure_modes.py $(ARGS)
+	SOAK=1 $(BIN)/python -m pytest -n 2 -rP tests/loss/test_soak.py tests/loss/test_failure_modes.py $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

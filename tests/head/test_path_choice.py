@@ -11,7 +11,7 @@ from test_paths import B, D, M, T, V, batch, fresh, run  # noqa: F401  (fresh is
 from torch import Tensor
 
 from lad_kernels import GRPOConfig, LADConfig, linear_grpo_loss, linear_lad_loss
-from lad_kernels.head import cost, dispatch, memory
+from lad_kernels.head import cost, dispatch, flops, memory
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -70,3 +70,22 @@ def test_the_same_call_gives_the_same_bits(path, impl, device):
         call(other, seed=i + 1)
         for x, y in zip(call(0.5), first):
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("active", [1, 2, 4, 6])
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_the_model_counts_the_products_that_are_launched(active, on_policy, monkeypatch):
+    """PyTorch, exact: where nothing but products takes time, the path with fewer flops, counted here, is preferred."""
+    monkeypatch.setitem(cost.SPEEDS, "cpu", cost.Speeds(1.0, float("inf"), 0.0, gathered=1.0, block=0.0))
+    inputs = batch(drift=None if on_policy else 0.1)
+    inputs["advantages"] = (torch.arange(B) < active).double()  # so many of the B sequences have a gradient
+    config = GRPOConfig(epsilon_low=9, epsilon_high=9)
+    counted = {}
+    for path in ("one_pass", "two_pass"):
+        with dispatch.force(path), flops.counting() as tally:
+            run(linear_grpo_loss, inputs, torch.float32, config=config)
+        counted[path] = tally[0]
+    exact = dispatch.Sparsity(0.0, unbiased=True, backward="auto")
+    for work in (memory.Work(n, 896, 151_936, 4, "cpu") for n in (512, 2048, 16_384)):
+        one_pass = dispatch.takes_one_pass(work, exact, dispatch.Shares(active / B))
+        assert counted["one_pass" if one_pass else "two_pass"] == min(counted.values()), counted

@@ -322,10 +322,9 @@ def fuzz(impl: str, count: int) -> None:
 
 @pytest.mark.timeout(0 if CASES > 500 else 900)
 @pytest.mark.parametrize(("impl", "count"), [("torch", CASES), ("triton", -(-CASES // SLOWER))])
-def test_fuzz(impl, count, capsys):
-    """A fresh seed each time, printed; FUZZ_SEED repeats it, FUZZ_CASES makes it more."""
-    with capsys.disabled():
-        print(f"\nFUZZ_SEED={SEED}")
+def test_fuzz(impl, count):
+    """A fresh seed each time, printed (-rP shows it of what passes); FUZZ_SEED repeats it, FUZZ_CASES makes it more."""
+    print(f"FUZZ_SEED={SEED}")
     fuzz(impl, count)
 
 

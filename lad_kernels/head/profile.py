@@ -58,7 +58,8 @@ class SparsityProfile:
             f"kept {self.kept_share:.2%} of (token, block) pairs, {self.zero_share:.1%} of tokens without a gradient, "
             f"{self.dense_tokens} tokens dense",
             f"dropped gradient mass: mean {self.dropped_mass_mean:.2e}, largest {self.dropped_mass_max:.2e}",
-            f"flops {self.flops_share:.2f} of the dense minimum; predicted {self.predicted_speedup:.2f} times faster",
+            f"flops {self.flops_share:.2f} of the dense minimum; predicted time {1 / self.predicted_speedup:.2f} of "
+            f"the fastest dense path's",
             "",
             "| entropy, nats | tokens | kept pairs | zero coefficient |",
             "|---|---|---|---|",
@@ -74,13 +75,13 @@ class SparsityProfile:
 
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot()
-        labels = [f"{b.entropy_low:.2g}-{b.entropy_high:.2g}" for b in self.buckets]
-        axes.bar(labels, [100 * b.kept_share for b in self.buckets])
+        low, high = ([getattr(b, name) for b in self.buckets] for name in ("entropy_low", "entropy_high"))
+        widths = [b - a for a, b in zip(low, high)]  # nats
+        axes.bar(low, [100 * b.kept_share for b in self.buckets], widths, align="edge", edgecolor="white")
         axes.axhline(100 * self.kept_share, linestyle="--", color="black", label=f"all tokens: {self.kept_share:.2%}")
         axes.set_xlabel("entropy of the token's distribution, nats (equally many tokens in each)")
         axes.set_ylabel(f"kept pairs of {BLOCK} columns, %")
         axes.set_title(f"tail_mass {self.tail_mass:g}, V = {self.vocab_size}")
-        axes.tick_params(axis="x", rotation=45)
         axes.legend()
         figure.savefig(path, dpi=150)
         return Path(path)

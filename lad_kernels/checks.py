@@ -246,7 +246,9 @@ def layout(like: Tensor, like_name: str, cu_seqlens: Tensor | None) -> int | Non
 def mask(x: Tensor | None, like: Tensor, like_name: str) -> None:
     """A mask keeps or drops; weights between 0 and 1 would be ignored, so they are refused."""
     per_token("loss_mask", x, like, like_name, floating=False)
-    if x is not None and x.dtype.is_floating_point and not bool(((x == 0) | (x == 1)).all()):
+    if x is None or not x.dtype.is_floating_point or not may_read(x):
+        return
+    if not bool(((x == 0) | (x == 1)).all()):
         raise ValueError(
             "loss_mask: expected zeros and ones, got other values; pass weights as rollout_is_weights, one per token"
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lad_kernels import GRPOConfig, LADConfig, linear_grpo_loss, linear_lad_loss, linear_logprobs, reference
-from lad_kernels.head import cost, dispatch, memory, pytorch
+from lad_kernels.head import cost, dispatch, flops, memory, pytorch
 from lad_kernels.head.records import BLOCK, LogitGradient, LogitTransform, Needs
 from lad_kernels.head.routing import _draws, route
 from lad_kernels.testing import FP32_TOLERANCE, make_inputs, relative_error
@@ -326,6 +326,22 @@ def test_flops_are_those_of_the_formula_and_of_torch(path, on_policy):
         pairs = out.metrics["kept_share"] * (M - 3) * -(-V // BLOCK)
         bound = 2 * (M - 3) * D * V + 6 * D * BLOCK * pairs
         assert bound * 0.9 < counted <= bound * (1 + 1e-6)  # pairs of the last, partial block are narrower
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("path", dispatch.PATHS)
+def test_metrics_are_final_when_they_are_returned(path, impl, device):
+    """`head_flops` holds the backward's products before it has run: those that are then launched."""
+    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch(drift=0.1).items()}
+    inputs |= {k: v.float() for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    leaves = [inputs[k].requires_grad_() for k in ("hidden_states", "lm_head_weight")]
+    with dispatch.force(path), flops.counting() as tally:
+        out = linear_grpo_loss(**inputs, config=GRPOConfig(tail_mass=1e-2), impl=impl)
+        before = {name: x.clone() for name, x in out.metrics.items()}
+        torch.autograd.grad(out.loss, leaves)
+    assert before.keys() == out.metrics.keys()
+    assert all(torch.equal(x, out.metrics[name]) for name, x in before.items())
+    assert tally[0] == before["head_flops"] > 0
 
 
 def test_score_alone():

@@ -96,13 +96,14 @@ SYNCS = {  # (path, ratio 1): host syncs of forward and backward with a loss_mas
 }
 
 
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32])
 @pytest.mark.parametrize(("path", "on_policy"), SYNCS)
-def test_host_syncs_are_those_of_the_readme(path, on_policy, device, monkeypatch):
+def test_host_syncs_are_those_of_the_readme(path, on_policy, mask_dtype, device, monkeypatch):
     """A mask: one. Tokens with c = 0 dropped: one. One pass: one. Routing: one. Nothing else reads the device."""
     monkeypatch.setattr(checks, "may_read", lambda x: False)  # as on an accelerator
     monkeypatch.setattr(cost, "kind", lambda device, triton: "cuda")
     hidden, weight, targets = inputs(150, 16, 300, device)
-    mask = torch.arange(150, device=device) % 5 != 0
+    mask = (torch.arange(150, device=device) % 5 != 0).to(mask_dtype)
     old = None if on_policy else torch.full((150,), -5.0, device=device)
     advantages = torch.arange(150, device=device) % 3 - 1.0
     h, w = hidden.requires_grad_(), weight.requires_grad_()

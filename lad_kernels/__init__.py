@@ -7,9 +7,7 @@ out.loss.backward()
 
 from lad_kernels.head import SparsityProfile, linear_logprobs, profile_sparsity
 from lad_kernels.loss import LADLoss, linear_grpo_loss, linear_lad_loss
-from lad_kernels.objective.advantages import group_advantages
-from lad_kernels.objective.config import GRPOConfig, LADConfig
-from lad_kernels.objective.policy import grpo_loss, lad_loss
+from lad_kernels.objective import GRPOConfig, LADConfig, group_advantages, grpo_loss, lad_loss
 from lad_kernels.outputs import LinearLogprobs, LossOutput
 
 __version__ = "0.1.0"

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
 from lad_kernels.head import BackwardPlan, HeadArguments, Layout, Operands, flops, prepare
-from lad_kernels.objective.config import GRPOConfig, LADConfig
-from lad_kernels.objective.policy import Config, PolicyInputs, validate
+from lad_kernels.objective import Config, GRPOConfig, LADConfig, PolicyInputs, validate
 from lad_kernels.outputs import LossOutput
 from lad_kernels.step import Step, Wanted
 

@@ -28,7 +28,7 @@ from lad_kernels.head import (
     select_active,
     takes_one_pass,
 )
-from lad_kernels.objective.policy import Config, PolicyInputs, PolicyTerms, compute_terms
+from lad_kernels.objective import Config, PolicyInputs, PolicyTerms, compute_terms
 from lad_kernels.packing import Packing
 
 

@@ -133,22 +133,6 @@ def has_values_by_token(x: Tensor, packing: Packing) -> bool:
     return packing.cu_seqlens is None or x.shape != (len(packing.cu_seqlens) - 1,)
 
 
-def divisor(
-    given: float | Tensor | None, packing: Packing, config: Config, like: Tensor, usable: Tensor | None
-) -> Tensor:
-    """The divisor Z as a 0-d tensor on the device of `like`, without a host sync; `usable` [M]: who counts, or all."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    if given is None and config.loss_agg_mode == "token-mean":
-        given = max(1, packing.tokens) if usable is None else usable.sum().clamp(min=1)
-    elif given is None and config.loss_agg_mode == "seq-mean-token-sum-norm":
-        given = max(1, packing.shape.numel())
-    elif given is None:
-        given = (lengths_of(packing.cu_seqlens, usable) > 0).sum().clamp(min=1)
-    if isinstance(given, Tensor):
-        return given.detach().to(like.device, dtype).reshape(())
-    return torch.full((), given, dtype=dtype, device=like.device)
-
-
 def lengths_of(cu_seqlens: Tensor, usable: Tensor | None) -> Tensor:  # [B + 1], [M] -> [B]
     """Tokens of each sequence that count."""
     if usable is None:

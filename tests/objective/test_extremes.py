@@ -10,9 +10,10 @@ from test_divergences import specification
 from test_objective_kernel import run_terms
 
 from lad_kernels import GRPOConfig, LADConfig, group_advantages, grpo_loss, lad_loss, linear_grpo_loss, reference
-from lad_kernels.objective import kernel, policy
+from lad_kernels.objective import policy
 from lad_kernels.objective.config import ADVANTAGE_SCALES, DIVERGENCES, LEVELS
 from lad_kernels.objective.divergences import lad_terms
+from lad_kernels.objective.kernels import policy as kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy under the interpreter: overflow, inf - inf
 IMPLS = ("torch", "triton")

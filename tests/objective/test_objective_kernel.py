@@ -9,9 +9,12 @@ import triton.language as tl
 from test_divergences import grid, specification
 
 from lad_kernels import GRPOConfig, LADConfig, reference
-from lad_kernels.objective import kernel, kernel_terms, policy
+from lad_kernels.objective import policy
 from lad_kernels.objective.config import ADVANTAGE_SCALES, AGGREGATIONS, DIVERGENCES, LEVELS
 from lad_kernels.objective.divergences import lad_terms
+from lad_kernels.objective.kernels import advantages as group_kernel
+from lad_kernels.objective.kernels import divergences as term_kernels
+from lad_kernels.objective.kernels import policy as kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy under the interpreter: overflow, inf - inf
 ULP = 2.0**-24
@@ -84,11 +87,11 @@ def compare(given, config, rtol=2e-6, **more):
 def _elementary(x_ptr, out, N, BLOCK: tl.constexpr):
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + t, mask=t < N, other=0.0)
-    e, em1, k3 = kernel_terms._exps(x)
+    e, em1, k3 = term_kernels._exps(x)
     tl.store(out + t, e, mask=t < N)
     tl.store(out + N + t, em1, mask=t < N)
     tl.store(out + 2 * N + t, k3, mask=t < N)
-    tl.store(out + 3 * N + t, kernel_terms._log1p(x), mask=t < N)
+    tl.store(out + 3 * N + t, term_kernels._log1p(x), mask=t < N)
 
 
 def test_elementary_functions(device):
@@ -114,7 +117,7 @@ def test_elementary_functions(device):
 def _terms(d_ptr, u_ptr, out, N, OBJECTIVE: tl.constexpr, CENTERED: tl.constexpr, BLOCK: tl.constexpr):
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d, u = tl.load(d_ptr + t, mask=t < N, other=0.0), tl.load(u_ptr + t, mask=t < N, other=0.0)
-    loss, c, above, _marked = kernel_terms._lad_term(d, u, OBJECTIVE, CENTERED)
+    loss, c, above, _marked = term_kernels._lad_term(d, u, OBJECTIVE, CENTERED)
     tl.store(out + t, loss, mask=t < N)
     tl.store(out + N + t, c, mask=t < N)
     tl.store(out + 2 * N + t, above, mask=t < N)
@@ -251,7 +254,7 @@ def test_advantages(name, scale, device):
 @triton.jit
 def _advantages(rewards, ids, chosen, out, B, eta, SCALE: tl.constexpr):
     i = tl.program_id(0)
-    adv, shift = kernel._advantage(rewards, ids, tl.load(chosen + i), eta, B, SCALE, True, True)
+    adv, shift = group_kernel._advantage(rewards, ids, tl.load(chosen + i), eta, B, SCALE, True, True)
     tl.store(out + 2 * i, adv)
     tl.store(out + 2 * i + 1, shift)
 

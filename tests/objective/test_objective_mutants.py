@@ -7,7 +7,8 @@ import torch
 from test_mutants import mutate
 
 from lad_kernels import GRPOConfig, LADConfig, reference
-from lad_kernels.objective import divergences, kernel, policy
+from lad_kernels.objective import divergences, policy
+from lad_kernels.objective.kernels import policy as kernel
 
 POLICY = {
     "js": ("objective/divergences.py", "return Terms(loss, r_slope / 2,", "return Terms(loss, r_slope,"),
@@ -108,7 +109,7 @@ def test_bug_in_the_kernels_policy_losses_is_caught(bug, monkeypatch, tmp_path, 
     if bug is None:
         compare_grpo(narrow, rtol=1e-5, atol=1e-6)
         return
-    mutant = mutate("objective/kernel_terms.py", *KERNEL[bug], tmp_path)
+    mutant = mutate("objective/kernels/divergences.py", *KERNEL[bug], tmp_path)
     monkeypatch.setattr(kernel, "_policy_term", mutant._policy_term)
     with pytest.raises(AssertionError):
         compare_grpo(narrow, rtol=1e-5, atol=1e-6)

@@ -48,7 +48,7 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     "flags": "cli",
     "preflight": "cli",
 }
-TRITON_LIVES_IN = ("head.kernels", "objective.kernel", "objective.kernel_terms")
+TRITON_LIVES_IN = ("head.kernels", "objective.kernels")
 
 
 def module_name(path: Path, package: Path = PACKAGE) -> str:
@@ -70,7 +70,7 @@ def imports(source: str) -> list[tuple[str, bool]]:
     return found
 
 
-PACKAGES = {f"lad_kernels.{p}" for p in ("head", "objective", "head.kernels", "frameworks")}
+PACKAGES = {f"lad_kernels.{p}" for p in ("head", "objective", "head.kernels", "objective.kernels", "frameworks")}
 
 
 def belongs(module: str, part: str) -> bool:

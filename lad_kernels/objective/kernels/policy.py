@@ -1,7 +1,6 @@
 """The objective storey as one Triton launch: rewards or advantages and log-probs -> loss, d loss / d logp, metrics.
 
-Mathematics. kernel_terms.py has the terms of one token. Rewards are taken relative to the program's own reward before
-any sum, so equal rewards give exactly 0 and 100 +- 0.01 keeps its digits; every scale is A_j = (R_j - mean) * factor.
+Mathematics: divergences.py has the terms of one token, advantages.py the statistics of a group.
 
 Layout. One program per sequence (per 4,096 tokens if there are no sequences), tokens in blocks of 256:
   1. rewards, target_norm: passes over all B values, comparing group ids;
@@ -25,11 +24,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lad_kernels.objective.config import GRPOConfig, LADConfig
-from lad_kernels.objective.kernel_terms import _exp, _exps, _minus, _policy_term
+from lad_kernels.objective.kernels.advantages import _advantage
+from lad_kernels.objective.kernels.divergences import _exp, _exps, _minus, _policy_term
 
 SEGMENT = tl.constexpr(4096)  # tokens per program where there are no sequences
-GROUP_BLOCK = tl.constexpr(256)  # rewards per step of the group statistics
-STD_EPS = tl.constexpr(1e-4)  # added to the standard deviation of rewards, as TRL does
 BLOCK = tl.constexpr(256)  # tokens per step: one per thread at 8 warps, which ptxas fits without spills
 
 # Rows of the partials buffer in the order in which the kernel stores them: sums, maxima, the sequence's advantage.
@@ -37,63 +35,6 @@ MEANS = ("marked", "clamp_share", "zero_coef_share", "approx_kl_k1", "approx_kl_
 SUMS = ("loss", "loss_above_start", *MEANS, "e_sum", "e_squares", "tokens", "coef_positive", "coef_negative",
         "positive", "negative")  # fmt: skip
 MAXIMA = ("peak", "coef_max_positive", "coef_max_negative")
-
-
-@triton.jit
-def _moments(source, groups, own, own_group, centre, unit, slope, B, WHOLE: tl.constexpr):
-    """Over the group (the batch if WHOLE): members, and of the finite values x relative to `own`: count, sum, maximum,
-    largest abs(x - centre), sum of ((x - centre) / unit)^2, sum of e^(slope (x - centre))."""
-    members = tl.zeros([GROUP_BLOCK], tl.float32)
-    count, total, squares, mass, top, far = members, members, members, members, members - float("inf"), members
-    for j0 in range(0, B, GROUP_BLOCK):
-        j = j0 + tl.arange(0, GROUP_BLOCK)
-        member = j < B
-        x = tl.load(source + j, mask=member, other=0.0)
-        if not WHOLE:
-            member = member & (tl.load(groups + j, mask=member, other=0) == own_group)
-        chosen = member & (tl.abs(x) < float("inf"))  # False for NaN too
-        x = tl.where(chosen, x - own, 0.0)
-        members += tl.where(member, 1.0, 0.0)
-        count += tl.where(chosen, 1.0, 0.0)
-        total += x
-        top = tl.maximum(top, tl.where(chosen, x, -float("inf")))
-        apart = tl.where(chosen, x - centre, 0.0)
-        far = tl.maximum(far, tl.abs(apart))
-        squares += (apart / unit) * (apart / unit)
-        mass += tl.where(chosen, _exp((x - centre) * slope), 0.0)
-    return tl.sum(members), tl.sum(count), tl.sum(total), tl.max(top), tl.max(far), tl.sum(squares), tl.sum(mass)
-
-
-@triton.jit
-def _advantage(source, groups, s, eta, B, SCALE: tl.constexpr, REWARDS: tl.constexpr, TARGET_NORM: tl.constexpr):
-    """The sequence's advantage, and log mean e^u over its group, u = 0 where unscorable (0 unless TARGET_NORM)."""
-    adv = tl.load(source + s)
-    own_group = 0 if groups is None else tl.load(groups + s)
-    own, mean, factor, shift = 0.0, 0.0, 1.0, 0.0
-    if REWARDS:
-        scorable = tl.abs(adv) < float("inf")
-        own = tl.where(scorable, adv, 0.0)
-        _, n, total, _, _, _, _ = _moments(source, groups, own, own_group, 0.0, 1.0, 0.0, B, False)
-        mean = total / tl.maximum(n, 1.0)
-        centre = mean
-        if SCALE == "loo":
-            factor = n / tl.maximum(n - 1.0, 1.0)  # R - mean of the others = (R - mean) n / (n - 1)
-        if SCALE == "batch":
-            _, n, total, _, _, _, _ = _moments(source, groups, own, own_group, 0.0, 1.0, 0.0, B, True)
-            centre = total / tl.maximum(n, 1.0)
-        if SCALE == "group" or SCALE == "batch":  # in units of the largest: deviations of 1e20 have no square
-            _, n, _, _, unit, _, _ = _moments(source, groups, own, own_group, centre, 1.0, 0.0, B, SCALE == "batch")
-            unit = tl.where(unit > 0.0, unit, 1.0)
-            _, n, _, _, _, squares, _ = _moments(source, groups, own, own_group, centre, unit, 0.0, B, SCALE == "batch")
-            factor = 1.0 / (unit * tl.sqrt(squares / tl.maximum(n - 1.0, 1.0)) + STD_EPS)
-        adv = tl.where(scorable, -mean * factor, 0.0)
-    if TARGET_NORM:
-        members, n, _, top, _, _, _ = _moments(source, groups, own, own_group, 0.0, 1.0, 0.0, B, False)
-        top = tl.where(n > 0.0, top, 0.0)
-        _, _, _, _, _, _, mass = _moments(source, groups, own, own_group, top, 1.0, factor / eta, B, False)
-        highest = (top - mean) * factor / eta
-        shift = highest + tl.log((mass + (members - n) * _exp(-highest)) / members)
-    return adv, shift
 
 
 @triton.jit
@@ -266,7 +207,7 @@ def _objective(config: LADConfig | GRPOConfig) -> str:
 
 
 def _settings(config: LADConfig | GRPOConfig) -> tuple[float | None, ...]:
-    """The four numbers of the objective itself, as `kernel_terms._policy_term` reads them; None is infinity."""
+    """The four numbers of the objective itself, as `divergences._policy_term` reads them; None is infinity."""
     if isinstance(config, LADConfig):
         return config.eta, config.target_clamp, 0.0, 0.0
     if config.policy_loss == "sapo":

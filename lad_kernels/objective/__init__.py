@@ -2,6 +2,14 @@
 
 from lad_kernels.objective.advantages import group_advantages
 from lad_kernels.objective.config import DIVERGENCES, GRPOConfig, LADConfig
+from lad_kernels.objective.context_parallel import (
+    ContextShard,
+    context_parallel_loss,
+    global_normalizer,
+    group_advantages_across_ranks,
+    shard_tokens,
+    shift_and_shard,
+)
 from lad_kernels.objective.inputs import Config, PolicyInputs, validate
 from lad_kernels.objective.losses import grpo_loss, lad_loss
 from lad_kernels.objective.policy import PolicyTerms
@@ -10,13 +18,19 @@ from lad_kernels.objective.terms import compute_terms
 __all__ = [
     "DIVERGENCES",
     "Config",
+    "ContextShard",
     "GRPOConfig",
     "LADConfig",
     "PolicyInputs",
     "PolicyTerms",
     "compute_terms",
+    "context_parallel_loss",
+    "global_normalizer",
     "group_advantages",
+    "group_advantages_across_ranks",
     "grpo_loss",
     "lad_loss",
+    "shard_tokens",
+    "shift_and_shard",
     "validate",
 ]

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "objective": {"objective", "autocast", "checks", "outputs", "packing"},
     "step": {*HEAD, "objective", "autocast", "packing"},
     "loss": {*HEAD, "head.flops", "step", "objective", "autocast", "checks", "outputs"},
-    "frameworks": {"frameworks", *PUBLIC},
+    "frameworks": {"frameworks", "objective", "outputs", *PUBLIC},
     "preflight": set(),
     "flags": {"preflight"},
     "doctor": {"checks", "head.dispatch", *PUBLIC},

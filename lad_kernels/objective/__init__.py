@@ -1,7 +1,7 @@
 """The objective: log-probabilities and rewards in, a loss and its gradient out. Others import from here alone."""
 
 from lad_kernels.objective.advantages import group_advantages
-from lad_kernels.objective.config import DIVERGENCES, GRPOConfig, LADConfig
+from lad_kernels.objective.config import DIVERGENCES, GRPOConfig, LADConfig, PolicyConfig
 from lad_kernels.objective.context_parallel import (
     ContextShard,
     context_parallel_loss,
@@ -10,10 +10,12 @@ from lad_kernels.objective.context_parallel import (
     shard_tokens,
     shift_and_shard,
 )
-from lad_kernels.objective.inputs import Config, PolicyInputs, validate
+from lad_kernels.objective.inputs import PolicyInputs, validate
 from lad_kernels.objective.losses import grpo_loss, lad_loss
 from lad_kernels.objective.policy import PolicyTerms
 from lad_kernels.objective.terms import compute_terms
+
+Config = PolicyConfig
 
 __all__ = [
     "DIVERGENCES",
@@ -21,6 +23,7 @@ __all__ = [
     "ContextShard",
     "GRPOConfig",
     "LADConfig",
+    "PolicyConfig",
     "PolicyInputs",
     "PolicyTerms",
     "compute_terms",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from lad_kernels import checks
@@ -16,6 +16,13 @@ ADVANTAGE_SCALES = ("group", "batch", "none", "loo")
 POLICY_LOSSES = ("ppo", "cispo", "reinforce", "sapo", "vespo", "luspo")
 DIRECT_LOSSES = ("cispo", "reinforce", "vespo")  # c is per log-prob: the ratio is a constant weight, or absent
 _LEVEL_OF = {"cispo": "token", "reinforce": "token", "vespo": "sequence_sum", "luspo": "sequence"}
+# The numbers that an objective's terms read beside log-ratio and advantage: names of fields, at most four.
+SETTINGS = {
+    **dict.fromkeys(DIVERGENCES, ("eta", "target_clamp")),
+    **dict.fromkeys(("ppo", "cispo", "reinforce"), ("epsilon_low", "epsilon_high", "dual_clip")),
+    "sapo": ("sapo_temperature_pos", "sapo_temperature_neg"),
+    "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+}
 BACKWARDS = ("auto", "dense", "routed")
 TAILS = ("unbiased", "drop")
 
@@ -45,26 +52,54 @@ def check_number(name: str, value: Any, low: float = -math.inf, *, strict: bool 
     return value if type(value) in (int, float) else float(value)
 
 
-def _number(config: LADConfig | GRPOConfig, name: str, low: float = -math.inf, **how: bool) -> None:
-    """Check a field and keep it as a number of Python."""
-    object.__setattr__(config, name, check_number(name, getattr(config, name), low, **how))
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """What every objective has: how ratios are formed, how tokens are averaged, KL, entropy, and how the head runs.
 
+    The fields are described in `LADConfig`. Everything past a public function takes any config and asks it for its
+    `objective`, never for its class.
+    """
 
-def _check_shared(config: LADConfig | GRPOConfig) -> None:
-    check_choice("importance_sampling_level", config.importance_sampling_level, LEVELS)
-    check_choice("loss_agg_mode", config.loss_agg_mode, AGGREGATIONS)
-    check_choice("advantage_scale", config.advantage_scale, ADVANTAGE_SCALES)
-    _number(config, "log_ratio_clamp", 0.0, strict=True, optional=True)
-    _number(config, "kl_coef", 0.0)
-    _number(config, "kl_clamp", 0.0, strict=True, optional=True)
-    _number(config, "entropy_coef")
-    check_choice("backward", config.backward, BACKWARDS)
-    _number(config, "tail_mass", 0.0, optional=True)
-    check_choice("tail", config.tail, TAILS)
+    importance_sampling_level: str = "token"
+    loss_agg_mode: str = "token-mean"
+    advantage_scale: str = "group"
+    log_ratio_clamp: float | None = None
+    kl_coef: float = 0.0
+    kl_clamp: float | None = None
+    entropy_coef: float = 0.0
+    backward: str = "auto"
+    tail_mass: float | None = None
+    tail: str = "unbiased"
+
+    def __post_init__(self) -> None:
+        check_choice("importance_sampling_level", self.importance_sampling_level, LEVELS)
+        check_choice("loss_agg_mode", self.loss_agg_mode, AGGREGATIONS)
+        check_choice("advantage_scale", self.advantage_scale, ADVANTAGE_SCALES)
+        self._number("log_ratio_clamp", 0.0, strict=True, optional=True)
+        self._number("kl_coef", 0.0)
+        self._number("kl_clamp", 0.0, strict=True, optional=True)
+        self._number("entropy_coef")
+        check_choice("backward", self.backward, BACKWARDS)
+        self._number("tail_mass", 0.0, optional=True)
+        check_choice("tail", self.tail, TAILS)
+
+    def _number(self, name: str, low: float = -math.inf, **how: bool) -> None:
+        """Check a field and keep it as a number of Python."""
+        object.__setattr__(self, name, check_number(name, getattr(self, name), low, **how))
+
+    @property
+    def objective(self) -> str:
+        """Whose terms a token has: one of DIVERGENCES or of POLICY_LOSSES."""
+        raise NotImplementedError
+
+    @property
+    def norms_target(self) -> bool:
+        """Whether e^u is divided by its mean over the group."""
+        return False
 
 
 @dataclass(frozen=True)
-class LADConfig:
+class LADConfig(PolicyConfig):
     """Learning Advantage Distributions, arXiv 2602.20132: E_{y ~ pi_old}[e^u f(r / e^u)], u = A / eta.
 
     Attributes:
@@ -98,33 +133,32 @@ class LADConfig:
 
     divergence: str = "js"
     eta: float = 0.25
-    importance_sampling_level: str = "token"
-    loss_agg_mode: str = "token-mean"
-    advantage_scale: str = "group"
+    _: KW_ONLY
     centered: bool = False
     target_norm: str | None = None
-    log_ratio_clamp: float | None = None
-    kl_coef: float = 0.0
-    entropy_coef: float = 0.0
-    backward: str = "auto"
-    tail_mass: float | None = None
-    tail: str = "unbiased"
     target_clamp: float | None = None
-    kl_clamp: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("divergence", self.divergence, DIVERGENCES)
-        _number(self, "eta", 0.0, strict=True)
+        self._number("eta", 0.0, strict=True)
         if not isinstance(self.centered, bool):
             raise TypeError(f"centered: expected True or False, got {self.centered!r}")
-        _check_shared(self)
+        super().__post_init__()
         if self.target_norm is not None:
             check_choice("target_norm", self.target_norm, ("group",))
-        _number(self, "target_clamp", 0.0, strict=True, optional=True)
+        self._number("target_clamp", 0.0, strict=True, optional=True)
+
+    @property
+    def objective(self) -> str:
+        return self.divergence
+
+    @property
+    def norms_target(self) -> bool:
+        return self.target_norm is not None
 
 
 @dataclass(frozen=True)
-class GRPOConfig:
+class GRPOConfig(PolicyConfig):
     """The policy-gradient family, as baselines in the same kernels.
 
     | objective | fields |
@@ -168,16 +202,7 @@ class GRPOConfig:
     epsilon_high: float = 0.2
     dual_clip: float | None = None
     policy_loss: str = "ppo"
-    importance_sampling_level: str = "token"
-    loss_agg_mode: str = "token-mean"
-    advantage_scale: str = "group"
-    log_ratio_clamp: float | None = None
-    kl_coef: float = 0.0
-    entropy_coef: float = 0.0
-    backward: str = "auto"
-    tail_mass: float | None = None
-    tail: str = "unbiased"
-    kl_clamp: float | None = None
+    _: KW_ONLY
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
     vespo_k_pos: float = 2.0
@@ -186,14 +211,13 @@ class GRPOConfig:
     vespo_lambda_neg: float = 2.0
 
     def __post_init__(self) -> None:
-        for name in ("sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg",
-                     "vespo_lambda_neg"):  # fmt: skip
-            _number(self, name, 0.0, strict=True)
-        _number(self, "epsilon_low", 0.0)
-        _number(self, "epsilon_high", 0.0)
-        _number(self, "dual_clip", 1.0, strict=True, optional=True)
+        for name in (*SETTINGS["sapo"], *SETTINGS["vespo"]):
+            self._number(name, 0.0, strict=True)
+        self._number("epsilon_low", 0.0)
+        self._number("epsilon_high", 0.0)
+        self._number("dual_clip", 1.0, strict=True, optional=True)
         check_choice("policy_loss", self.policy_loss, POLICY_LOSSES)
-        _check_shared(self)
+        super().__post_init__()
         level = _LEVEL_OF.get(self.policy_loss, self.importance_sampling_level)
         if self.importance_sampling_level != level:
             raise ValueError(
@@ -205,3 +229,7 @@ class GRPOConfig:
                 f"loss_agg_mode: policy_loss='luspo' weighs a sequence by its length and needs 'seq-mean-token-sum', "
                 f"got {self.loss_agg_mode!r}; use policy_loss='ppo' for another average"
             )
+
+    @property
+    def objective(self) -> str:
+        return "ppo" if self.policy_loss == "luspo" else self.policy_loss  # they differ in level and aggregation

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lad_kernels.objective.advantages import group_advantages
-from lad_kernels.objective.config import GRPOConfig, LADConfig
-from lad_kernels.objective.losses import grpo_loss, lad_loss
+from lad_kernels.objective.config import LADConfig, PolicyConfig
+from lad_kernels.objective.inputs import PolicyInputs
+from lad_kernels.objective.losses import policy_loss
 from lad_kernels.outputs import LossOutput
 
 
@@ -87,7 +88,7 @@ def context_parallel_loss(
     group: dist.ProcessGroup,
     loss_mask: Tensor | None = None,  # the shape of logprobs
     sequence_ids: Tensor | None = None,  # [S], of packed input
-    config: LADConfig | GRPOConfig = LADConfig(),
+    config: PolicyConfig = LADConfig(),
     normalizer: float | Tensor | None = None,
     ref_logprobs: Tensor | None = None,  # the shape of logprobs
     entropy: Tensor | None = None,  # the shape of logprobs
@@ -143,7 +144,7 @@ def context_parallel_loss(
 
 def _padded_loss(
     logprobs: Tensor, advantages: Tensor, rollout_is_weights: Tensor | None, *, group: dist.ProcessGroup,
-    old_logprobs: Tensor | None, loss_mask: Tensor | None, config: LADConfig | GRPOConfig,
+    old_logprobs: Tensor | None, loss_mask: Tensor | None, config: PolicyConfig,
     normalizer: float | Tensor | None, ref_logprobs: Tensor | None, entropy: Tensor | None, group_size: int | None,
     group_ids: Tensor | None, impl: str,
 ) -> LossOutput:  # fmt: skip
@@ -178,11 +179,16 @@ def _padded_loss(
         weights = (sums[2] / counts)[:, None].to(logp).expand_as(logp)
     local: dict[str, Any] = {"importance_sampling_level": "token", "loss_agg_mode": "token-mean"}
     local |= {"kl_coef": 0.0, "entropy_coef": 0.0}
-    loss_of: Any = lad_loss if isinstance(config, LADConfig) else grpo_loss
-    out = loss_of(
-        seen, old, advantages, loss_mask=keep, config=replace(config, **local), normalizer=normalizer,
-        rollout_is_weights=weights * share, group_size=group_size, group_ids=group_ids, impl=impl,
-    )  # fmt: skip
+    given = PolicyInputs(
+        old_logprobs=old,
+        advantages=advantages,
+        group_size=group_size,
+        group_ids=group_ids,
+        loss_mask=keep,
+        normalizer=normalizer,
+        rollout_is_weights=weights * share,
+    )
+    out = policy_loss(seen, given, replace(config, **local), impl)
     loss, metrics, many = out.loss, out.metrics, keep.sum().clamp(min=1)
     metrics["nonfinite_share"] = (chosen & ~keep).sum() / chosen.sum().clamp(min=1)
     each = (share / normalizer).expand_as(logp)[keep]  # [M] weight of a token
@@ -208,7 +214,7 @@ def _k3(gap: Tensor, bound: float | None) -> Tensor:  # [M] -> [M]
 
 
 def _check(
-    logprobs: Tensor, advantages: Tensor, sequence_ids: Tensor | None, config: LADConfig | GRPOConfig,
+    logprobs: Tensor, advantages: Tensor, sequence_ids: Tensor | None, config: PolicyConfig,
     normalizer: float | Tensor | None, weights: Tensor | None, per_token: dict[str, Tensor | None],
 ) -> None:  # fmt: skip
     """Everything that the arithmetic before `lad_loss` relies on."""

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from lad_kernels import checks
-from lad_kernels.objective.config import GRPOConfig, LADConfig
+from lad_kernels.objective.config import PolicyConfig
 from lad_kernels.packing import Packing, pack
-
-Config = LADConfig | GRPOConfig
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class PolicyInputs:
     rollout_is_weights: Tensor | None = None  # [B] or per token
 
 
-def validate(inputs: PolicyInputs, like: Tensor, like_name: str, config: Config) -> PolicyInputs:
+def validate(inputs: PolicyInputs, like: Tensor, like_name: str, config: PolicyConfig) -> PolicyInputs:
     """Check everything the objective needs, before anything runs; `like` holds one value per token.
 
     Returns the inputs with [B] where [B, 1] was given for one value per sequence.
@@ -57,9 +55,9 @@ def validate(inputs: PolicyInputs, like: Tensor, like_name: str, config: Config)
             "normalizer: needed on packed input for loss_agg_mode='seq-mean-token-sum-norm', got None; pass "
             "B * max_completion_length"
         )
-    if has_target_norm(config) and inputs.advantages is not None and inputs.advantages.shape != (count,):
+    if config.norms_target and inputs.advantages is not None and inputs.advantages.shape != (count,):
         raise ValueError("advantages: target_norm='group' needs one per sequence [B], got one per token")
-    if has_target_norm(config) or inputs.rewards is not None:
+    if config.norms_target or inputs.rewards is not None:
         checks.groups(count, like.device, inputs.group_size, inputs.group_ids)
     _validate_values(inputs, like, config)
     return inputs
@@ -75,7 +73,7 @@ def _without_columns(inputs: PolicyInputs, like: Tensor, count: int | None) -> P
     return replace(inputs, advantages=flat(inputs.advantages), rollout_is_weights=flat(inputs.rollout_is_weights))
 
 
-def _validate_values(inputs: PolicyInputs, like: Tensor, config: Config) -> None:
+def _validate_values(inputs: PolicyInputs, like: Tensor, config: PolicyConfig) -> None:
     """What only values tell, of the tokens that count; each check reads them where it may."""
     if not checks.may_read(like):
         return
@@ -90,7 +88,7 @@ def _validate_values(inputs: PolicyInputs, like: Tensor, config: Config) -> None
         x = getattr(inputs, name)
         if x is not None:
             by_sequence = sequences is not None and x.shape == sequences.shape
-            every = has_target_norm(config) and name == "advantages"  # also of sequences without a token
+            every = config.norms_target and name == "advantages"  # also of sequences without a token
             check(name, x, torch.ones_like(sequences) if every else sequences if by_sequence else tokens)
 
 
@@ -108,11 +106,7 @@ def _validate_signal(inputs: PolicyInputs, count: int | None, like: Tensor, like
         raise ValueError(f"rewards: expected one per sequence, got {len(inputs.rewards)} for {have}")
 
 
-def has_target_norm(config: Config) -> bool:
-    return isinstance(config, LADConfig) and config.target_norm is not None
-
-
-def tokens_by_input(inputs: PolicyInputs, packing: Packing, config: Config) -> Tensor | None:
+def tokens_by_input(inputs: PolicyInputs, packing: Packing, config: PolicyConfig) -> Tensor | None:
     """[M] True where every input that the objective reads is finite; None where none could be otherwise.
 
     Log-probs and weights of a rollout or reference engine, that is: a NaN of the policy itself is not looked for.

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
-from lad_kernels.objective.config import GRPOConfig, LADConfig
-from lad_kernels.objective.inputs import Config, PolicyInputs, validate
+from lad_kernels.objective.config import DIVERGENCES, GRPOConfig, LADConfig, PolicyConfig
+from lad_kernels.objective.inputs import PolicyInputs, validate
 from lad_kernels.objective.terms import compute_terms
 from lad_kernels.outputs import LossOutput
 from lad_kernels.packing import pack
@@ -72,7 +72,7 @@ def lad_loss(
         loss_mask=loss_mask, cu_seqlens=cu_seqlens, normalizer=normalizer, ref_logprobs=ref_logprobs, entropy=entropy,
         rollout_is_weights=rollout_is_weights,
     )  # fmt: skip
-    return _policy_loss(logprobs, inputs, config, impl)
+    return policy_loss(logprobs, inputs, config, impl)
 
 
 def grpo_loss(
@@ -98,11 +98,12 @@ def grpo_loss(
         loss_mask=loss_mask, cu_seqlens=cu_seqlens, normalizer=normalizer, ref_logprobs=ref_logprobs, entropy=entropy,
         rollout_is_weights=rollout_is_weights,
     )  # fmt: skip
-    return _policy_loss(logprobs, inputs, config, impl)
+    return policy_loss(logprobs, inputs, config, impl)
 
 
 @without_autocast
-def _policy_loss(logprobs: Tensor, inputs: PolicyInputs, config: Config, impl: str) -> LossOutput:
+def policy_loss(logprobs: Tensor, inputs: PolicyInputs, config: PolicyConfig, impl: str) -> LossOutput:
+    """`lad_loss` or `grpo_loss`, by the config."""
     checks.impl(impl)
     checks.plain_tensor("logprobs", logprobs)
     checks.floating_dtype("logprobs", logprobs)
@@ -110,7 +111,7 @@ def _policy_loss(logprobs: Tensor, inputs: PolicyInputs, config: Config, impl: s
     if impl == "reference":
         from lad_kernels import reference
 
-        loss: Any = reference.lad_loss if isinstance(config, LADConfig) else reference.grpo_loss
+        loss: Any = reference.lad_loss if config.objective in DIVERGENCES else reference.grpo_loss
         return loss(logprobs, config=config, **{k: v for k, v in vars(inputs).items() if k != "rewards"})
     packing = pack(logprobs, inputs.loss_mask, inputs.cu_seqlens)
     logp = packing.take(logprobs)  # [M]

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lad_kernels.objective.advantages import advantages_of, group_log_mean_exp
-from lad_kernels.objective.config import DIRECT_LOSSES, GRPOConfig, LADConfig
+from lad_kernels.objective.config import DIRECT_LOSSES, DIVERGENCES
 from lad_kernels.objective.divergences import grpo_terms, lad_terms
-from lad_kernels.objective.inputs import Config, lengths_of
+from lad_kernels.objective.inputs import lengths_of
 from lad_kernels.packing import sequence_of
 
 
@@ -42,7 +42,7 @@ def policy_terms(
     rewards: Tensor | None,  # [B]
     group_ids: Tensor | None,  # [B]
     cu_seqlens: Tensor | None,  # [B + 1]
-    config: Config,
+    config: Any,
     normalizer: Tensor,  # []
     ref_logprobs: Tensor | None,  # [M]
     entropy: Tensor | None,  # [M]
@@ -62,7 +62,7 @@ def policy_terms(
     spread = seq.clean if advantages_by_token else seq.spread
     a = spread(advantages)  # [M]
     bites, extra = stopped, {}
-    if isinstance(config, LADConfig):
+    if config.objective in DIVERGENCES:
         u = advantages / config.eta  # [B] or [M]
         if config.target_norm == "group":
             u = u - group_log_mean_exp(u, group_ids)
@@ -81,7 +81,7 @@ def policy_terms(
     if rollout_is_weights is not None:
         s = w * (seq.clean(rollout_is_weights) if weights_by_token else seq.spread(rollout_is_weights))
     loss = (s * terms.loss).sum()
-    direct = isinstance(config, GRPOConfig) and config.policy_loss in DIRECT_LOSSES
+    direct = config.objective in DIRECT_LOSSES
     through_ratio = torch.where(stopped & (not direct), 0.0, s * terms.coef)  # [M]
     level = "token" if direct else config.importance_sampling_level  # at which a log-prob reaches the loss
     dlogprobs = seq.clean(seq.level(through_ratio, level))

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from lad_kernels import checks
+from lad_kernels.objective.config import PolicyConfig
 from lad_kernels.objective.inputs import (
-    Config,
     PolicyInputs,
-    has_target_norm,
     has_values_by_token,
     lengths_of,
     tokens_by_input,
@@ -25,7 +24,7 @@ def compute_terms(
     entropy: Tensor | None,  # [M]
     inputs: PolicyInputs,
     packing: Packing,
-    config: Config,
+    config: PolicyConfig,
     impl: str,
 ) -> PolicyTerms:
     """Pack what is still unpacked and run the objective in Triton or PyTorch."""
@@ -44,7 +43,7 @@ def compute_terms(
     finite = tokens_by_input(inputs, packing, config)  # [M]
     usable = packing.inside if finite is None else finite if packing.inside is None else finite & packing.inside  # [M]
     group_ids = None
-    if inputs.rewards is not None or has_target_norm(config):
+    if inputs.rewards is not None or config.norms_target:
         group_ids = checks.groups(len(packing.cu_seqlens) - 1, logprobs.device, inputs.group_size, inputs.group_ids)
     compute: Any = policy_terms
     if checks.use_triton(impl, logprobs.device, logprobs.dtype):
@@ -75,7 +74,7 @@ def _dropped_share(finite: Tensor | None, inside: Tensor | None, like: Tensor) -
 
 
 def divisor(
-    given: float | Tensor | None, packing: Packing, config: Config, like: Tensor, usable: Tensor | None
+    given: float | Tensor | None, packing: Packing, config: PolicyConfig, like: Tensor, usable: Tensor | None
 ) -> Tensor:
     """The divisor Z as a 0-d tensor on the device of `like`, without a host sync; `usable` [M]: who counts, or all."""
     dtype = torch.promote_types(like.dtype, torch.float32)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lad_kernels.objective.config import GRPOConfig, LADConfig
+from lad_kernels.objective.config import DIVERGENCES, SETTINGS, PolicyConfig
 from lad_kernels.objective.kernels.advantages import _advantage
 from lad_kernels.objective.kernels.divergences import _exp, _exps, _minus, _policy_term
 
@@ -162,7 +162,7 @@ def policy_terms(
     rewards: Tensor | None,  # [B]; exactly one of advantages and rewards
     group_ids: Tensor | None,  # [B] integers, for rewards and for target_norm
     cu_seqlens: Tensor | None,  # [B + 1]; None: no sequences, everything is per token
-    config: LADConfig | GRPOConfig,
+    config: PolicyConfig,
     normalizer: Tensor,  # [] the divisor Z
     ref_logprobs: Tensor | None,  # [N], used if config.kl_coef is not 0
     entropy: Tensor | None,  # [N]
@@ -171,9 +171,9 @@ def policy_terms(
     usable: Tensor | None = None,  # [N] bool; False: takes no part, whatever its inputs hold; None: all take part
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, dict[str, Tensor]]:
     """loss [], d loss / d logp [N], d loss / d entropy [N] or None, advantages [B] or [N] as used, metrics (0-d)."""
-    n, lad = len(logprobs), isinstance(config, LADConfig)
+    n, lad = len(logprobs), config.objective in DIVERGENCES
     programs = triton.cdiv(n, SEGMENT.value) if cu_seqlens is None else len(cu_seqlens) - 1
-    target_norm = lad and config.target_norm is not None
+    target_norm = config.norms_target
     grouped = target_norm or rewards is not None
     new = torch.empty_like if usable is None else torch.zeros_like  # the kernel writes where tokens take part
     dlogprobs = new(logprobs)  # [N]
@@ -184,7 +184,7 @@ def policy_terms(
                normalizer, usable)  # fmt: skip
     scalars = (config.log_ratio_clamp, config.kl_coef, config.kl_clamp, config.entropy_coef, *_settings(config))
     options = dict(
-        OBJECTIVE=_objective(config), LEVEL=config.importance_sampling_level,
+        OBJECTIVE=config.objective, LEVEL=config.importance_sampling_level,
         SEQ_MEAN=config.loss_agg_mode == "seq-mean-token-mean", SCALE=config.advantage_scale,
         CENTERED=lad and config.centered, TARGET_NORM=target_norm,
         ISW_TOKEN=rollout_is_weights is not None and weights_by_token,
@@ -200,21 +200,10 @@ def policy_terms(
     return loss, dlogprobs, dentropy, advantages if rewards is None else partials[-1], metrics
 
 
-def _objective(config: LADConfig | GRPOConfig) -> str:
-    if isinstance(config, LADConfig):
-        return config.divergence
-    return "ppo" if config.policy_loss == "luspo" else config.policy_loss  # they differ in level and aggregation
-
-
-def _settings(config: LADConfig | GRPOConfig) -> tuple[float | None, ...]:
+def _settings(config: PolicyConfig) -> list[float | None]:
     """The four numbers of the objective itself, as `divergences._policy_term` reads them; None is infinity."""
-    if isinstance(config, LADConfig):
-        return config.eta, config.target_clamp, 0.0, 0.0
-    if config.policy_loss == "sapo":
-        return config.sapo_temperature_pos, config.sapo_temperature_neg, 0.0, 0.0
-    if config.policy_loss == "vespo":
-        return config.vespo_k_pos, config.vespo_lambda_pos, config.vespo_k_neg, config.vespo_lambda_neg
-    return config.epsilon_low, config.epsilon_high, config.dual_clip, 0.0
+    own = [getattr(config, name) for name in SETTINGS[config.objective]]
+    return own + [0.0] * (4 - len(own))
 
 
 def _finish(partials: Tensor, lad: bool, ref: bool, entropy: bool) -> tuple[Tensor, dict[str, Tensor]]:

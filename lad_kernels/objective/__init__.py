@@ -13,7 +13,7 @@ from lad_kernels.objective.context_parallel import (
 from lad_kernels.objective.inputs import PolicyInputs, validate
 from lad_kernels.objective.losses import grpo_loss, lad_loss
 from lad_kernels.objective.policy import PolicyTerms
-from lad_kernels.objective.terms import compute_terms
+from lad_kernels.objective.terms import Objective, compute_terms
 
 Config = PolicyConfig
 
@@ -23,6 +23,7 @@ __all__ = [
     "ContextShard",
     "GRPOConfig",
     "LADConfig",
+    "Objective",
     "PolicyConfig",
     "PolicyInputs",
     "PolicyTerms",

@@ -117,8 +117,11 @@ def context_parallel_loss(
         ValueError: shapes that do not fit; seq-mean-token-sum-norm without a normalizer.
     """
     per_token: dict[str, Any] = {
-        "old_logprobs": old_logprobs, "loss_mask": loss_mask, "ref_logprobs": ref_logprobs, "entropy": entropy,
-    }  # fmt: skip
+        "old_logprobs": old_logprobs,
+        "loss_mask": loss_mask,
+        "ref_logprobs": ref_logprobs,
+        "entropy": entropy,
+    }
     _check(logprobs, advantages, sequence_ids, config, normalizer, rollout_is_weights, per_token)
     same: dict[str, Any] = {
         "group": group,
@@ -143,11 +146,21 @@ def context_parallel_loss(
 
 
 def _padded_loss(
-    logprobs: Tensor, advantages: Tensor, rollout_is_weights: Tensor | None, *, group: dist.ProcessGroup,
-    old_logprobs: Tensor | None, loss_mask: Tensor | None, config: PolicyConfig,
-    normalizer: float | Tensor | None, ref_logprobs: Tensor | None, entropy: Tensor | None, group_size: int | None,
-    group_ids: Tensor | None, impl: str,
-) -> LossOutput:  # fmt: skip
+    logprobs: Tensor,  # [B, S], as are all per token
+    advantages: Tensor,  # [B]
+    rollout_is_weights: Tensor | None,  # [B, S] or [B]
+    *,
+    group: dist.ProcessGroup,
+    old_logprobs: Tensor | None,
+    loss_mask: Tensor | None,
+    config: PolicyConfig,
+    normalizer: float | Tensor | None,
+    ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    group_size: int | None,
+    group_ids: Tensor | None,  # [B]
+    impl: str,
+) -> LossOutput:
     """`context_parallel_loss` of checked, padded tensors [B, S]."""
     level, mode = config.importance_sampling_level, config.loss_agg_mode
     logp = logprobs.detach().to(torch.promote_types(logprobs.dtype, torch.float32))
@@ -214,9 +227,14 @@ def _k3(gap: Tensor, bound: float | None) -> Tensor:  # [M] -> [M]
 
 
 def _check(
-    logprobs: Tensor, advantages: Tensor, sequence_ids: Tensor | None, config: PolicyConfig,
-    normalizer: float | Tensor | None, weights: Tensor | None, per_token: dict[str, Tensor | None],
-) -> None:  # fmt: skip
+    logprobs: Tensor,
+    advantages: Tensor,
+    sequence_ids: Tensor | None,
+    config: PolicyConfig,
+    normalizer: float | Tensor | None,
+    weights: Tensor | None,
+    per_token: dict[str, Tensor | None],
+) -> None:
     """Everything that the arithmetic before `lad_loss` relies on."""
     shape, count, ids = logprobs.shape, len(advantages), sequence_ids
     if logprobs.ndim != (2 if ids is None else 1):

@@ -1,4 +1,4 @@
-"""What an objective is given besides log-probabilities: its record, its checks, the default divisor."""
+"""What an objective is given besides log-probabilities: as the user gave it, its checks, and as backends read it."""
 
 from __future__ import annotations
 
@@ -104,6 +104,43 @@ def _validate_signal(inputs: PolicyInputs, count: int | None, like: Tensor, like
     if count is None or len(inputs.rewards) != count:
         have = "packed tokens without cu_seqlens" if count is None else f"{count} sequences"
         raise ValueError(f"rewards: expected one per sequence, got {len(inputs.rewards)} for {have}")
+
+
+@dataclass(frozen=True)
+class PackedInputs:
+    """What a backend reads beside log-probs and entropy, of the M tokens that pass through the head."""
+
+    normalizer: Tensor  # [] the divisor Z
+    cu_seqlens: Tensor | None = None  # [B + 1]; None: no sequences, everything is per token
+    usable: Tensor | None = None  # [M] False: takes no part, whatever its inputs hold; None: all take part
+    old_logprobs: Tensor | None = None  # [M]; None: the ratio is exactly 1
+    ref_logprobs: Tensor | None = None  # [M], read if config.kl_coef is not 0
+    advantages: Tensor | None = None  # [B], or [M] if advantages_by_token
+    advantages_by_token: bool = False
+    rewards: Tensor | None = None  # [B]; exactly one of advantages and rewards
+    group_ids: Tensor | None = None  # [B] integers, for rewards and for the target's norm
+    rollout_is_weights: Tensor | None = None  # [B], or [M] if weights_by_token
+    weights_by_token: bool = False
+    # Set by a backend's `prepare`, which leaves no rewards:
+    prepared: bool = False
+    shift: Tensor | None = None  # [B] log of the mean of e^u over each sequence's group, if config.norms_target
+    lengths: Tensor | None = None  # [B] tokens of each sequence that take part; None: no sequences
+
+    def chunk(self, rows: slice) -> PackedInputs:
+        """Those of the tokens `rows` [C], once prepared; per sequence stays [B], of which a chunk may hold a part."""
+
+        def cut(x: Tensor | None, by_token: bool = True) -> Tensor | None:  # [M] -> [C]
+            return x[rows] if by_token and x is not None else x
+
+        return replace(
+            self,
+            cu_seqlens=None if self.cu_seqlens is None else self.cu_seqlens.clamp(rows.start, rows.stop) - rows.start,
+            usable=cut(self.usable),
+            old_logprobs=cut(self.old_logprobs),
+            ref_logprobs=cut(self.ref_logprobs),
+            advantages=cut(self.advantages, self.advantages_by_token),
+            rollout_is_weights=cut(self.rollout_is_weights, self.weights_by_token),
+        )
 
 
 def tokens_by_input(inputs: PolicyInputs, packing: Packing, config: PolicyConfig) -> Tensor | None:

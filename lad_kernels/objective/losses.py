@@ -68,10 +68,17 @@ def lad_loss(
     """
     checks.config(config, LADConfig, "grpo_loss")
     inputs = PolicyInputs(
-        old_logprobs=old_logprobs, advantages=advantages, group_size=group_size, group_ids=group_ids,
-        loss_mask=loss_mask, cu_seqlens=cu_seqlens, normalizer=normalizer, ref_logprobs=ref_logprobs, entropy=entropy,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        group_size=group_size,
+        group_ids=group_ids,
+        loss_mask=loss_mask,
+        cu_seqlens=cu_seqlens,
+        normalizer=normalizer,
+        ref_logprobs=ref_logprobs,
+        entropy=entropy,
         rollout_is_weights=rollout_is_weights,
-    )  # fmt: skip
+    )
     return policy_loss(logprobs, inputs, config, impl)
 
 
@@ -94,10 +101,17 @@ def grpo_loss(
     """PPO-clip and its family (see `GRPOConfig`) on given log-probabilities; arguments as for `lad_loss`."""
     checks.config(config, GRPOConfig, "lad_loss")
     inputs = PolicyInputs(
-        old_logprobs=old_logprobs, advantages=advantages, group_size=group_size, group_ids=group_ids,
-        loss_mask=loss_mask, cu_seqlens=cu_seqlens, normalizer=normalizer, ref_logprobs=ref_logprobs, entropy=entropy,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        group_size=group_size,
+        group_ids=group_ids,
+        loss_mask=loss_mask,
+        cu_seqlens=cu_seqlens,
+        normalizer=normalizer,
+        ref_logprobs=ref_logprobs,
+        entropy=entropy,
         rollout_is_weights=rollout_is_weights,
-    )  # fmt: skip
+    )
     return policy_loss(logprobs, inputs, config, impl)
 
 

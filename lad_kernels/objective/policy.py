@@ -1,25 +1,26 @@
-"""LAD and the GRPO family on given log-probabilities: ratio level, aggregation, KL, entropy, metrics.
+"""LAD and the GRPO family on M packed tokens, in PyTorch: ratio level, aggregation, KL, entropy, metrics.
 
-`policy_terms` is the whole objective on M packed tokens, in PyTorch; `kernels/policy.py` is the same in one Triton
-launch. Both return the loss together with d loss / d logprob, so the gradient never passes through autograd:
+kernels/policy.py has the same three functions on Triton. The loss comes together with d loss / d logprob, so the
+gradient never passes through autograd:
 
     loss = sum_t w_t (s_t l_t + kl_coef k3_t - entropy_coef H_t)
 
 w_t is the aggregation weight (1/Z, or 1/(length Z) for seq-mean-token-mean), s_t the rollout importance weight, l_t
-the divergence or clipped term and k3_t = exp(ref - logp) - (ref - logp) - 1.
+the divergence or clipped term and k3_t = exp(ref - logp) - (ref - logp) - 1. Deterministic, no host sync.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lad_kernels.objective.advantages import advantages_of, group_log_mean_exp
-from lad_kernels.objective.config import DIRECT_LOSSES, DIVERGENCES
-from lad_kernels.objective.divergences import grpo_terms, lad_terms
-from lad_kernels.objective.inputs import lengths_of
+from lad_kernels.objective.config import DIRECT_LOSSES, DIVERGENCES, PolicyConfig
+from lad_kernels.objective.divergences import Terms, grpo_terms, lad_terms
+from lad_kernels.objective.inputs import PackedInputs, lengths_of
 from lad_kernels.packing import sequence_of
 
 
@@ -33,74 +34,97 @@ class PolicyTerms(NamedTuple):
     metrics: dict[str, Tensor]  # 0-d
 
 
+def prepare(inputs: PackedInputs, config: Any) -> PackedInputs:
+    """Advantages and group statistics, which no log-prob changes."""
+    advantages, shift = inputs.advantages, None  # [B] or [M]
+    if inputs.rewards is not None:
+        advantages = advantages_of(inputs.rewards, inputs.group_ids, config.advantage_scale)
+    if config.norms_target:
+        shift = group_log_mean_exp(advantages / config.eta, inputs.group_ids)  # [B]
+    lengths = None if inputs.cu_seqlens is None else lengths_of(inputs.cu_seqlens, inputs.usable)  # [B]
+    return replace(inputs, prepared=True, rewards=None, advantages=advantages, shift=shift, lengths=lengths)
+
+
+def coefficients(logprobs: Tensor, inputs: PackedInputs, config: PolicyConfig) -> Tensor:  # [C] -> [C]
+    """d loss / d logprob of a chunk whose inputs are prepared."""
+    return _token_terms(_Sequences(logprobs, inputs), logprobs, inputs, config).dlogprobs
+
+
 def policy_terms(
     logprobs: Tensor,  # [M]
-    old_logprobs: Tensor | None,  # [M]
-    *,
-    advantages: Tensor | None,  # [B], or [M] if advantages_by_token
-    advantages_by_token: bool,
-    rewards: Tensor | None,  # [B]
-    group_ids: Tensor | None,  # [B]
-    cu_seqlens: Tensor | None,  # [B + 1]
-    config: Any,
-    normalizer: Tensor,  # []
-    ref_logprobs: Tensor | None,  # [M]
     entropy: Tensor | None,  # [M]
-    rollout_is_weights: Tensor | None,  # [B], or [M] if weights_by_token
-    weights_by_token: bool,
-    usable: Tensor | None = None,  # [M] False: takes no part, whatever its inputs hold; None: all take part
+    inputs: PackedInputs,
+    config: PolicyConfig,
 ) -> PolicyTerms:
-    """The objective in PyTorch, on packed tokens. Deterministic, no host sync."""
-    seq = _Sequences(logprobs, cu_seqlens, usable)
-    if rewards is not None:
-        advantages = advantages_of(rewards, group_ids, config.advantage_scale)
-    logprobs, old_logprobs, ref_logprobs, entropy = map(seq.clean, (logprobs, old_logprobs, ref_logprobs, entropy))
-    token_d = _log_ratio(logprobs, old_logprobs)  # [M]
-    raw_d = seq.level(token_d, config.importance_sampling_level)  # [M]
+    """The objective of all tokens."""
+    inputs = inputs if inputs.prepared else prepare(inputs, config)
+    seq = _Sequences(logprobs, inputs)
+    t = _token_terms(seq, logprobs, inputs, config)
+    loss, dentropy = (t.policy_weight * t.terms.loss).sum(), None
+    extra = {"frac_over_target" if config.objective in DIVERGENCES else "clip_share": seq.mean(t.marked)}
+    if config.kl_coef != 0:
+        loss = loss + config.kl_coef * (t.weight * t.k3).sum()
+        extra["kl_ref"] = seq.mean(t.k3)
+    if entropy is not None:
+        entropy = seq.clean(entropy)
+        extra["entropy"] = seq.mean(entropy)
+        if config.entropy_coef != 0:
+            loss = loss - config.entropy_coef * (t.weight * entropy).sum()
+            dentropy = -config.entropy_coef * t.weight
+    extra["loss_above_start"] = (t.policy_weight * t.terms.above_start).sum()
+    return PolicyTerms(loss, t.dlogprobs, dentropy, inputs.advantages, {**_metrics(seq, t), **extra})
+
+
+class _TokenTerms(NamedTuple):
+    """What a token contributes; all [M]."""
+
+    own_log_ratio: Tensor  # of the token itself
+    log_ratio: Tensor  # of the level, clamped
+    advantage: Tensor
+    terms: Terms
+    marked: Tensor  # bool: the ratio is above its target, or clipped
+    clamped: Tensor  # bool: a clamp on ratio or target is active
+    weight: Tensor  # w of the KL and entropy terms
+    policy_weight: Tensor  # w times the rollout's importance weight
+    k3: Tensor | None  # None without a KL term
+    dlogprobs: Tensor  # d loss / d logprob
+
+
+def _token_terms(seq: _Sequences, logprobs: Tensor, inputs: PackedInputs, config: Any) -> _TokenTerms:
+    logprobs, old = seq.clean(logprobs), seq.clean(inputs.old_logprobs)  # [M], [M]
+    own = _log_ratio(logprobs, old)  # [M]
+    raw_d = seq.level(own, config.importance_sampling_level)  # [M]
     bound = torch.inf if config.log_ratio_clamp is None else config.log_ratio_clamp
     d, stopped = raw_d.clamp(-bound, bound), raw_d.abs() > bound  # [M], [M]; NaN is not stopped
-    spread = seq.clean if advantages_by_token else seq.spread
-    a = spread(advantages)  # [M]
-    bites, extra = stopped, {}
+    spread = seq.clean if inputs.advantages_by_token else seq.spread
+    a, clamped = spread(inputs.advantages), stopped  # [M], [M]
     if config.objective in DIVERGENCES:
-        u = advantages / config.eta  # [B] or [M]
-        if config.target_norm == "group":
-            u = u - group_log_mean_exp(u, group_ids)
-        raw_u = spread(u)  # [M]
+        u = inputs.advantages / config.eta  # [B] or [M]
+        raw_u = spread(u if inputs.shift is None else u - inputs.shift)  # [M]
         target_bound = torch.inf if config.target_clamp is None else config.target_clamp
         u = raw_u.clamp(-target_bound, target_bound)  # [M]
-        terms = lad_terms(config.divergence, d, u, centered=config.centered)
-        bites, extra["frac_over_target"] = stopped | (raw_u.abs() > target_bound), seq.mean(d > u)
+        terms = lad_terms(config.objective, d, u, centered=config.centered)
+        marked, clamped = d > u, stopped | (raw_u.abs() > target_bound)
     else:
-        terms, clipped = grpo_terms(config, logprobs, d, a, token_d)
-        extra["clip_share"] = seq.mean(clipped)
-    w = 1 / normalizer
+        terms, marked = grpo_terms(config, logprobs, d, a, own)
+    w = 1 / inputs.normalizer
     w = (w / seq.lengths)[seq.index] if config.loss_agg_mode == "seq-mean-token-mean" else w.expand(len(d))  # [M]
     w = seq.clean(w)
-    s = w  # [M] weight of the policy term
-    if rollout_is_weights is not None:
-        s = w * (seq.clean(rollout_is_weights) if weights_by_token else seq.spread(rollout_is_weights))
-    loss = (s * terms.loss).sum()
+    s, isw = w, inputs.rollout_is_weights  # [M]
+    if isw is not None:
+        s = w * (seq.clean(isw) if inputs.weights_by_token else seq.spread(isw))
     direct = config.objective in DIRECT_LOSSES
     through_ratio = torch.where(stopped & (not direct), 0.0, s * terms.coef)  # [M]
     level = "token" if direct else config.importance_sampling_level  # at which a log-prob reaches the loss
     dlogprobs = seq.clean(seq.level(through_ratio, level))
+    k3 = None
     if config.kl_coef != 0:
-        gap = ref_logprobs - logprobs  # [M]
+        gap = seq.clean(inputs.ref_logprobs) - logprobs  # [M]
         k3 = torch.where(gap.isinf(), torch.inf, gap.expm1() - gap)  # [M]
         beyond = k3 > (torch.inf if config.kl_clamp is None else config.kl_clamp)  # [M]
         k3 = torch.where(beyond, config.kl_clamp or 0.0, k3)
-        loss = loss + config.kl_coef * (w * k3).sum()
         dlogprobs = dlogprobs - config.kl_coef * w * torch.where(beyond, 0.0, gap.expm1())
-        extra["kl_ref"] = seq.mean(k3)
-    dentropy = None
-    if entropy is not None:
-        extra["entropy"] = seq.mean(entropy)
-        if config.entropy_coef != 0:
-            loss, dentropy = loss - config.entropy_coef * (w * entropy).sum(), -config.entropy_coef * w
-    extra["loss_above_start"] = (s * terms.above_start).sum()
-    metrics = {**_metrics(seq, token_d, d, a, terms.coef, bites, dlogprobs), **extra}
-    return PolicyTerms(loss, dlogprobs, dentropy, advantages, metrics)
+    return _TokenTerms(own, d, a, terms, marked, clamped, w, s, k3, dlogprobs)
 
 
 def _log_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
@@ -111,15 +135,16 @@ def _log_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
 
 
 class _Sequences:
-    """Sums, means and broadcasts over M packed tokens, of which `usable` [M] take part, and their sequences."""
+    """Sums, means and broadcasts over packed tokens, some of which take part, and their sequences."""
 
-    def __init__(self, like: Tensor, cu_seqlens: Tensor | None, usable: Tensor | None):
+    def __init__(self, like: Tensor, inputs: PackedInputs):  # [M]
+        usable, cu_seqlens = inputs.usable, inputs.cu_seqlens  # [M], [B + 1]
         self._usable = usable
         self._tokens = max(len(like), 1) if usable is None else usable.sum().clamp(min=1)
         self.sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
         if cu_seqlens is not None:
             self._spans = cu_seqlens.diff().long()  # [B]
-            self.lengths = lengths_of(cu_seqlens, usable).clamp(min=1).to(like.dtype)  # [B]
+            self.lengths = inputs.lengths.clamp(min=1).to(like.dtype)  # [B]
             self.index = sequence_of(len(like), cu_seqlens)  # [M]
 
     def clean(self, x: Any, other: float = 0.0) -> Any:  # [M] -> [M]; None stays None
@@ -150,19 +175,18 @@ class _Sequences:
         return r.sum().square() / torch.where(squares == 0, 1.0, squares)
 
 
-def _metrics(
-    seq: _Sequences, token_d: Tensor, d: Tensor, a: Tensor, coef: Tensor, bites: Tensor, dlogprobs: Tensor
-) -> dict[str, Tensor]:
-    """Metrics that every objective has, from [M] tensors."""
-    r, size, zero = seq.clean(d.exp()), coef.abs(), d.new_zeros(1)
+def _metrics(seq: _Sequences, t: _TokenTerms) -> dict[str, Tensor]:
+    """Metrics that every objective has."""
+    d, own = t.log_ratio, t.own_log_ratio  # [M], [M]
+    r, size, zero = seq.clean(d.exp()), t.terms.coef.abs(), d.new_zeros(1)  # [M], [M], [1]
     metrics = {"ratio_mean": seq.mean(r), "ratio_max": torch.cat([r, zero]).amax()}
-    for sign, chosen in (("positive", a > 0), ("negative", a < 0)):
+    for sign, chosen in (("positive", t.advantage > 0), ("negative", t.advantage < 0)):
         picked = torch.where(chosen, size, 0.0)
         metrics[f"coef_mean_{sign}"] = picked.sum() / chosen.sum().clamp(min=1)
         metrics[f"coef_max_{sign}"] = torch.cat([picked, zero]).amax()
-    metrics["clamp_share"] = seq.mean(bites)
-    metrics["zero_coef_share"] = seq.mean(dlogprobs == 0)
-    metrics["approx_kl_k1"] = seq.mean(-token_d)
-    metrics["approx_kl_k3"] = seq.mean(token_d.expm1() - token_d)
+    metrics["clamp_share"] = seq.mean(t.clamped)
+    metrics["zero_coef_share"] = seq.mean(t.dlogprobs == 0)
+    metrics["approx_kl_k1"] = seq.mean(-own)
+    metrics["approx_kl_k3"] = seq.mean(own.expm1() - own)
     metrics["ess"] = seq.effective_share(d)
     return metrics

@@ -1,22 +1,95 @@
-"""One call of the objective: inputs packed, the divisor, the backend."""
+"""One call of the objective: the backend, the packed inputs, and what is computed once however many chunks follow."""
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from lad_kernels import checks
+from lad_kernels.objective import policy
 from lad_kernels.objective.config import PolicyConfig
-from lad_kernels.objective.inputs import (
-    PolicyInputs,
-    has_values_by_token,
-    lengths_of,
-    tokens_by_input,
-)
-from lad_kernels.objective.policy import PolicyTerms, policy_terms
+from lad_kernels.objective.inputs import PackedInputs, PolicyInputs, has_values_by_token, lengths_of, tokens_by_input
+from lad_kernels.objective.policy import PolicyTerms
 from lad_kernels.packing import Packing
+
+
+class Objective:
+    """The objective of one call, on M packed tokens.
+
+    Args:
+        inputs: validated.
+        config: any objective's.
+        impl: as the user gave it; not `reference`.
+        like: a tensor with the dtype and device of the log-probs.
+    """
+
+    def __init__(self, inputs: PolicyInputs, packing: Packing, config: PolicyConfig, impl: str, like: Tensor):
+        self.config, self.dtype, self.device = config, torch.promote_types(like.dtype, torch.float32), like.device
+        self._backend = _backend(impl, self.device, self.dtype)
+        self._finite, self._inside = tokens_by_input(inputs, packing, config), packing.inside  # [M], [M]
+        self._inputs = self._pack(inputs, packing)
+
+    def terms(self, logprobs: Tensor, entropy: Tensor | None = None) -> PolicyTerms:  # [M], [M]
+        """Loss, gradient and metrics of all tokens: once a call."""
+        if self.config.entropy_coef != 0 and entropy is None:
+            raise ValueError(f"entropy: needed because config.entropy_coef is {self.config.entropy_coef}, got None")
+        with torch.no_grad():
+            entropy = None if entropy is None else entropy.detach().to(self.dtype)
+            terms = self._backend.policy_terms(logprobs.detach().to(self.dtype), entropy, self._inputs, self.config)
+            terms.metrics["nonfinite_share"] = self._dropped_share()
+        return terms
+
+    def coefficients(self, rows: slice, logprobs: Tensor) -> Tensor:  # [C] -> [C]
+        """d loss / d logprob of the tokens `rows`, the same bits that `terms` has there; without an entropy term.
+
+        Args:
+            rows: any tokens where ratios are per token; whole sequences at the sequence levels.
+            logprobs: of these tokens alone.
+        """
+        with torch.no_grad():
+            if not self._inputs.prepared:  # group statistics, for all chunks and for `terms`
+                self._inputs = self._backend.prepare(self._inputs, self.config)
+            return self._backend.coefficients(logprobs.detach().to(self.dtype), self._inputs.chunk(rows), self.config)
+
+    def _pack(self, inputs: PolicyInputs, packing: Packing) -> PackedInputs:
+        finite, inside = self._finite, self._inside
+        usable = inside if finite is None else finite if inside is None else finite & inside  # [M]
+        group_ids = None  # [B]
+        if inputs.rewards is not None or self.config.norms_target:
+            sequences = len(packing.cu_seqlens) - 1
+            group_ids = checks.groups(sequences, self.device, inputs.group_size, inputs.group_ids)
+
+        def by_token(x: Tensor | None) -> bool:
+            return x is not None and has_values_by_token(x, packing)
+
+        def take(x: Tensor | None, by_token: bool = True) -> Tensor | None:  # per token -> [M]; per sequence stays [B]
+            if x is None:
+                return None
+            return (packing.take(x.detach()) if by_token else x.detach()).to(self.dtype)
+
+        return PackedInputs(
+            normalizer=divisor(inputs.normalizer, packing, self.config, self.dtype, self.device, usable),
+            cu_seqlens=packing.cu_seqlens,
+            usable=usable,
+            old_logprobs=take(inputs.old_logprobs),
+            ref_logprobs=take(inputs.ref_logprobs),
+            advantages=take(inputs.advantages, by_token(inputs.advantages)),
+            advantages_by_token=by_token(inputs.advantages),
+            rewards=take(inputs.rewards, False),
+            group_ids=group_ids,
+            rollout_is_weights=take(inputs.rollout_is_weights, by_token(inputs.rollout_is_weights)),
+            weights_by_token=by_token(inputs.rollout_is_weights),
+        )
+
+    def _dropped_share(self) -> Tensor:  # []
+        """Share of tokens that an input of an engine drops."""
+        finite, inside = self._finite, self._inside
+        if finite is None:
+            return torch.zeros((), dtype=self.dtype, device=self.device)
+        inside = torch.ones_like(finite) if inside is None else inside
+        return ((inside & ~finite).sum() / inside.sum().clamp(min=1)).to(self.dtype)
 
 
 def compute_terms(
@@ -27,57 +100,28 @@ def compute_terms(
     config: PolicyConfig,
     impl: str,
 ) -> PolicyTerms:
-    """Pack what is still unpacked and run the objective in Triton or PyTorch."""
-    if config.entropy_coef != 0 and entropy is None:
-        raise ValueError(f"entropy: needed because config.entropy_coef is {config.entropy_coef}, got None")
-    dtype = torch.promote_types(logprobs.dtype, torch.float32)
-
-    def by_token(x: Tensor | None) -> bool:
-        return x is not None and has_values_by_token(x, packing)
-
-    def take(x: Tensor | None, by_token: bool = True) -> Tensor | None:  # per token -> [M]; per sequence stays [B]
-        if x is None:
-            return None
-        return (packing.take(x.detach()) if by_token else x.detach()).to(dtype)
-
-    finite = tokens_by_input(inputs, packing, config)  # [M]
-    usable = packing.inside if finite is None else finite if packing.inside is None else finite & packing.inside  # [M]
-    group_ids = None
-    if inputs.rewards is not None or config.norms_target:
-        group_ids = checks.groups(len(packing.cu_seqlens) - 1, logprobs.device, inputs.group_size, inputs.group_ids)
-    compute: Any = policy_terms
-    if checks.use_triton(impl, logprobs.device, logprobs.dtype):
-        from lad_kernels.objective.kernels.policy import policy_terms as compute
-    with torch.no_grad():
-        found = compute(
-            logprobs.detach().to(dtype), take(inputs.old_logprobs),
-            advantages=take(inputs.advantages, by_token(inputs.advantages)),
-            advantages_by_token=by_token(inputs.advantages), rewards=take(inputs.rewards, False), group_ids=group_ids,
-            cu_seqlens=packing.cu_seqlens, config=config,
-            normalizer=divisor(inputs.normalizer, packing, config, logprobs, usable), usable=usable,
-            ref_logprobs=take(inputs.ref_logprobs), entropy=None if entropy is None else entropy.detach().to(dtype),
-            rollout_is_weights=take(inputs.rollout_is_weights, by_token(inputs.rollout_is_weights)),
-            weights_by_token=by_token(inputs.rollout_is_weights),
-        )  # fmt: skip
-        terms = PolicyTerms(*found)
-        terms.metrics["nonfinite_share"] = _dropped_share(finite, packing.inside, logprobs)
-    return terms
+    """The whole objective, where no chunk of it is asked for before."""
+    return Objective(inputs, packing, config, impl, logprobs).terms(logprobs, entropy)
 
 
-def _dropped_share(finite: Tensor | None, inside: Tensor | None, like: Tensor) -> Tensor:  # [M], [M] -> []
-    """Share of tokens that an input of an engine drops."""
-    if finite is None:
-        return torch.zeros((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-    inside = torch.ones_like(finite) if inside is None else inside
-    share = (inside & ~finite).sum() / inside.sum().clamp(min=1)
-    return share.to(torch.promote_types(like.dtype, torch.float32))
+def _backend(impl: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module with `prepare`, `policy_terms` and `coefficients`: policy.py, or the one of that name in kernels/."""
+    if not checks.use_triton(impl, device, dtype):
+        return policy
+    from lad_kernels.objective.kernels import policy as kernels
+
+    return kernels
 
 
 def divisor(
-    given: float | Tensor | None, packing: Packing, config: PolicyConfig, like: Tensor, usable: Tensor | None
-) -> Tensor:
-    """The divisor Z as a 0-d tensor on the device of `like`, without a host sync; `usable` [M]: who counts, or all."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
+    given: float | Tensor | None,
+    packing: Packing,
+    config: PolicyConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    usable: Tensor | None,  # [M] who counts; None: all
+) -> Tensor:  # []
+    """The divisor Z, without a host sync."""
     if given is None and config.loss_agg_mode == "token-mean":
         given = max(1, packing.tokens) if usable is None else usable.sum().clamp(min=1)
     elif given is None and config.loss_agg_mode == "seq-mean-token-sum-norm":
@@ -85,5 +129,5 @@ def divisor(
     elif given is None:
         given = (lengths_of(packing.cu_seqlens, usable) > 0).sum().clamp(min=1)
     if isinstance(given, Tensor):
-        return given.detach().to(like.device, dtype).reshape(())
-    return torch.full((), given, dtype=dtype, device=like.device)
+        return given.detach().to(device, dtype).reshape(())
+    return torch.full((), given, dtype=dtype, device=device)

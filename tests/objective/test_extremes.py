@@ -13,6 +13,7 @@ from lad_kernels import GRPOConfig, LADConfig, group_advantages, grpo_loss, lad_
 from lad_kernels.objective import policy
 from lad_kernels.objective.config import ADVANTAGE_SCALES, DIVERGENCES, LEVELS
 from lad_kernels.objective.divergences import lad_terms
+from lad_kernels.objective.inputs import PackedInputs
 from lad_kernels.objective.kernels import policy as kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy under the interpreter: overflow, inf - inf
@@ -123,10 +124,11 @@ def packed(dtype, device, level):
     ref = old + 60 * (d / 60).clamp(-1, 1).flip(0)
     u = torch.tensor([-10.0, 0.5, 10.0]).repeat(4)[: 12 if level == "token" else 6]
     bounds = [0, 12] if level == "token" else range(0, 13, 2)
-    kw = dict(logprobs=old + d, old_logprobs=old, ref_logprobs=ref, advantages=u)
-    kw = {k: v.to(device, dtype) for k, v in kw.items()} | {"normalizer": torch.tensor(7.0, dtype=dtype, device=device)}
+    kw = dict(old_logprobs=old, ref_logprobs=ref, advantages=u, normalizer=torch.tensor(7.0))
+    kw = {k: v.to(device, dtype) for k, v in kw.items()}
     bounds = torch.tensor(list(bounds), dtype=torch.int32, device=device)
-    return kw | {"cu_seqlens": bounds, "advantages_by_token": level == "token"}
+    inputs = PackedInputs(cu_seqlens=bounds, advantages_by_token=level == "token", **kw)
+    return (old + d).to(device, dtype), None, inputs
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -135,11 +137,10 @@ def packed(dtype, device, level):
 def test_objective_over_300_nats(divergence, level, impl, device):
     """Gradient of each token, loss, KL to the reference and every metric, in float32 against float64."""
     ours = kernel.policy_terms if impl == "triton" else policy.policy_terms
-    none = dict(rewards=None, group_ids=None, rollout_is_weights=None, weights_by_token=False, entropy=None)
     for centered in (False, True) if divergence in ("kl", "rkl") else (False,):
         config = LADConfig(divergence, eta=1.0, importance_sampling_level=level, centered=centered, kl_coef=0.1)
         found, truth = (
-            policy.PolicyTerms(*terms(**packed(dtype, device, level), **none, config=config))
+            terms(*packed(dtype, device, level), config)
             for dtype, terms in ((torch.float32, ours), (torch.float64, policy.policy_terms))
         )
         size = truth.dlogprobs.abs() + 1e-3
@@ -180,9 +181,8 @@ def test_bounded_kl(config, impl, device):
 def test_soft_gates_over_300_nats(impl, config, device):
     """The gate closes before the ratio overflows: loss, gradient and metrics in float32 against float64."""
     ours = kernel.policy_terms if impl == "triton" else policy.policy_terms
-    none = dict(rewards=None, group_ids=None, rollout_is_weights=None, weights_by_token=False, entropy=None)
     found, truth = (
-        policy.PolicyTerms(*terms(**packed(dtype, device, "sequence"), **none, config=config))
+        terms(*packed(dtype, device, "sequence"), config)
         for dtype, terms in ((torch.float32, ours), (torch.float64, policy.policy_terms))
     )
     assert agrees(found.dlogprobs, truth.dlogprobs, 1e-4 * (truth.dlogprobs.abs() + 1e-3)).all()

@@ -12,6 +12,7 @@ from lad_kernels import GRPOConfig, LADConfig, reference
 from lad_kernels.objective import policy
 from lad_kernels.objective.config import ADVANTAGE_SCALES, AGGREGATIONS, DIVERGENCES, LEVELS
 from lad_kernels.objective.divergences import lad_terms
+from lad_kernels.objective.inputs import PackedInputs
 from lad_kernels.objective.kernels import advantages as group_kernel
 from lad_kernels.objective.kernels import divergences as term_kernels
 from lad_kernels.objective.kernels import policy as kernel
@@ -35,12 +36,10 @@ def inputs(device, lengths=LENGTHS, seed=0, spread=0.5):
 
 
 def ours(given, config, implementation=kernel.policy_terms, **more):
-    """policy_terms with every argument named; [N] is told from [B] by `by_token`."""
-    dtype = given["logprobs"].dtype
-    defaults = dict(advantages=None, advantages_by_token=False, rewards=None, group_ids=None, rollout_is_weights=None,
-                    weights_by_token=False, normalizer=torch.tensor(7.0, dtype=dtype, device=given["logprobs"].device),
-                    config=config)  # fmt: skip
-    return policy.PolicyTerms(*implementation(**{**defaults, **given, **more}))
+    """policy_terms with the fields of PackedInputs named; [M] is told from [B] by `by_token`."""
+    packed = {**given, **more}
+    logprobs, entropy = packed.pop("logprobs"), packed.pop("entropy")
+    return implementation(logprobs, entropy, PackedInputs(normalizer=logprobs.new_tensor(7.0), **packed), config)
 
 
 def double(arguments):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_mutants import mutate
 
 from lad_kernels import GRPOConfig, LADConfig, reference
 from lad_kernels.objective import divergences, policy
+from lad_kernels.objective.inputs import PackedInputs
 from lad_kernels.objective.kernels import policy as kernel
 
 POLICY = {
@@ -63,11 +66,8 @@ def compare_grpo(terms, rtol: float = 1e-9, atol: float = 1e-12) -> None:
         leaf = logp.clone().requires_grad_()
         spec = reference.grpo_loss(leaf, old, adv, cu_seqlens=cu, config=config, normalizer=5.0)
         (truth,) = torch.autograd.grad(spec.loss, leaf)
-        found = terms(
-            logp, old, advantages=adv, advantages_by_token=False, rewards=None, group_ids=None, cu_seqlens=cu,
-            config=config, normalizer=torch.tensor(5.0, dtype=torch.float64), ref_logprobs=None, entropy=None,
-            rollout_is_weights=None, weights_by_token=False,
-        )  # fmt: skip
+        inputs = PackedInputs(logp.new_tensor(5.0), cu, old_logprobs=old, advantages=adv)
+        found = terms(logp, None, inputs, config)
         torch.testing.assert_close(found.dlogprobs, truth, rtol=rtol, atol=atol)
         torch.testing.assert_close(found.loss, spec.loss.detach(), rtol=rtol, atol=atol)
 
@@ -100,11 +100,11 @@ KERNEL = {
 
 @pytest.mark.parametrize("bug", [None, *KERNEL])
 def test_bug_in_the_kernels_policy_losses_is_caught(bug, monkeypatch, tmp_path, device):
-    def narrow(*given, **more):
+    def narrow(logp, _, inputs, config):
         move = lambda x: x.to(device, torch.float32 if x.is_floating_point() else x.dtype)  # noqa: E731
-        given, more = [move(x) for x in given], {k: move(x) if torch.is_tensor(x) else x for k, x in more.items()}
-        loss, dlogprobs, *_ = kernel.policy_terms(*given, **more)
-        return policy.PolicyTerms(loss.double().cpu(), dlogprobs.double().cpu(), None, None, {})
+        inputs = replace(inputs, **{k: move(x) for k, x in vars(inputs).items() if torch.is_tensor(x)})
+        found = kernel.policy_terms(move(logp), None, inputs, config)
+        return found._replace(loss=found.loss.double().cpu(), dlogprobs=found.dlogprobs.double().cpu())
 
     if bug is None:
         compare_grpo(narrow, rtol=1e-5, atol=1e-6)
@@ -156,11 +156,10 @@ def compare_terms(terms, divergence: str) -> None:
                 normalizer=5.0,
             )
             (truth,) = torch.autograd.grad(spec.loss, leaf)
-            found = terms(
-                logp, old, advantages=adv, advantages_by_token=False, rewards=None, group_ids=None, cu_seqlens=cu,
-                config=config, normalizer=torch.tensor(5.0, dtype=torch.float64), ref_logprobs=ref, entropy=None,
-                rollout_is_weights=weights, weights_by_token=False,
-            )  # fmt: skip
+            inputs = PackedInputs(
+                logp.new_tensor(5.0), cu, old_logprobs=old, ref_logprobs=ref, advantages=adv, rollout_is_weights=weights
+            )
+            found = terms(logp, None, inputs, config)
             torch.testing.assert_close(found.dlogprobs, truth, rtol=1e-9, atol=1e-12)
             torch.testing.assert_close(found.loss, spec.loss.detach(), rtol=1e-9, atol=1e-12)
 

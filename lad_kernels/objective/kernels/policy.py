@@ -17,6 +17,8 @@ Cost: two to three reads of the N-vectors and, with groups, B^2 rewards out of c
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -24,24 +26,28 @@ import triton.language as tl
 from torch import Tensor
 
 from lad_kernels.objective.config import DIVERGENCES, SETTINGS, PolicyConfig
-from lad_kernels.objective.kernels.advantages import _advantage
+from lad_kernels.objective.inputs import PackedInputs, lengths_of
+from lad_kernels.objective.kernels.advantages import _advantage, group_statistics
 from lad_kernels.objective.kernels.divergences import _exp, _exps, _minus, _policy_term
+from lad_kernels.objective.policy import PolicyTerms
 
 SEGMENT = tl.constexpr(4096)  # tokens per program where there are no sequences
 BLOCK = tl.constexpr(256)  # tokens per step: one per thread at 8 warps, which ptxas fits without spills
 
-# Rows of the partials buffer in the order in which the kernel stores them: sums, maxima, the sequence's advantage.
-MEANS = ("marked", "clamp_share", "zero_coef_share", "approx_kl_k1", "approx_kl_k3", "kl_ref", "entropy")
-SUMS = ("loss", "loss_above_start", *MEANS, "e_sum", "e_squares", "tokens", "coef_positive", "coef_negative",
-        "positive", "negative")  # fmt: skip
-MAXIMA = ("peak", "coef_max_positive", "coef_max_negative")
+# Rows of the partial results [ROWS, B]: sums over the tokens of a sequence, largest values, the sequence's advantage.
+LOSS, ABOVE_START, MARKED, CLAMPED, ZEROS, K1, K3, KL, ENTROPY = map(tl.constexpr, range(9))
+RATIOS, SQUARES, TOKENS, POSITIVE_SIZE, NEGATIVE_SIZE, POSITIVE, NEGATIVE = map(tl.constexpr, range(9, 16))
+PEAK, POSITIVE_MAX, NEGATIVE_MAX, USED_ADVANTAGE = map(tl.constexpr, range(16, 20))
+ROWS = 20
+# Metrics that are a row's mean over the tokens that take part; objectives call what is marked by names of their own.
+MEANS = {"clamp_share": CLAMPED, "zero_coef_share": ZEROS, "approx_kl_k1": K1, "approx_kl_k3": K3}
 
 
 @triton.jit
 def _load_tokens(tokens, t0, end, ADVANTAGE: tl.constexpr, ISW_TOKEN: tl.constexpr):
     """Index, who takes part, logp and log ratio (0 where not), advantage, rollout weight of a block; all [BLOCK]."""
     logprobs, old, source, isw, adv, isw_s, usable = tokens
-    t = t0 + tl.arange(0, BLOCK)
+    t = t0 + tl.arange(0, BLOCK)  # [BLOCK], as all that follow
     mask = t < end
     if usable is not None:
         mask = mask & (tl.load(usable + t, mask=mask, other=0) != 0)
@@ -54,12 +60,37 @@ def _load_tokens(tokens, t0, end, ADVANTAGE: tl.constexpr, ISW_TOKEN: tl.constex
 
 @triton.jit
 def _policy_kernel(
-    logprobs, old, source, groups, cu_seqlens, ref, entropy, isw, normalizer, usable, dlogprobs, dentropy, partials,
-    N, ratio_clamp, kl_coef, kl_clamp, entropy_coef, setting0, setting1, setting2, setting3,
-    OBJECTIVE: tl.constexpr, LEVEL: tl.constexpr, SEQ_MEAN: tl.constexpr, SCALE: tl.constexpr, CENTERED: tl.constexpr,
-    TARGET_NORM: tl.constexpr, ADVANTAGE: tl.constexpr, ISW_TOKEN: tl.constexpr,
-):  # fmt: skip
-    """One sequence: advantage, log ratio, loss, gradient, row sums. Shapes: see `policy_terms`."""
+    logprobs,  # [M]
+    old,  # [M]; None: ratio exactly 1
+    source,  # by ADVANTAGE: [M] token; [B] sequence, or rewards if it is their scale; [2, B] shifted: adv, shift
+    groups,  # [B] ids of the groups; None: not needed
+    cu_seqlens,  # [B + 1]; None: SEGMENT tokens per program, everything per token
+    ref,  # [M]; None: no KL term
+    entropy,  # [M]; None: not measured
+    isw,  # rollout weights [M] if ISW_TOKEN, else [B]; None: 1
+    normalizer,  # by DIVISOR: [] batch, or length (times the tokens of the sequence); [B] sequence, that product
+    usable,  # [M] False: takes no part; None: all do
+    dlogprobs,  # [M] out
+    dentropy,  # [M] out; None: no entropy term
+    partials,  # [ROWS, B] out
+    N,  # M, read where there are no sequences
+    ratio_clamp,  # infinity: none, as for all bounds
+    kl_coef,
+    kl_clamp,
+    entropy_coef,
+    setting0,  # of the objective, see `divergences._policy_term`
+    setting1,
+    setting2,
+    setting3,
+    OBJECTIVE: tl.constexpr,
+    LEVEL: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    CENTERED: tl.constexpr,
+    TARGET_NORM: tl.constexpr,
+    ADVANTAGE: tl.constexpr,
+    ISW_TOKEN: tl.constexpr,
+):
+    """One sequence: advantage, log ratio, loss, gradient, row sums. What follows is [BLOCK], or [] after a sum."""
     s = tl.program_id(0).to(tl.int64)
     B = tl.num_programs(0).to(tl.int64)
     if cu_seqlens is None:
@@ -69,8 +100,10 @@ def _policy_kernel(
         start = tl.load(cu_seqlens + s).to(tl.int64)
         end = tl.load(cu_seqlens + s + 1).to(tl.int64)
     adv, shift = 0.0, 0.0
-    if ADVANTAGE != "token":
-        adv, shift = _advantage(source, groups, s, setting0, B, SCALE, ADVANTAGE == "rewards", TARGET_NORM)
+    if ADVANTAGE == "shifted":
+        adv, shift = tl.load(source + s), tl.load(source + B + s)
+    elif ADVANTAGE != "token":
+        adv, shift = _advantage(source, groups, s, setting0, B, ADVANTAGE, ADVANTAGE != "sequence", TARGET_NORM)
     isw_s = 1.0 if isw is None or ISW_TOKEN else tl.load(isw + s)
     tokens = (logprobs, old, source, isw, adv, isw_s, usable)
     settings = (setting0, setting1, setting2, setting3)
@@ -83,7 +116,9 @@ def _policy_kernel(
         members += tl.where(mask, 1.0, 0.0)
         peak = tl.maximum(peak, tl.where(mask, d, -float("inf")))
     length = tl.maximum(tl.sum(members), 1.0)
-    weight = 1.0 / (tl.load(normalizer) * (length if SEQ_MEAN else 1.0))
+    weight = 1.0 / (
+        tl.load(normalizer + (s if DIVISOR == "sequence" else 0)) * (length if DIVISOR == "length" else 1.0)
+    )
     shared: tl.constexpr = LEVEL != "token" and OBJECTIVE != "vespo"  # whether d reaches the loss through the sequence
     if LEVEL != "token":  # log ratio and d loss / d logp, the same for all tokens of the sequence
         share = 1.0 / length if LEVEL == "sequence" else 1.0
@@ -146,58 +181,120 @@ def _policy_kernel(
         down_count += tl.where(down, 1.0, 0.0)
         down_max = tl.maximum(down_max, down_size)
 
-    rows = (loss_sum, above_sum, marked_sum, clamped_sum, zeros, k1, k3, kl_sum, entropy_sum, e_sum, e_squares, members,
-            up_sum, down_sum, up_count, down_count, peak + zero, up_max, down_max)  # fmt: skip
-    for i in tl.static_range(len(rows)):
-        tl.store(partials + i * B + s, tl.max(rows[i]) if i >= len(rows) - 3 else tl.sum(rows[i]))
-    tl.store(partials + len(rows) * B + s, adv)
+    row = partials + s
+    tl.store(row + B * LOSS, tl.sum(loss_sum))
+    tl.store(row + B * ABOVE_START, tl.sum(above_sum))
+    tl.store(row + B * MARKED, tl.sum(marked_sum))
+    tl.store(row + B * CLAMPED, tl.sum(clamped_sum))
+    tl.store(row + B * ZEROS, tl.sum(zeros))
+    tl.store(row + B * K1, tl.sum(k1))
+    tl.store(row + B * K3, tl.sum(k3))
+    tl.store(row + B * KL, tl.sum(kl_sum))
+    tl.store(row + B * ENTROPY, tl.sum(entropy_sum))
+    tl.store(row + B * RATIOS, tl.sum(e_sum))
+    tl.store(row + B * SQUARES, tl.sum(e_squares))
+    tl.store(row + B * TOKENS, tl.sum(members))
+    tl.store(row + B * POSITIVE_SIZE, tl.sum(up_sum))
+    tl.store(row + B * NEGATIVE_SIZE, tl.sum(down_sum))
+    tl.store(row + B * POSITIVE, tl.sum(up_count))
+    tl.store(row + B * NEGATIVE, tl.sum(down_count))
+    tl.store(row + B * PEAK, peak)
+    tl.store(row + B * POSITIVE_MAX, tl.max(up_max))
+    tl.store(row + B * NEGATIVE_MAX, tl.max(down_max))
+    tl.store(row + B * USED_ADVANTAGE, adv)
+
+
+def prepare(inputs: PackedInputs, config: Any) -> PackedInputs:
+    """Advantages and group statistics, which no log-prob changes."""
+    advantages, shift, lengths = inputs.advantages, None, None  # [B] or [M], [B], [B]
+    if inputs.rewards is not None or config.norms_target:
+        eta, scale = config.eta if config.norms_target else 1.0, config.advantage_scale
+        advantages, shift = group_statistics(
+            inputs.rewards, advantages, inputs.group_ids, scale=scale, eta=eta, target_norm=config.norms_target
+        )
+    if inputs.cu_seqlens is not None:
+        lengths = lengths_of(inputs.cu_seqlens, inputs.usable)
+    shift = shift if config.norms_target else None
+    return replace(inputs, prepared=True, rewards=None, advantages=advantages, shift=shift, lengths=lengths)
+
+
+def coefficients(logprobs: Tensor, inputs: PackedInputs, config: PolicyConfig) -> Tensor:  # [C] -> [C]
+    """d loss / d logprob of a chunk whose inputs are prepared; the row sums that come along are of no use."""
+    return _launch(logprobs, None, inputs, config)[0]
 
 
 def policy_terms(
-    logprobs: Tensor,  # [N] fp32: packed tokens
-    old_logprobs: Tensor | None,  # [N]; None: ratio exactly 1
-    *,
-    advantages: Tensor | None,  # [B], or [N] if advantages_by_token
-    advantages_by_token: bool,
-    rewards: Tensor | None,  # [B]; exactly one of advantages and rewards
-    group_ids: Tensor | None,  # [B] integers, for rewards and for target_norm
-    cu_seqlens: Tensor | None,  # [B + 1]; None: no sequences, everything is per token
+    logprobs: Tensor,  # [M] fp32
+    entropy: Tensor | None,  # [M]
+    inputs: PackedInputs,
     config: PolicyConfig,
-    normalizer: Tensor,  # [] the divisor Z
-    ref_logprobs: Tensor | None,  # [N], used if config.kl_coef is not 0
-    entropy: Tensor | None,  # [N]
-    rollout_is_weights: Tensor | None,  # [B], or [N] if weights_by_token
-    weights_by_token: bool,
-    usable: Tensor | None = None,  # [N] bool; False: takes no part, whatever its inputs hold; None: all take part
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, dict[str, Tensor]]:
-    """loss [], d loss / d logp [N], d loss / d entropy [N] or None, advantages [B] or [N] as used, metrics (0-d)."""
-    n, lad = len(logprobs), config.objective in DIVERGENCES
-    programs = triton.cdiv(n, SEGMENT.value) if cu_seqlens is None else len(cu_seqlens) - 1
-    target_norm = config.norms_target
-    grouped = target_norm or rewards is not None
-    new = torch.empty_like if usable is None else torch.zeros_like  # the kernel writes where tokens take part
-    dlogprobs = new(logprobs)  # [N]
-    dentropy = new(logprobs) if entropy is not None and config.entropy_coef != 0 else None  # [N]
-    partials = logprobs.new_empty(len(SUMS) + len(MAXIMA) + 1, programs)  # [ROWS, B]
-    tensors = (logprobs, old_logprobs, advantages if rewards is None else rewards, group_ids if grouped else None,
-               cu_seqlens, ref_logprobs if config.kl_coef != 0 else None, entropy, rollout_is_weights,
-               normalizer, usable)  # fmt: skip
+) -> PolicyTerms:
+    """The objective of all tokens, in one launch."""
+    dlogprobs, dentropy, partials = _launch(logprobs, entropy, inputs, config)  # [M], [M], [ROWS, B]
+    loss, metrics = _finish(partials, config, entropy is not None)
+    advantages = partials[USED_ADVANTAGE.value] if inputs.advantages is None else inputs.advantages
+    return PolicyTerms(loss, dlogprobs, dentropy, advantages, metrics)
+
+
+def _launch(
+    logprobs: Tensor,  # [M]
+    entropy: Tensor | None,  # [M]
+    inputs: PackedInputs,
+    config: Any,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """d loss / d logp [M], d loss / d entropy [M] or None, partial results [ROWS, B]."""
+    tokens, cu_seqlens, normalizer = len(logprobs), inputs.cu_seqlens, inputs.normalizer
+    programs = triton.cdiv(tokens, SEGMENT.value) if cu_seqlens is None else len(cu_seqlens) - 1  # B
+    new = torch.empty_like if inputs.usable is None else torch.zeros_like  # the kernel writes where tokens take part
+    dlogprobs = new(logprobs)  # [M]
+    dentropy = new(logprobs) if entropy is not None and config.entropy_coef != 0 else None  # [M]
+    partials = logprobs.new_empty(ROWS, programs)
+    source, advantage = _source(inputs, config)
+    divisor = "length" if config.loss_agg_mode == "seq-mean-token-mean" else "batch"
+    if divisor == "length" and inputs.prepared:  # a chunk may hold a part of a sequence
+        divisor, normalizer = "sequence", normalizer * inputs.lengths.clamp(min=1)  # [B]
+    grouped = not inputs.prepared and (inputs.rewards is not None or config.norms_target)
+    tensors = (
+        logprobs,
+        inputs.old_logprobs,
+        source,
+        inputs.group_ids if grouped else None,
+        cu_seqlens,
+        inputs.ref_logprobs if config.kl_coef != 0 else None,
+        entropy,
+        inputs.rollout_is_weights,
+        normalizer,
+        inputs.usable,
+    )
     scalars = (config.log_ratio_clamp, config.kl_coef, config.kl_clamp, config.entropy_coef, *_settings(config))
-    options = dict(
-        OBJECTIVE=config.objective, LEVEL=config.importance_sampling_level,
-        SEQ_MEAN=config.loss_agg_mode == "seq-mean-token-mean", SCALE=config.advantage_scale,
-        CENTERED=lad and config.centered, TARGET_NORM=target_norm,
-        ISW_TOKEN=rollout_is_weights is not None and weights_by_token,
-        ADVANTAGE="rewards" if rewards is not None else "token" if advantages_by_token else "sequence",
-    )  # fmt: skip
     if programs > 0:
         with torch.cuda.device_of(logprobs):
             _policy_kernel[(programs,)](
-                *(None if x is None else x.contiguous() for x in tensors), dlogprobs, dentropy, partials, n,
-                *(math.inf if x is None else float(x) for x in scalars), **options, num_warps=8,
-            )  # fmt: skip
-    loss, metrics = _finish(partials, lad, config.kl_coef != 0, entropy is not None)
-    return loss, dlogprobs, dentropy, advantages if rewards is None else partials[-1], metrics
+                *(None if x is None else x.contiguous() for x in tensors),
+                dlogprobs,
+                dentropy,
+                partials,
+                tokens,
+                *(math.inf if x is None else float(x) for x in scalars),
+                OBJECTIVE=config.objective,
+                LEVEL=config.importance_sampling_level,
+                DIVISOR=divisor,
+                CENTERED=config.objective in DIVERGENCES and config.centered,
+                TARGET_NORM=config.norms_target,
+                ADVANTAGE=advantage,
+                ISW_TOKEN=inputs.rollout_is_weights is not None and inputs.weights_by_token,
+                num_warps=8,
+            )
+    return dlogprobs, dentropy, partials
+
+
+def _source(inputs: PackedInputs, config: PolicyConfig) -> tuple[Tensor, str]:
+    """What the kernel reads advantages from, and its ADVANTAGE."""
+    if inputs.rewards is not None:
+        return inputs.rewards, config.advantage_scale  # [B]
+    if inputs.shift is not None:
+        return torch.stack([inputs.advantages, inputs.shift]), "shifted"  # [2, B]
+    return inputs.advantages, "token" if inputs.advantages_by_token else "sequence"  # [M] or [B]
 
 
 def _settings(config: PolicyConfig) -> list[float | None]:
@@ -206,23 +303,24 @@ def _settings(config: PolicyConfig) -> list[float | None]:
     return own + [0.0] * (4 - len(own))
 
 
-def _finish(partials: Tensor, lad: bool, ref: bool, entropy: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def _finish(partials: Tensor, config: PolicyConfig, has_entropy: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Rows [ROWS, B] of all programs -> loss and metrics, in a fixed order and without a host sync."""
-    sums = partials[: len(SUMS)].sum(1)  # [SUMS]
-    maxima = partials[len(SUMS) : -1].amax(1) if partials.shape[1] else partials.new_zeros(len(MAXIMA))  # [MAXIMA]
-    total = dict(zip(SUMS, sums.unbind()))
-    tokens = total["tokens"].clamp(min=1)  # []
-    metrics = dict(zip(MEANS, (sums[2 : 2 + len(MEANS)] / tokens).unbind()))
-    metrics["frac_over_target" if lad else "clip_share"] = metrics.pop("marked")
-    for name in [*([] if ref else ["kl_ref"]), *([] if entropy else ["entropy"])]:
-        del metrics[name]
-    metrics |= zip(MAXIMA[1:], maxima[1:].unbind())
-    metrics |= zip(("coef_mean_positive", "coef_mean_negative"), (sums[-4:-2] / sums[-2:].clamp(min=1)).unbind())
-    metrics |= _ratios(*(partials[len(SUMS) + i] for i in _RATIO_ROWS), tokens)
-    return total["loss"], metrics | {"loss_above_start": total["loss_above_start"]}
-
-
-_RATIO_ROWS = (0, SUMS.index("e_sum") - len(SUMS), SUMS.index("e_squares") - len(SUMS))
+    sums = partials[: PEAK.value].sum(1)  # [PEAK]
+    tokens = sums[TOKENS.value].clamp(min=1)  # []
+    marked = "frac_over_target" if config.objective in DIVERGENCES else "clip_share"
+    rows = {**MEANS, marked: MARKED} | ({"kl_ref": KL} if config.kl_coef != 0 else {})
+    rows |= {"entropy": ENTROPY} if has_entropy else {}
+    means = sums / tokens  # [PEAK]
+    metrics = {name: means[row.value] for name, row in rows.items()}
+    for sign, size, count, largest in (
+        ("positive", POSITIVE_SIZE, POSITIVE, POSITIVE_MAX),
+        ("negative", NEGATIVE_SIZE, NEGATIVE, NEGATIVE_MAX),
+    ):
+        maxima = partials[largest.value]  # [B]
+        metrics[f"coef_mean_{sign}"] = sums[size.value] / sums[count.value].clamp(min=1)
+        metrics[f"coef_max_{sign}"] = maxima.amax() if len(maxima) else maxima.new_zeros(())
+    metrics |= _ratios(partials[PEAK.value], partials[RATIOS.value], partials[SQUARES.value], tokens)
+    return sums[LOSS.value], metrics | {"loss_above_start": sums[ABOVE_START.value]}
 
 
 def _ratios(peak: Tensor, sums: Tensor, squares: Tensor, tokens: Tensor) -> dict[str, Tensor]:  # [B], [B], [B], []

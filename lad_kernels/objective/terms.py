@@ -42,7 +42,10 @@ class Objective:
         return terms
 
     def coefficients(self, rows: slice, logprobs: Tensor) -> Tensor:  # [C] -> [C]
-        """d loss / d logprob of the tokens `rows`, the same bits that `terms` has there; without an entropy term.
+        """d loss / d logprob of the tokens `rows`, without an entropy term.
+
+        In Triton the bits that `terms` has there; in PyTorch to an ulp or two, because a CPU's vectors round a tail
+        differently.
 
         Args:
             rows: any tokens where ratios are per token; whole sequences at the sequence levels.

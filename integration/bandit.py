@@ -29,6 +29,7 @@ from torch import Tensor
 
 from integration.report import Sheet, mean_spread
 from lad_kernels import GRPOConfig, LADConfig, grpo_loss, lad_loss
+from lad_kernels.objective import DIVERGENCES
 
 plt.switch_backend("Agg")
 
@@ -38,7 +39,6 @@ DRAWS = 32  # per step
 ETA = 1.0
 LEARNING_RATE = 5e-3
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of logprobs [N], old_logprobs [N], advantages [N]
-DIVERGENCES = ("js", "hd", "tv", "kl", "rkl", "jf", "ps", "pearson")
 MAX_TV_JS = 0.05  # checks: js must come closer to the target than this ...
 MIN_TV_GRPO = 0.5  # ... and unclipped GRPO must stay further away than this
 

@@ -9,6 +9,35 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+# How a metric of `LossOutput` is combined over micro-batches and ranks. `sum`: they add up, given the global
+# normalizer. `... tokens`: means, weighted by the tokens they are over: all that take part, those of positive or of
+# negative advantage, or all loss tokens, dropped ones included. `apart`: no number per batch combines to that of all.
+METRICS = {
+    "loss_above_start": "sum",
+    "head_flops": "sum",
+    "ratio_max": "max",
+    "coef_max_positive": "max",
+    "coef_max_negative": "max",
+    "dropped_mass_max": "max",
+    "ratio_mean": "tokens",
+    "approx_kl_k1": "tokens",
+    "approx_kl_k3": "tokens",
+    "kl_ref": "tokens",
+    "entropy": "tokens",
+    "clamp_share": "tokens",
+    "clip_share": "tokens",
+    "frac_over_target": "tokens",
+    "zero_coef_share": "tokens",
+    "kept_share": "tokens",
+    "dropped_mass_mean": "tokens",
+    "coef_mean_positive": "positive tokens",
+    "coef_mean_negative": "negative tokens",
+    "nonfinite_share": "loss tokens",
+    "ess": "apart",
+    "dhidden_bound": "apart",
+    "dweight_bound": "apart",
+}
+
 
 class LinearLogprobs(NamedTuple):
     """Result of `linear_logprobs`; every field is shaped like `target_ids` and float32 (float64 for float64 input).
@@ -32,4 +61,4 @@ class LossOutput(NamedTuple):
     logprobs: Tensor | None  # [N] or [B, T]: log-probabilities of the targets, 0 where masked; None if not wanted
     entropy: Tensor | None  # same shape; None unless asked for
     advantages: Tensor  # [B], or [N] / [B, T] when they were given per token
-    metrics: dict[str, Tensor]
+    metrics: dict[str, Tensor]  # 0-d; METRICS says how each is combined with those of other batches

@@ -34,11 +34,10 @@ from lad_kernels import (
     reference,
 )
 from lad_kernels.head import dispatch
+from lad_kernels.objective import DIVERGENCES, LEVELS
 from lad_kernels.testing import CONTRACT_MARGIN, FP32_TOLERANCE, check_head, make_inputs, relative_error
 
 ROOT = Path(__file__).resolve().parents[2]
-DIVERGENCES = ("js", "hd", "tv", "kl", "rkl", "jf", "ps", "pearson")
-LEVELS = ("token", "sequence", "sequence_sum")
 MIB = 2**20
 
 

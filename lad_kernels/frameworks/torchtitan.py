@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lad_kernels import LADConfig, lad_loss
+from lad_kernels.outputs import METRICS
 
 try:
     from torchtitan.components.loss import BaseLoss, compute_logprobs
@@ -22,9 +23,6 @@ except ModuleNotFoundError as error:
         class Config:
             def __post_init__(self) -> None:
                 raise ImportError("LADLoss: torchtitan is not installed; pip install torchtitan")
-
-
-NO_MEANS = ("coef_mean_positive", "coef_mean_negative", "ess")  # metrics that are not means over all tokens
 
 
 class LADLoss(BaseLoss):
@@ -64,9 +62,9 @@ class LADLoss(BaseLoss):
         share = mask.sum() / total  # []
         loss, metrics = out.loss * share, {}
         for name, value in out.metrics.items():
-            if "max" in name:
+            if METRICS[name] == "max":
                 metrics[f"lad/{name}/max"] = value
-            elif name not in NO_MEANS:
+            elif METRICS[name] in ("tokens", "sum"):  # what chunks of a token's share add up to
                 metrics[f"lad/{name}/mean"] = value * share
         metrics["lad/nonfinite_share/mean"] = (loss_mask & ~mask).sum() / total  # as its own nan_frac
         return loss, {"loss/mean": loss.detach(), **metrics}

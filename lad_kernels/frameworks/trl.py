@@ -29,6 +29,7 @@ from lad_kernels import LinearLogprobs, LossOutput, lad_loss, linear_lad_loss, l
 from lad_kernels.frameworks.distributed import require_sound_ranks
 from lad_kernels.frameworks.transformers import attach_fused_head
 from lad_kernels.frameworks.trl_options import GRPOTrainer, LADConfig, RLOOTrainer, require_trl, trl_has_fused_head
+from lad_kernels.outputs import METRICS
 
 __all__ = ("FusedHeadMixin", "LADConfig", "LADTrainer")
 
@@ -37,12 +38,6 @@ MULTIMODAL = (
     "mm_token_type_ids", "image_position_ids",
 )  # fmt: skip
 
-# Metrics of lad_kernels that are means over tokens, and those that are largest values.
-TOKEN_MEANS = (
-    "approx_kl_k1", "approx_kl_k3", "clamp_share", "dropped_mass_mean", "entropy", "frac_over_target", "kept_share",
-    "kl_ref", "ratio_mean", "zero_coef_share",
-)  # fmt: skip
-MAXIMA = ("coef_max_negative", "coef_max_positive", "dropped_mass_max", "ratio_max")
 TRL_NAMES = {"entropy": "entropy", "kl_ref": "kl"}  # the others are logged as lad/<name>
 
 
@@ -309,8 +304,10 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
         """
         signs = (advantages if advantages.ndim == 2 else advantages[:, None]).sign() * mask  # [B, T]
         tokens, positive, negative = mask.sum(), (signs > 0).sum(), (signs < 0).sum()
-        counts = {name: tokens for name in TOKEN_MEANS}
-        counts |= {"coef_mean_positive": positive, "coef_mean_negative": negative, "nonfinite_share": chosen}
+        tokens_of = {
+            "tokens": tokens, "positive tokens": positive, "negative tokens": negative, "loss tokens": chosen,
+        }  # fmt: skip
+        counts = {name: tokens_of[how] for name, how in METRICS.items() if how in tokens_of}
         metrics = {**metrics, "nonfinite_share": (chosen - tokens) / chosen.clamp(min=1)}
         names = [name for name in counts if name in metrics]
         above = metrics["loss_above_start"] * self._steps() / self.accelerator.num_processes
@@ -319,7 +316,7 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
         self._record("lad/loss_above_start", sums[0])
         for name, total, count in zip(names, sums[1:], sums[1 + len(names) :]):
             self._record(TRL_NAMES.get(name, f"lad/{name}"), total / max(count, 1))
-        largest = [name for name in MAXIMA if name in metrics]
+        largest = [name for name, how in METRICS.items() if how == "max" and name in metrics]
         values = self.accelerator.gather(torch.stack([metrics[name] for name in largest])[None]).amax(0)
         for name, value in zip(largest, values.tolist()):
             self._record(f"lad/{name}", value)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import lad_kernels
+from lad_kernels.objective import DIVERGENCES
 
 try:
     import trl
@@ -94,7 +95,7 @@ class LADConfig(GRPOConfig):
         ValueError, TypeError: an option out of range, or one of TRL's that has no meaning for LAD.
     """
 
-    divergence: str = _option("js", "f-divergence: js, hd, tv, kl, rkl, jf, ps or pearson.")
+    divergence: str = _option("js", f"f-divergence: {', '.join(DIVERGENCES[:-1])} or {DIVERGENCES[-1]}.")
     eta: float = _option(0.25, "Temperature of the target distribution pi_old * exp(advantage / eta).")
     loss_agg_mode: str = _option(
         "token-mean",

@@ -1,7 +1,7 @@
 """The objective: log-probabilities and rewards in, a loss and its gradient out. Others import from here alone."""
 
 from lad_kernels.objective.advantages import group_advantages
-from lad_kernels.objective.config import DIVERGENCES, GRPOConfig, LADConfig, PolicyConfig
+from lad_kernels.objective.config import DIVERGENCES, LEVELS, GRPOConfig, LADConfig, PolicyConfig
 from lad_kernels.objective.context_parallel import (
     ContextShard,
     context_parallel_loss,
@@ -19,6 +19,7 @@ Config = PolicyConfig
 
 __all__ = [
     "DIVERGENCES",
+    "LEVELS",
     "Config",
     "ContextShard",
     "GRPOConfig",

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from divergence_facts import COEFFICIENT
 
 from lad_kernels import GRPOConfig, LADConfig, reference
 from lad_kernels.objective.config import ADVANTAGE_SCALES, DIVERGENCES, LEVELS
-
-# -c at r = 1 for each divergence (the "reshaped advantage" of docs: d loss / d log r, negated)
-AT_START = {
-    "js": lambda u: 0.5 * math.log((1 + math.exp(u)) / 2),
-    "hd": lambda u: 0.5 * (math.exp(u / 2) - 1),
-    "tv": lambda u: math.copysign(1, u),
-    "kl": lambda u: u - 1,
-    "rkl": lambda u: math.exp(u),
-    "jf": lambda u: u - 1 + math.exp(u),
-    "ps": lambda u: math.exp(2 * u) - 1,
-    "pearson": lambda u: 2 * (1 - math.exp(-u)),
-}
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("u", (-3.0, -0.2, 0.4, 2.5))
 def test_coefficient_at_ratio_one(divergence, u):
     logp = torch.tensor([-1.3], dtype=torch.float64, requires_grad=True)
-    config = LADConfig(divergence=divergence, eta=0.5)
+    config, zero = LADConfig(divergence=divergence, eta=0.5), torch.zeros((), dtype=torch.float64)
     advantages = torch.tensor([u * 0.5], dtype=torch.float64)
     reference.lad_loss(logp, None, advantages, config=config).loss.backward()
-    assert -logp.grad.item() == pytest.approx(AT_START[divergence](u), rel=1e-12)
+    assert -logp.grad.item() == pytest.approx(-COEFFICIENT[divergence](zero, zero + u).item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("divergence", sorted(set(DIVERGENCES) - {"kl", "rkl", "tv"}))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from divergence_facts import MUTANT
 from test_mutants import mutate
 
 from lad_kernels import GRPOConfig, LADConfig, reference
@@ -14,14 +15,7 @@ from lad_kernels.objective.inputs import PackedInputs
 from lad_kernels.objective.kernels import policy as kernel
 
 POLICY = {
-    "js": ("objective/divergences.py", "return Terms(loss, r_slope / 2,", "return Terms(loss, r_slope,"),
-    "hd": ("objective/divergences.py", "_exp_gap(d, (d + u) / 2) / 2, step", "_exp_gap(d, (d + u) / 2), step"),
-    "tv": ("objective/divergences.py", "gap.abs(), d.exp() * side", "gap.abs(), side"),
-    "kl": ("objective/divergences.py", "_times_ratio(r, w + 1)", "_times_ratio(r, w)"),
-    "rkl": ("objective/divergences.py", "Terms(-e_u * d, -e_u,", "Terms(-e_u * d, e_u,"),
-    "jf": ("objective/divergences.py", "_times_ratio(r, w) + gap", "_times_ratio(r, w) - gap"),
-    "ps": ("objective/divergences.py", "_exp_gap(d, 2 * u - d), above", "_exp_gap(d, u), above"),
-    "pearson": ("objective/divergences.py", "2 * _exp_gap(2 * d - u, d)", "_exp_gap(2 * d - u, d)"),
+    **{name: ("objective/divergences.py", *bug) for name, bug in MUTANT.items()},
     "length forgotten": ("objective/policy.py", "(w / seq.lengths)[seq.index]", "w.expand(len(d))"),
     "clamp passes the gradient": ("objective/policy.py", "torch.where(stopped & (not direct), 0.0,",
                                   "torch.where(d != d, 0.0,"),

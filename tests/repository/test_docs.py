@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from divergence_facts import COEFFICIENT
 
 pytest.importorskip("matplotlib", reason="the plots need the train extra: matplotlib; lost: all checks of docs/")
 pytest.importorskip("rich", reason="the tables need the train extra: rich; lost: all checks of docs/")
@@ -26,17 +27,6 @@ DOCS = figures.DOCS
 PAGES = {name: (DOCS / name).read_text() for name in figures.PAGES}
 README = (DOCS.parent / "README.md").read_text()
 NEAR = 1e-12  # relative error of float64 coefficients; 2e-15 was measured
-
-CLOSED = {  # c = r f'(x) with r = e^d, x = e^(d - u)
-    "js": lambda d, u: d.exp() / 2 * (2 / (1 + (u - d).exp())).log(),
-    "hd": lambda d, u: d.exp() / 2 * (1 - ((u - d) / 2).exp()),
-    "tv": lambda d, u: d.exp() * (d - u).sign(),
-    "kl": lambda d, u: d.exp() * (d - u + 1),
-    "rkl": lambda d, u: -u.exp(),
-    "jf": lambda d, u: d.exp() * (d - u + 1 - (u - d).exp()),
-    "ps": lambda d, u: d.exp() * (1 - (2 * u - 2 * d).exp()),
-    "pearson": lambda d, u: 2 * d.exp() * ((d - u).exp() - 1),
-}
 
 
 def grid() -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,8 +43,8 @@ def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", figures.DIVERGENCES)
 def test_plotted_coefficients_are_the_closed_forms(name):
     d, u = grid()
-    assert relative(figures.coefficients(LADConfig(name, eta=1.0), d, u), CLOSED[name](d, u)) < NEAR
-    wrong = CLOSED["hd" if name == "js" else "js"]
+    assert relative(figures.coefficients(LADConfig(name, eta=1.0), d, u), COEFFICIENT[name](d, u)) < NEAR
+    wrong = COEFFICIENT["hd" if name == "js" else "js"]
     assert relative(figures.coefficients(LADConfig(name, eta=1.0), d, u), wrong(d, u)) > 0.1
 
 
@@ -75,7 +65,7 @@ def test_plotted_levels(level, power, total):
     found = figures.by_length(level, lengths, drift, 4.0)
     for length, value in zip(lengths, found):
         seen = torch.tensor(drift * (length if level == "sequence_sum" else 1), dtype=torch.float64)
-        truth = -CLOSED["js"](seen, u) * (length if level == "sequence_sum" else 1)
+        truth = -COEFFICIENT["js"](seen, u) * (length if level == "sequence_sum" else 1)
         assert relative(value, truth) < 1e-11
 
 

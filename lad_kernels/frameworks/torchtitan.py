@@ -34,11 +34,11 @@ class LADLoss(BaseLoss):
     class Config(BaseLoss.Config):
         """Fields of `LADConfig`."""
 
-        divergence: str = "js"
-        eta: float = 0.25
-        centered: bool = False
-        log_ratio_clamp: float | None = None
-        target_clamp: float | None = None
+        divergence: str = LADConfig.divergence
+        eta: float = LADConfig.eta
+        centered: bool = LADConfig.centered
+        log_ratio_clamp: float | None = LADConfig.log_ratio_clamp
+        target_clamp: float | None = LADConfig.target_clamp
 
     def __init__(self, config: Config, *, compile_config: Any = None) -> None:
         names = ("divergence", "eta", "centered", "log_ratio_clamp", "target_clamp")

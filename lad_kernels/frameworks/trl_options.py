@@ -66,11 +66,9 @@ SOFT_GATES = (
     "vespo_lambda_neg",
 )  # fmt: skip
 
-# Fields of LADConfig that lad_kernels.LADConfig has under the same name and with the same meaning.
-OBJECTIVE = (
-    "divergence", "eta", "importance_sampling_level", "loss_agg_mode", "target_norm", "centered", "log_ratio_clamp",
-    "target_clamp", "tail_mass", "tail", "backward",
-)  # fmt: skip
+# Fields of lad_kernels.LADConfig that are options under the same name; TRL has options of its own for the others.
+OF_TRL = ("advantage_scale", "kl_coef", "kl_clamp", "entropy_coef")
+OBJECTIVE = tuple(f.name for f in fields(lad_kernels.LADConfig) if f.name not in OF_TRL)
 
 
 def require_trl() -> None:
@@ -79,8 +77,9 @@ def require_trl() -> None:
         raise ImportError(f"trl: expected 1.14 to 1.16 and not 1.15.0, got {unusable}; pip install 'trl<1.17'")
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _option(name: str, text: str) -> Any:
+    """A field of `lad_kernels.LADConfig`, with its default."""
+    return field(default=getattr(lad_kernels.LADConfig, name), metadata={"help": text})
 
 
 @dataclass
@@ -95,24 +94,26 @@ class LADConfig(GRPOConfig):
         ValueError, TypeError: an option out of range, or one of TRL's that has no meaning for LAD.
     """
 
-    divergence: str = _option("js", f"f-divergence: {', '.join(DIVERGENCES[:-1])} or {DIVERGENCES[-1]}.")
-    eta: float = _option(0.25, "Temperature of the target distribution pi_old * exp(advantage / eta).")
+    divergence: str = _option("divergence", f"f-divergence: {', '.join(DIVERGENCES[:-1])} or {DIVERGENCES[-1]}.")
+    eta: float = _option("eta", "Temperature of the target distribution pi_old * exp(advantage / eta).")
     loss_agg_mode: str = _option(
-        "token-mean",
+        "loss_agg_mode",
         "Average: token-mean (over the tokens of all accumulated micro-batches), seq-mean-token-mean, "
         "seq-mean-token-sum or seq-mean-token-sum-norm (divided by max_completion_length).",
     )
-    target_norm: str | None = _option(None, "'group' normalises the target over each prompt's completions.")
-    centered: bool = _option(False, "Subtract f'(1)(x - 1) from f: no drift in groups without reward variance.")
-    log_ratio_clamp: float | None = _option(None, "Bound on |log ratio|; beyond it the gradient is zero.")
-    target_clamp: float | None = _option(None, "Bound on |advantage / eta|.")
+    target_norm: str | None = _option("target_norm", "'group' normalises the target over each prompt's completions.")
+    centered: bool = _option("centered", "Subtract f'(1)(x - 1) from f: no drift in groups without reward variance.")
+    log_ratio_clamp: float | None = _option("log_ratio_clamp", "Bound on |log ratio|; beyond it the gradient is zero.")
+    target_clamp: float | None = _option("target_clamp", "Bound on |advantage / eta|.")
     tail_mass: float | None = _option(
-        None, "Threshold below which vocabulary blocks may be dropped; None: 3e-4 in 16-bit precision, else 0 (exact)."
+        "tail_mass",
+        "Threshold below which vocabulary blocks may be dropped; None: 3e-4 in 16-bit precision, else 0 (exact).",
     )
-    tail: str = _option("unbiased", "What becomes of blocks below tail_mass: unbiased or drop.")
-    backward: str = _option("auto", "Backward of the head: auto, dense or routed.")
-    log_entropy: bool = _option(
-        True, "Log the entropy. False lets tokens without gradient skip the head when the ratio is 1."
+    tail: str = _option("tail", "What becomes of blocks below tail_mass: unbiased or drop.")
+    backward: str = _option("backward", "Backward of the head: auto, dense or routed.")
+    log_entropy: bool = field(
+        default=True,
+        metadata={"help": "Log the entropy. False lets tokens without gradient skip the head when the ratio is 1."},
     )
 
     def __post_init__(self):

@@ -56,12 +56,12 @@ class LADPolicyLossConfig(PolicyLossConfig):
     """
 
     loss_mode: str = "lad"
-    divergence: str = "js"
-    eta: float = 0.25
-    importance_sampling_level: str = "token"
-    centered: bool = False
-    log_ratio_clamp: float | None = None
-    target_clamp: float | None = None
+    divergence: str = LADConfig.divergence
+    eta: float = LADConfig.eta
+    importance_sampling_level: str = LADConfig.importance_sampling_level
+    centered: bool = LADConfig.centered
+    log_ratio_clamp: float | None = LADConfig.log_ratio_clamp
+    target_clamp: float | None = LADConfig.target_clamp
 
     def __post_init__(self) -> None:
         if monkey_patch is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import importlib
 import re
 from pathlib import Path
 
@@ -92,6 +93,22 @@ def import_violations(name: str, source: str) -> list[str]:
             if not fine and not (inside and MAY_IMPORT_INSIDE_FUNCTIONS.get(inner) in ("", name)):
                 bad.append(f"{name} imports {inner}")
     return bad
+
+
+def past_the_door(name: str, source: str, door: str = "objective") -> list[str]:
+    """Imports of a part's inner modules, where only what its __init__ exports may be used."""
+    if belongs(name, door) or name in ("reference", "reference_objective"):  # the specification needs the records alone
+        return []
+    exported = importlib.import_module(f"lad_kernels.{door}").__all__
+    inner = [t.removeprefix(f"lad_kernels.{door}.") for t, _ in imports(source) if t.startswith(f"lad_kernels.{door}.")]
+    return [f"{name} imports {door}.{target}" for target in inner if target not in exported]
+
+
+def test_the_objective_is_entered_by_its_door():
+    assert [v for name, source in sources(PACKAGE) for v in past_the_door(name, source)] == []
+    assert past_the_door("step", "from lad_kernels.objective.policy import policy_terms")
+    assert past_the_door("step", "from lad_kernels.objective import policy")
+    assert not past_the_door("step", "from lad_kernels.objective import Objective")
 
 
 def is_kernel(node: ast.FunctionDef) -> bool:

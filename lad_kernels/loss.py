@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
 from lad_kernels.head import BackwardPlan, HeadArguments, Layout, Operands, flops, prepare
-from lad_kernels.objective import Config, GRPOConfig, LADConfig, PolicyInputs, validate
+from lad_kernels.objective import GRPOConfig, LADConfig, Objective, PolicyConfig, PolicyInputs, validate
 from lad_kernels.outputs import LossOutput
 from lad_kernels.step import Step, Wanted
 
@@ -151,7 +151,7 @@ class LADLoss(nn.Module):
         return ", ".join([repr(self.config), *(f"{k}={v!r}" for k, v in self.constants.items())])
 
 
-def _linear_loss(given: HeadArguments, inputs: PolicyInputs, config: Config, wanted: Wanted) -> LossOutput:
+def _linear_loss(given: HeadArguments, inputs: PolicyInputs, config: PolicyConfig, wanted: Wanted) -> LossOutput:
     checks.plain_tensor("target_ids", given.target_ids)
     checks.vocab_group(given.vocab_group, given.impl, config.backward)
     inputs = validate(inputs, given.target_ids, "target_ids", config)
@@ -162,7 +162,9 @@ def _linear_loss(given: HeadArguments, inputs: PolicyInputs, config: Config, wan
     hidden, weight, bias, targets, layout = operands
     packing, needs = layout.packing, operands.needs()
     with torch.no_grad(), flops.counting() as tally:
-        result = Step(operands.head(), inputs, packing, config, given.impl, needs, wanted).run()
+        head = operands.head()
+        objective = Objective(inputs, packing, config, given.impl, hidden)
+        result = Step(head, inputs, packing, config, objective, needs, wanted).run()
     terms, plan, loss, metrics = result.terms, result.plan, result.terms.loss, dict(result.terms.metrics)
     if plan is not None:
         loss = _LinearLoss.apply(hidden, weight, bias, targets, loss, layout, plan)
@@ -179,7 +181,7 @@ def _linear_loss(given: HeadArguments, inputs: PolicyInputs, config: Config, wan
 
 
 def _reference_loss(
-    operands: Operands, given: HeadArguments, inputs: PolicyInputs, config: Config, wanted: Wanted
+    operands: Operands, given: HeadArguments, inputs: PolicyInputs, config: PolicyConfig, wanted: Wanted
 ) -> LossOutput:
     """The specification on validated arguments."""
     from lad_kernels import reference

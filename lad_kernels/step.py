@@ -28,7 +28,7 @@ from lad_kernels.head import (
     select_active,
     takes_one_pass,
 )
-from lad_kernels.objective import Config, PolicyInputs, PolicyTerms, compute_terms
+from lad_kernels.objective import Objective, PolicyConfig, PolicyInputs, PolicyTerms
 from lad_kernels.packing import Packing
 
 
@@ -55,8 +55,8 @@ class Step:
     head: Head  # of the M tokens that take part
     inputs: PolicyInputs
     packing: Packing
-    config: Config
-    impl: str
+    config: PolicyConfig
+    objective: Objective  # of the same inputs
     needs: Needs
     wanted: Wanted
 
@@ -82,19 +82,19 @@ class Step:
             return self._coefficients_first(outputs)
         if self.known_before and not outputs:
             logprobs = self._zeros()
-            return StepResult(self._objective(logprobs), logprobs, None, None)
+            return StepResult(self.objective.terms(logprobs), logprobs, None, None)
         if not any(self.needs):
             out = self.head.forward(want_entropy=self.want_entropy)
-            return StepResult(self._objective(out.logprobs, out.entropy), out.logprobs, out.entropy, None)
+            return StepResult(self.objective.terms(out.logprobs, out.entropy), out.logprobs, out.entropy, None)
         found = self._one_pass(self.head)
         if found is not None:
             out, ready, terms = found
-            terms = terms or self._objective(out.logprobs, out.entropy)
+            terms = terms or self.objective.terms(out.logprobs, out.entropy)
             gradient = _logit_gradient(terms, out.entropy)
             plan = plan_backward(self.head, out, gradient, None, self.needs, self.sparsity, ready)
             return StepResult(terms, out.logprobs, out.entropy, plan)
         out = forward_for_backward(self.head, self.needs, self.sparsity, want_entropy=self.want_entropy)
-        terms = self._objective(out.logprobs, out.entropy)
+        terms = self.objective.terms(out.logprobs, out.entropy)
         gradient = _logit_gradient(terms, out.entropy)
         logprobs, entropy, active = out.logprobs, out.entropy, gradient.active()
         out, gradient = select_active(out, active), gradient.select(active)
@@ -103,7 +103,9 @@ class Step:
 
     def _coefficients_first(self, outputs: bool) -> StepResult:
         """Coefficients do not depend on log-probs: tokens with c = 0 pass only if their outputs are asked for."""
-        gradient = _logit_gradient(self._objective(self._zeros()), None)
+        zeros = self._zeros()
+        c = self.objective.coefficients(slice(0, len(zeros)), zeros)  # [M]
+        gradient = LogitGradient(c, -c)
         active = gradient.active()  # [A]
         part, gradient, ready = self.head.select(active), gradient.select(active), None
         found = self._one_pass(part, gradient.onehot)
@@ -113,10 +115,7 @@ class Step:
             out, ready, _ = found
         logprobs, entropy = self._of_all_tokens(out, active, outputs)
         plan = plan_backward(self.head, out, gradient, active, self.needs, self.sparsity, ready)
-        return StepResult(self._objective(logprobs, entropy), logprobs, entropy, plan)
-
-    def _objective(self, logprobs: Tensor, entropy: Tensor | None = None) -> PolicyTerms:  # [M], [M]
-        return compute_terms(logprobs, entropy, self.inputs, self.packing, self.config, self.impl)
+        return StepResult(self.objective.terms(logprobs, entropy), logprobs, entropy, plan)
 
     def _one_pass(
         self, part: Head, known: Tensor | None = None
@@ -144,10 +143,10 @@ class Step:
         def coefficients(rows: slice, logprobs: Tensor) -> Tensor:  # [A] -> [C]
             if known is not None:
                 return known[rows]
-            terms = self._objective(logprobs)
-            if len(chunks) == 1 and not self.want_entropy:
-                whole.append(terms)
-            return terms.dlogprobs[rows]
+            if len(chunks) > 1 or self.want_entropy:
+                return self.objective.coefficients(rows, logprobs[rows])
+            whole.append(self.objective.terms(logprobs))
+            return whole[0].dlogprobs
 
         found = part.one_pass(
             self._old_logprobs(), coefficients, chunks=chunks, want_entropy=self.want_entropy, needs=self.needs
@@ -168,7 +167,8 @@ class Step:
         """Coefficients of a few of the M tokens from their log-probs, with ratio 1 (or 0 nats) for the others."""
         old = self._old_logprobs()
         every = self._zeros() if old is None else old.clone()  # [M]
-        return self._objective(every.index_copy_(0, chosen, logprobs)).dlogprobs[chosen]
+        every.index_copy_(0, chosen, logprobs)
+        return self.objective.coefficients(slice(0, len(every)), every)[chosen]
 
     def _of_all_tokens(self, out: HeadForward, active: Tensor | None, outputs: bool) -> tuple[Tensor, Tensor | None]:
         """Log-probs [M] and entropy [M]: of the active tokens, and of the others if they are asked for."""

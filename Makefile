@@ -1,8 +1,8 @@
 # Two commands matter: `make demo` (the main job) and `make test`. The others are for who changes the package.
 PYTHON ?= python3
 VENV ?= .venv
-CONSTRAINTS := constraints-$(if $(wildcard /proc/driver/nvidia/version)$(shell command -v nvidia-smi 2>/dev/null),cuda,cpu).txt
 BIN := $(VENV)/bin
+INSTALL := install --quiet --disable-pip-version-check
 EXTRAS_train := train
 EXTRAS_test := test,train
 EXTRAS_bench := bench
@@ -45,26 +45,27 @@ docs: $(VENV)/.test
 # Frameworks whose versions exclude those of the other tests, each in an environment of its own.
 test-verl:
 	$(PYTHON) -m venv $(VENV)-verl
-	$(VENV)-verl/bin/pip install --quiet --disable-pip-version-check -c constraints-verl.txt torch triton numpy \
-	    transformers tensordict ray hydra-core codetiming datasets peft pillow pytest pytest-timeout
-	$(VENV)-verl/bin/pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1 megatron-core==0.16.1 -e .
+	torch=$$(.ci/torch $(VENV)-verl/bin/python) && $(VENV)-verl/bin/pip $(INSTALL) -c constraints-verl.txt $$torch \
+	    triton numpy transformers tensordict ray hydra-core codetiming datasets peft pillow pytest pytest-timeout
+	$(VENV)-verl/bin/pip $(INSTALL) --no-deps verl==0.9.1 megatron-core==0.16.1 -e .
 	OMP_NUM_THREADS=1 $(VENV)-verl/bin/python -m pytest tests/frameworks/with_verl $(ARGS)
 
 test-trl-oldest:
 	$(PYTHON) -m venv $(VENV)-trl
-	grep -v '^trl==' $(CONSTRAINTS) > $(VENV)-trl/constraints.txt
-	$(VENV)-trl/bin/pip install --quiet --disable-pip-version-check -c $(VENV)-trl/constraints.txt trl==1.14.0 requests -e '.[test]'
+	grep -v '^trl==' constraints.txt > $(VENV)-trl/constraints.txt
+	torch=$$(.ci/torch $(VENV)-trl/bin/python) && $(VENV)-trl/bin/pip $(INSTALL) -c $(VENV)-trl/constraints.txt $$torch \
+	    trl==1.14.0 requests -e '.[test]'
 	OMP_NUM_THREADS=1 $(VENV)-trl/bin/python -m pytest tests/frameworks/test_trl.py tests/frameworks/test_trl_loss.py tests/frameworks/test_trl_wrapped.py $(ARGS)
 
 test-zero3: $(VENV)/.test  # DeepSpeed builds from source and compiles an operator at its first use: minutes, and a C++ compiler
-	$(BIN)/pip install --quiet --disable-pip-version-check wheel ninja 'setuptools>=77'
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation -c $(CONSTRAINTS) deepspeed==0.19.8
+	$(BIN)/pip $(INSTALL) wheel ninja 'setuptools>=77'
+	DS_BUILD_OPS=0 $(BIN)/pip $(INSTALL) --no-build-isolation -c constraints.txt deepspeed==0.19.8
 	$(BIN)/python -m pytest tests/loss/test_distributed.py tests/frameworks/test_trl_wrapped.py -k zero3 $(ARGS)
 
-# One stamp per set of extras: installing again costs nothing until setup.py or the pins change.
-$(VENV)/.%: setup.py constraints-cpu.txt constraints-cuda.txt
+# One stamp per set of extras: with it nothing is installed and no index is asked, until setup.py or the pins change.
+$(VENV)/.%: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS_$*)]'
+	torch=$$(.ci/torch $(BIN)/python) && $(BIN)/pip $(INSTALL) -c constraints.txt $$torch -e '.[$(EXTRAS_$*)]'
 	touch $@
 
 clean:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Peers for a GPU machine without a network (Linux on x86-64, Python 3.12): wheels for benchmarks/gpu.sh, in the versions
-# of constraints-cuda.txt, without what such a machine has anyway (torch, transformers, accelerate, peft, pyarrow, ...).
+# of constraints.txt, without what such a machine has anyway (torch, transformers, accelerate, peft, pyarrow, ...).
 #   benchmarks/carry.sh [FOLDER]    default: .carry/peers
 # At most 60 MiB travel at once, the repository included.
 set -euo pipefail
@@ -11,7 +11,7 @@ log=$(mktemp) && trap 'rm -f "$log"' EXIT
 
 bytes() { du -cb "$@" | tail -1 | cut -f1; }
 mib() { awk -v n="$1" 'BEGIN { printf "%5.1f MiB", n / 1048576 }'; }
-pin() { grep -m 1 "^$1==" constraints-cuda.txt || { echo "constraints-cuda.txt does not pin $1" >&2; exit 1; }; }
+pin() { grep -m 1 "^$1==" constraints.txt || { echo "constraints.txt does not pin $1" >&2; exit 1; }; }
 wheel() { # NAME==VERSION
   local tags=(--python-version 3.12 --implementation cp --platform manylinux2014_x86_64)
   for glibc in 17 24 27 28; do tags+=(--platform "manylinux_2_${glibc}_x86_64"); done

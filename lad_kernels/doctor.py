@@ -25,7 +25,7 @@ from lad_kernels.head import dispatch
 
 PACKAGES = (
     "torch", "numpy", "triton", "transformers", "accelerate", "trl", "peft", "deepspeed", "verl", "liger-kernel",
-    "datasets", "reasoning-gym", "rich", "matplotlib",
+    "flash-attn", "datasets", "reasoning-gym", "rich", "matplotlib",
 )  # fmt: skip
 SWITCHES = {
     "LAD_KERNELS_ATOMICS": "the routed backward adds dH by atomics: less traffic, not reproducible bit for bit",
@@ -131,7 +131,7 @@ def machine(device: torch.device, triton: str | None) -> list[tuple[str, str]]:
     if torch.version.cuda or torch.version.hip:
         build = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
     elif driver():
-        build = "CPU only, although a driver is here: install with constraints-cuda.txt"
+        build = "CPU only, although a driver is here: install a CUDA build of torch"
     rows = [
         ("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
         ("torch build", build),

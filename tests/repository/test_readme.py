@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
 import tomllib
 from pathlib import Path
 
@@ -54,22 +51,6 @@ def test_the_families_are_listed():
     text = re.search(r"<summary>The families</summary>\n\n(.*?)\n\n</details>", README.read_text(), re.DOTALL).group(1)
     assert text.replace("\n", " ").split(", ") == FAMILIES
     assert len(FAMILIES) >= 40
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed; lost: which pins it takes")
-def test_make_takes_the_pins_of_cuda_where_nvidia_smi_is(tmp_path):
-    """A container may hide the driver's file under /proc."""
-    (tmp_path / "nvidia-smi").touch(mode=0o755)
-
-    def pins(path: str) -> str:
-        command = ["make", "--no-print-directory", "--eval=pins: ; @echo $(CONSTRAINTS)", "pins"]
-        done = subprocess.run(command, cwd=README.parent, env={**os.environ, "PATH": path}, capture_output=True)
-        return done.stdout.decode().strip()
-
-    path = os.environ["PATH"]
-    assert pins(f"{tmp_path}:{path}") == "constraints-cuda.txt"
-    if shutil.which("nvidia-smi") is None and not Path("/proc/driver/nvidia/version").exists():
-        assert pins(path) == "constraints-cpu.txt"
 
 
 def test_transformers_snippet():

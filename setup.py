@@ -1,4 +1,4 @@
-"""Installation: wide ranges here, exact pins in constraints-cpu.txt and constraints-cuda.txt."""
+"""Installation: wide ranges here, exact pins in constraints.txt."""
 
 import re
 from pathlib import Path
@@ -16,6 +16,7 @@ trl = ["trl>=1.14,<1.17,!=1.15.0", "accelerate>=1.10", "datasets>=4.7", "peft>=0
 test = [
     "pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "hypothesis>=6.100", *docs, *lint, *oracles, *trl,
 ]  # fmt: skip
+gpu = [*train, "flash-attn>=2.8; platform_system == 'Linux'", "liger-kernel>=0.8"]  # faster layers for the trainer
 bench = [
     "pytest>=8", "pytest-timeout>=2.3", "pytest-benchmark>=5", "matplotlib>=3.8", *oracles, *trl,
     "nvidia-cutlass-dsl>=4.6; platform_system == 'Linux'",  # Liger's Hopper kernels
@@ -28,6 +29,14 @@ setup(
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="MIT",
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     packages=find_packages(include=["lad_kernels", "lad_kernels.*"]),
     package_data={"lad_kernels": ["py.typed"]},
     python_requires=">=3.11",
@@ -41,6 +50,7 @@ setup(
         "docs": docs,
         "train": train,
         "trl": trl,
+        "gpu": gpu,
         "bench": bench,
         "test": test,
     },

@@ -284,7 +284,7 @@ def test_make_installs_once(tmp_path, target, extras):
 
 @no_driver
 def test_an_installed_cpu_build_of_torch_stays(index):
-    """Also where pip no longer finds it, as after a change of setup.py on a machine without a network."""
+    """Also where pip no longer finds it: a change of setup.py must not bring 3 GB."""
     if version("torch") != "2.13.0+cpu":
         pytest.skip("torch here is another; lost: that make keeps its CPU build")
     assert torch_for(Path(sys.executable), index)[0] == "torch==2.13.0+cpu"

@@ -39,7 +39,7 @@ bench: $(VENV)/.bench
 
 FRAMEWORKS := transformers trl trl_options distributed verl prime_rl slime torchtitan
 docs: $(VENV)/.test
-	$(BIN)/python -m integration.figures
+	$(BIN)/python -m docs.tools.figures
 	$(BIN)/python -m pdoc -d google --no-show-source -o docs/api lad_kernels '!lad_kernels[.].*' $(addprefix lad_kernels.frameworks.,$(FRAMEWORKS))
 
 # Frameworks whose versions exclude those of the other tests, each in an environment of its own.

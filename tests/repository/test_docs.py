@@ -20,7 +20,7 @@ pytest.importorskip("rich", reason="the tables need the train extra: rich; lost:
 from matplotlib.figure import Figure
 
 import lad_kernels
-from integration import figures, head_share
+from docs.tools import figures, head_share
 from lad_kernels import GRPOConfig, LADConfig
 
 DOCS = figures.DOCS
@@ -95,7 +95,7 @@ def test_plots_are_there_small_and_drawn_by_this_code():
 
 @pytest.mark.parametrize("name", figures.PAGES)
 def test_tables_are_what_the_code_computes(name):
-    assert figures.fill(PAGES[name], figures.TABLES) == PAGES[name], "run python -m integration.figures"
+    assert figures.fill(PAGES[name], figures.TABLES) == PAGES[name], "run python -m docs.tools.figures"
 
 
 def test_stale_tables_are_found():

@@ -1,7 +1,7 @@
 """Plots and tables of `docs/`: every number of those pages that code can produce is produced here.
 
-    python -m integration.figures             # plots, and the tables between `<!-- table: NAME -->` and `<!-- end -->`
-    python -m integration.figures --measure   # also the bandit table, about six minutes of one core
+    python -m docs.tools.figures             # plots, and the tables between `<!-- table: NAME -->` and `<!-- end -->`
+    python -m docs.tools.figures --measure   # also the bandit table, about six minutes of one core
 
 Coefficients are gradients that autograd takes through `lad_loss` and `grpo_loss`, in float64.
 """
@@ -17,11 +17,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from integration import bandit, head_share
+from docs.tools import head_share
+from integration import bandit
 from integration.report import Sheet
 from lad_kernels import GRPOConfig, LADConfig, group_advantages, grpo_loss, lad_loss
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[1]
 DIVERGENCES = bandit.DIVERGENCES
 ETAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 COLORS = {name: f"C{i}" for i, name in enumerate(DIVERGENCES)} | {"grpo": "black"}

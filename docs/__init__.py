@@ -1,0 +1,1 @@
+"""Pages, and in `tools/` the programs that make their plots and tables."""

@@ -1,0 +1,1 @@
+"""Programs that make plots and tables of the pages."""

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from integration.report import Sheet
 from lad_kernels.head import memory
 
-EAGER_COPIES = 3044 / (2048 * 151_936 * 4 / 2**20)  # of float32 logits, measured for eager torch (README, N = 2,048)
-ROUTED_KEPT = 0.03  # share of pairs: the small language model at temperature 0.3 (README)
+EAGER_COPIES = 3044 / (
+    2048 * 151_936 * 4 / 2**20
+)  # of float32 logits, measured for eager torch (docs/results.md, N = 2,048)
+ROUTED_KEPT = 0.03  # share of pairs: the small language model at temperature 0.3 (docs/sparsity.md)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def lad_loss(
         impl: `auto`, `triton`, `torch` or `reference`.
 
     Returns:
-        LossOutput; metrics are described in the README.
+        LossOutput; metrics are described in docs/losses.md.
 
     Raises:
         ValueError, TypeError: an argument is of the wrong shape, dtype or device; the message says which and why.

@@ -86,7 +86,7 @@ class Syncs(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-SYNCS = {  # (path, ratio 1): host syncs of forward and backward with a loss_mask, as the README counts them
+SYNCS = {  # (path, ratio 1): host syncs of forward and backward with a loss_mask, as docs/numerics.md counts them
     ("two_pass", False): 1 + 1,
     ("two_pass", True): 1 + 1,
     ("one_pass", False): 1 + 1,
@@ -98,7 +98,7 @@ SYNCS = {  # (path, ratio 1): host syncs of forward and backward with a loss_mas
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32])
 @pytest.mark.parametrize(("path", "on_policy"), SYNCS)
-def test_host_syncs_are_those_of_the_readme(path, on_policy, mask_dtype, device, monkeypatch):
+def test_host_syncs_are_those_of_the_page(path, on_policy, mask_dtype, device, monkeypatch):
     """A mask: one. Tokens with c = 0 dropped: one. One pass: one. Routing: one. Nothing else reads the device."""
     monkeypatch.setattr(checks, "may_read", lambda x: False)  # as on an accelerator
     monkeypatch.setattr(cost, "kind", lambda device, triton: "cuda")

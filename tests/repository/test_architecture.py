@@ -295,7 +295,7 @@ def test_sizes_can_fail():
 
 
 def prose() -> list[Path]:
-    return [p for p in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md"))]
+    return [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
 
 
 def missing_paths(text: str) -> list[str]:

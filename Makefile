@@ -37,10 +37,10 @@ lint: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
-FRAMEWORKS := transformers trl trl_options distributed verl prime_rl slime torchtitan
+# Plots and tables from the code, then the site in build/site: pages, API reference, search. Warnings are errors.
 docs: $(VENV)/.test
 	$(BIN)/python -m docs.tools.figures
-	$(BIN)/python -m pdoc -d google --no-show-source -o docs/api lad_kernels '!lad_kernels[.].*' $(addprefix lad_kernels.frameworks.,$(FRAMEWORKS))
+	$(BIN)/python -m sphinx -n -W --keep-going -q -c docs . build/site
 
 # Frameworks whose versions exclude those of the other tests, each in an environment of its own.
 test-verl:

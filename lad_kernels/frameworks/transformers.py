@@ -51,7 +51,7 @@ class FusedHeadOutput(NamedTuple):
 
     @property
     def result(self) -> Any:
-        """What the function returned: a pytree of tensors."""
+        """What the function returned, a pytree of tensors."""
         return self.leaves.join(self.tensors)[0]
 
     @property

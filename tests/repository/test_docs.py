@@ -7,6 +7,7 @@ import inspect
 import re
 import shlex
 import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,8 @@ pytest.importorskip("matplotlib", reason="the plots need the train extra: matplo
 pytest.importorskip("rich", reason="the tables need the train extra: rich; lost: all checks of docs/")
 
 from matplotlib.figure import Figure
+from pages import PAGES as PAGES_OF_THE_SITE
+from pages import ROOT
 
 import lad_kernels
 from docs.tools import figures, head_share
@@ -153,19 +156,23 @@ def test_quoted_measurements_are_those_of_the_results():
     assert "2.56 such copies" in PAGES["when_it_helps.md"]
 
 
-@pytest.mark.filterwarnings("ignore:Error parsing type annotation")  # names imported for type checkers alone
-def test_the_api_reference_has_every_name_argument_and_word(tmp_path):
-    """What `make docs` runs; pdoc imports the modules, so a docstring cannot be behind its page."""
-    pdoc = pytest.importorskip("pdoc", reason="needs the docs extra: pdoc; lost: checks of the API reference")
-    printed = subprocess.check_output(["make", "-n", "docs"], cwd=DOCS.parent, text=True)
-    command = re.search(r"-m (pdoc .*) -o docs/api (.*)", printed)
-    assert command[1] == "pdoc -d google --no-show-source"
-    pdoc.render.configure(docformat="google", show_source=False)
-    pdoc.pdoc(*shlex.split(command[2]), output_directory=tmp_path)
-    page = html.unescape(re.sub("<[^>]+>", " ", (tmp_path / "lad_kernels.html").read_text()))
+def test_the_site_has_every_page_name_argument_and_word(tmp_path):
+    """What `make docs` runs, strictly: Sphinx imports the modules, so a docstring cannot be behind its page."""
+    for package in ("sphinx", "furo", "myst_parser"):
+        pytest.importorskip(package, reason=f"needs the docs extra: {package}; lost: links of the site, API reference")
+    printed = subprocess.check_output(["make", "-n", "docs"], cwd=ROOT, text=True)
+    command = shlex.split(re.search(r"-m (sphinx .*)", printed)[1])
+    assert {"-n", "-W", "build/site"} <= set(command)
+    command[-1] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for path in PAGES_OF_THE_SITE:
+        assert (tmp_path / path.relative_to(ROOT).with_suffix(".html")).exists(), path
+    assert (tmp_path / "index.html").read_text() == (tmp_path / "README.html").read_text()
+    assert 'role="search"' in (tmp_path / "index.html").read_text()
+    page = html.unescape(re.sub("<[^>]+>", " ", (tmp_path / "docs" / "api.html").read_text()))
     words = set(re.findall(r"\w+", page))
     for name in lad_kernels.__all__:
         thing = getattr(lad_kernels, name)
-        assert set(re.findall(r"\w+", inspect.getdoc(thing))) - words <= {"Args"}, name
+        assert set(re.findall(r"\w+", inspect.getdoc(thing))) - words <= {"Args", "Attributes"}, name
         assert set(inspect.signature(thing).parameters) <= words, name
-    assert (tmp_path / "lad_kernels" / "frameworks" / "transformers.html").exists()

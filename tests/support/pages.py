@@ -34,7 +34,7 @@ def snippets(*languages: str) -> list[Snippet]:
     found = []
     for path in PAGES:
         text = path.read_text()
-        for block in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        for block in re.finditer(r"^```([^\n]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
             if block[1] in languages:
                 line = text.count("\n", 0, block.start()) + 1
                 found.append(Snippet(str(path.relative_to(ROOT)), line, block[1], block[2]))

@@ -257,6 +257,24 @@ def missing_name(dotted: str) -> bool:
     return True
 
 
+def missing_modules(text: str) -> list[str]:
+    """Modules of this repository that `python -m` is said to run and that do not exist."""
+    named = re.findall(r"python3? -m\s+((?:lad_kernels|integration|benchmarks|docs)(?:\.\w+)*)", text)
+    return [
+        name
+        for name in named
+        if not (ROOT / f"{name.replace('.', '/')}.py").exists()
+        and not (ROOT / name.replace(".", "/") / "__main__.py").exists()
+    ]
+
+
+def test_modules_in_prose_exist():
+    assert {str(p.relative_to(ROOT)): missing_modules(p.read_text()) for p in PAGES} == {
+        str(p.relative_to(ROOT)): [] for p in PAGES
+    }
+    assert missing_modules("`python -m\nbenchmarks.ghost`") == ["benchmarks.ghost"]
+
+
 def test_names_of_the_package_in_prose_exist():
     named = {
         n for page in PAGES for n in re.findall(r"(?<![\w/.])lad_kernels(?:\.[a-zA-Z]\w*)+(?![\w/])", page.read_text())

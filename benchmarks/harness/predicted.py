@@ -29,8 +29,8 @@ def row(shape: Shape) -> list[str]:
     n, d, v = shape.tokens, shape.hidden_size, shape.vocab_size
     work = memory.Work(n, d, v, 2, "cuda")
     products = 3 * shape.flops / cost.SPEEDS["cuda"].flops
-    routed = [work.score() + work.routed(kept * n * work.blocks) for kept in KEPT]
-    times = [work.one_pass(), work.score() + work.dense(n), *routed]
+    routed = [cost.score(work) + cost.routed(work, kept * n * work.blocks) for kept in KEPT]
+    times = [cost.one_pass(work), cost.score(work) + cost.dense(work, n), *routed]
     pairs = int(KEPT[-1] * n * work.blocks)
     sizes = [memory.peak_bytes(work, path, pairs) for path in ("one_pass", "two_pass", "routed")]
     return [

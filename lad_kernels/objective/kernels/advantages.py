@@ -135,5 +135,6 @@ def group_statistics(
                 SCALE=scale,
                 REWARDS=rewards is not None,
                 TARGET_NORM=target_norm,
+                num_warps=8,  # those of `_policy_kernel`: its sums have the same order
             )
     return statistics

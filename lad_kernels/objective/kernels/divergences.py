@@ -5,6 +5,8 @@ e^u f(x) and c = d loss / d d = r f'(x), both from d and u alone, in forms that 
 before the result does: r - e^u is sign(w) e^max(d, u) (1 - e^-|w|). expm1 and log1p, which the interpreter lacks, are
 written here.
 
+Shapes: every argument and result is [BLOCK]; eta, bounds and other settings are [].
+
 Exact where the value at d = 0 is 0; the rest to a few ulp of float32, beyond the rounding of d and u themselves.
 """
 

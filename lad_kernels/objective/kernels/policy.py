@@ -1,4 +1,4 @@
-"""The objective storey as one Triton launch: rewards or advantages and log-probs -> loss, d loss / d logp, metrics.
+"""The objective in one Triton launch: rewards or advantages and log-probs -> loss, d loss / d logp, metrics.
 
 Mathematics: divergences.py has the terms of one token, advantages.py the statistics of a group.
 
@@ -8,10 +8,11 @@ Layout. One program per sequence (per 4,096 tokens if there are no sequences), t
      tokens of the sequence share;
   3. a pass for the loss, the metrics and d loss / d logp.
 Each program writes one column of partials [ROWS, B], which a few torch operations reduce: deterministic, no host sync.
+A chunk is the same launch on its tokens, with group statistics and lengths that `prepare` has computed before.
 
 Exact: ratio 1 where both log-probs are equal (also both -inf), gradient 0 where a clamp or clip holds, A = 0 in a group
 of one or of equal rewards; the rest to a few ulp of fp32 per token, beyond the rounding of d and u themselves.
-Cost: two to three reads of the N-vectors and, with groups, B^2 rewards out of cache.
+Cost: two to three reads of the [M] tensors and, with groups, B^2 rewards out of cache.
 """
 
 from __future__ import annotations
@@ -82,15 +83,15 @@ def _policy_kernel(
     setting1,
     setting2,
     setting3,
-    OBJECTIVE: tl.constexpr,
-    LEVEL: tl.constexpr,
-    DIVISOR: tl.constexpr,
+    OBJECTIVE: tl.constexpr,  # a divergence or a policy loss
+    LEVEL: tl.constexpr,  # of the ratio: token, sequence or sequence_sum
+    DIVISOR: tl.constexpr,  # see normalizer
     CENTERED: tl.constexpr,
     TARGET_NORM: tl.constexpr,
-    ADVANTAGE: tl.constexpr,
+    ADVANTAGE: tl.constexpr,  # see source
     ISW_TOKEN: tl.constexpr,
 ):
-    """One sequence: advantage, log ratio, loss, gradient, row sums. What follows is [BLOCK], or [] after a sum."""
+    """One sequence: advantage, log ratio, loss, gradient, row sums."""
     s = tl.program_id(0).to(tl.int64)
     B = tl.num_programs(0).to(tl.int64)
     if cu_seqlens is None:
@@ -99,29 +100,29 @@ def _policy_kernel(
     else:
         start = tl.load(cu_seqlens + s).to(tl.int64)
         end = tl.load(cu_seqlens + s + 1).to(tl.int64)
-    adv, shift = 0.0, 0.0
+    adv, shift = 0.0, 0.0  # [], []
     if ADVANTAGE == "shifted":
         adv, shift = tl.load(source + s), tl.load(source + B + s)
     elif ADVANTAGE != "token":
         adv, shift = _advantage(source, groups, s, setting0, B, ADVANTAGE, ADVANTAGE != "sequence", TARGET_NORM)
-    isw_s = 1.0 if isw is None or ISW_TOKEN else tl.load(isw + s)
+    isw_s = 1.0 if isw is None or ISW_TOKEN else tl.load(isw + s)  # []
     tokens = (logprobs, old, source, isw, adv, isw_s, usable)
     settings = (setting0, setting1, setting2, setting3)
-    zero = tl.zeros([BLOCK], tl.float32)
+    zero = tl.zeros([BLOCK], tl.float32)  # [BLOCK]
 
-    level_d, level_c, members, peak = zero, zero, zero, zero - float("inf")
+    level_d, level_c = zero, zero  # [BLOCK] sums of log ratios and of gradients, then the level's own, the same in all
+    members, peak = zero, zero - float("inf")  # [BLOCK] tokens that take part, largest log ratio
     for t0 in range(start, end, BLOCK):
         t, mask, logp, d, a, rollout = _load_tokens(tokens, t0, end, ADVANTAGE, ISW_TOKEN)
         level_d += d
         members += tl.where(mask, 1.0, 0.0)
         peak = tl.maximum(peak, tl.where(mask, d, -float("inf")))
-    length = tl.maximum(tl.sum(members), 1.0)
-    weight = 1.0 / (
-        tl.load(normalizer + (s if DIVISOR == "sequence" else 0)) * (length if DIVISOR == "length" else 1.0)
-    )
+    length = tl.maximum(tl.sum(members), 1.0)  # []
+    divisor = tl.load(normalizer + (s if DIVISOR == "sequence" else 0))  # []
+    weight = 1.0 / (divisor * (length if DIVISOR == "length" else 1.0))  # []
     shared: tl.constexpr = LEVEL != "token" and OBJECTIVE != "vespo"  # whether d reaches the loss through the sequence
     if LEVEL != "token":  # log ratio and d loss / d logp, the same for all tokens of the sequence
-        share = 1.0 / length if LEVEL == "sequence" else 1.0
+        share = 1.0 / length if LEVEL == "sequence" else 1.0  # []
         level_d = tl.sum(level_d) * share + zero
         peak = tl.where(peak == -float("inf"), peak, level_d)
     if shared:
@@ -133,17 +134,20 @@ def _policy_kernel(
             level_c += tl.where(mask & ~stopped, weight * rollout * c, 0.0)
         level_c = tl.sum(level_c) * share + zero
 
-    peak = tl.max(peak)  # the largest log ratio as used; -inf: none, or no ratio above 0
+    peak = tl.max(peak)  # [] the largest log ratio as used; -inf: none, or no ratio above 0
     peak = tl.where(tl.sum(members) > 0.0, tl.minimum(tl.maximum(peak, -ratio_clamp), ratio_clamp), peak)
-    base = tl.where(tl.abs(peak) < float("inf"), peak, 0.0)  # no power of a ratio relative to it overflows
-    loss_sum, above_sum, e_sum, e_squares = zero, zero, zero, zero
-    marked_sum, clamped_sum, zeros, k1, k3, kl_sum, entropy_sum = zero, zero, zero, zero, zero, zero, zero
-    up_sum, up_count, up_max, down_sum, down_count, down_max = zero, zero, zero, zero, zero, zero
+    base = tl.where(tl.abs(peak) < float("inf"), peak, 0.0)  # [] no power of a ratio relative to it overflows
+    loss_sum, above_sum = zero, zero  # [BLOCK] of the loss, and of what it has moved since ratio 1
+    e_sum, e_squares = zero, zero  # [BLOCK] of ratios relative to e^base
+    marked_sum, clamped_sum, zeros = zero, zero, zero  # [BLOCK] counts of tokens
+    k1, k3, kl_sum, entropy_sum = zero, zero, zero, zero  # [BLOCK]
+    up_sum, up_count, up_max = zero, zero, zero  # [BLOCK] of abs(c) where A > 0
+    down_sum, down_count, down_max = zero, zero, zero  # [BLOCK] where A < 0
     for t0 in range(start, end, BLOCK):
         t, mask, logp, d, a, rollout = _load_tokens(tokens, t0, end, ADVANTAGE, ISW_TOKEN)
         k1 -= d
         k3 += _exps(d)[2]
-        own = d
+        own = d  # [BLOCK], as all in this loop
         d = d if LEVEL == "token" else level_d
         d, loss, c, stopped, above, marked, clamped = _policy_term(
             logp, d, own, a, shift, ratio_clamp, settings, OBJECTIVE, CENTERED
@@ -181,7 +185,7 @@ def _policy_kernel(
         down_count += tl.where(down, 1.0, 0.0)
         down_max = tl.maximum(down_max, down_size)
 
-    row = partials + s
+    row = partials + s  # all that is stored is []
     tl.store(row + B * LOSS, tl.sum(loss_sum))
     tl.store(row + B * ABOVE_START, tl.sum(above_sum))
     tl.store(row + B * MARKED, tl.sum(marked_sum))

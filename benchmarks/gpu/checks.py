@@ -191,9 +191,9 @@ def repeats(run: Run) -> Iterator[str]:
 TESTS = (
     "head/test_one_pass_kernels.py", "head/test_head_kernels.py", "head/test_routed_kernels.py",
     "head/test_route_kernels.py", "head/test_paths.py", "loss/test_loss.py", "head/test_mutants.py",
-    "objective/test_objective_kernel.py", "head/test_head.py", "objective/test_divergences.py",
-    "head/test_far_logits.py", "objective/test_extremes.py", "loss/test_dropped_tokens.py",
-    "objective/test_objective_mutants.py",
+    "objective/test_objective_kernel.py", "objective/test_chunks.py", "head/test_head.py",
+    "objective/test_divergences.py", "head/test_far_logits.py", "objective/test_extremes.py",
+    "loss/test_dropped_tokens.py", "objective/test_objective_mutants.py",
 )  # fmt: skip
 # Compiling ahead of time for other architectures needs no GPU; neither does impl="torch".
 WITH_KERNELS = "not test_compiles and not ([torch] or [torch- or -torch] or -torch-)"

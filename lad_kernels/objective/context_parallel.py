@@ -114,7 +114,7 @@ def context_parallel_loss(
         LossOutput: `loss` is this rank's share, metrics are of this rank's tokens alone.
 
     Raises:
-        ValueError: shapes that do not fit; seq-mean-token-sum-norm without a normalizer.
+        ValueError: shapes that do not fit; seq-mean-token-sum-norm without a normalizer; `policy_loss` vespo or luspo.
     """
     per_token: dict[str, Any] = {
         "old_logprobs": old_logprobs,
@@ -237,6 +237,12 @@ def _check(
 ) -> None:
     """Everything that the arithmetic before `lad_loss` relies on."""
     shape, count, ids = logprobs.shape, len(advantages), sequence_ids
+    policy_loss = getattr(config, "policy_loss", None)
+    if policy_loss in ("vespo", "luspo"):
+        raise ValueError(
+            f"policy_loss: expected one of ppo, cispo, reinforce and sapo where a sequence is spread over ranks, got "
+            f"{policy_loss!r}, which weighs whole sequences; keep sequences whole, or use 'ppo'"
+        )
     if logprobs.ndim != (2 if ids is None else 1):
         raise ValueError(
             f"logprobs: expected [B, S], or packed [S] with sequence_ids, got {list(shape)} "

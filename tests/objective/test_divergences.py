@@ -137,7 +137,11 @@ def files_naming(key: str, root: Path) -> set[str]:
     files = [p for folder in folders for p in folder.rglob("*") if p.suffix in (".py", ".md", ".sh")] + [
         *root.glob("*.md")
     ]
-    files = [p for p in files if p.name not in ("RESULTS.md", "LOG.md", "CHANGELOG.md") and "runs" not in p.parts]
+    files = [
+        p
+        for p in files
+        if p.name not in ("RESULTS.md", "results.md", "LOG.md", "CHANGELOG.md") and "runs" not in p.parts
+    ]
     return {p.relative_to(root).as_posix() for p in files if re.search(rf"\b{key}\b", p.read_text())}
 
 

@@ -168,12 +168,12 @@ def test_micro_batches_do_not_change_the_update(task):
 
 def test_a_micro_batch_is_freed_before_the_next(policy, task, monkeypatch):
     """What a loss keeps for its backward (coefficients, pairs of a routing) outlives it while the loss does."""
-    steps, alive = [], []
+    plans, alive = [], []
 
     def spied(*args, **options):
-        alive.append(sum(step() is not None for step in steps))
+        alive.append(sum(plan() is not None for plan in plans))
         out = linear_lad_loss(*args, **options)
-        steps.append(weakref.ref(out.loss.grad_fn.step))
+        plans.append(weakref.ref(out.loss.grad_fn.plan))
         return out
 
     monkeypatch.setattr(trainer, "linear_lad_loss", spied)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -21,6 +22,10 @@ FOLDERS = [str(folder) for folder in (TESTS.parent, TESTS, *sorted(TESTS.glob("[
 sys.path[:0] = FOLDERS
 others = [x for x in os.environ.get("PYTHONPATH", "").split(os.pathsep) if x and x not in FOLDERS]
 os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, *others])
+
+# torch.compile imports setuptools late, and setuptools refuses to be imported after distutils, which packages bring in.
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401
 
 import interpreter  # noqa: E402
 

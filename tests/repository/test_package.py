@@ -293,7 +293,9 @@ def test_an_installed_cpu_build_of_torch_stays(index):
 @has_make
 def test_hooks_and_workflow_run_what_make_and_ci_run():
     hooks = re.findall(r"entry: (.+)", (ROOT / ".pre-commit-config.yaml").read_text())
-    lint = run("make", "--dry-run", "--always-make", "lint", "VENV=venv", cwd=ROOT).stdout.splitlines()[-3:]
+    lint = run(
+        "make", "--no-print-directory", "--dry-run", "--always-make", "lint", "VENV=venv", cwd=ROOT
+    ).stdout.splitlines()[-3:]
     assert [line.removeprefix("venv/bin/").removesuffix(" .") for line in lint] == hooks
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert "run: bash .ci/run\n" in workflow

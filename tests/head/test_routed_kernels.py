@@ -1,6 +1,6 @@
 """The routed backward's kernels against the formula in float64 with the pieces of dropped pairs set to zero.
 
-Allowances are those of test_head_kernels.py, per region: in float32 2e-6 (measured: 1e-7 to 8e-7, with a single feature
+Allowances are those of head_formula.py, per region: in float32 2e-6 (measured: 1e-7 to 8e-7, with a single feature
 1.4e-6) or, as in 16 bits, twice the error of the same formula in float32 cast once (measured: up to 1.9 times). 70
 tokens = an item of 64 pairs and 6 more of every block; 521 words = four blocks and one of 9; 67 features = a step of 64
 and 3.
@@ -14,7 +14,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from test_head_kernels import (
+from head_formula import (
     CONTRACT_FACTOR,
     DTYPES,
     FEATURE_CASES,
@@ -246,9 +246,15 @@ def test_only_whole_tokens_are_the_dense_backward(device):
     inputs = inputs_of(device, "bfloat16", FEATURES)
     lse, gradient = coefficients(inputs)
     expected = dense.backward(
-        inputs.hidden, inputs.weight, inputs.targets, inputs.bias, inputs.transform, lse, gradient,
+        inputs.hidden,
+        inputs.weight,
+        inputs.targets,
+        inputs.bias,
+        inputs.transform,
+        lse,
+        gradient,
         needs=NEEDS,
-    )  # fmt: skip
+    )
     same(run(inputs, route(inputs, 0.0, 1.0)), expected)
 
 
@@ -305,9 +311,16 @@ def test_nan_stays_with_its_token_and_blocks(device, token):
     (lse, gradient), hidden = coefficients(inputs), inputs.hidden.clone()
     hidden[token] = float("nan")
     gradients = routed.backward(
-        hidden, inputs.weight, inputs.targets, inputs.bias, inputs.transform, lse, gradient, routing,
+        hidden,
+        inputs.weight,
+        inputs.targets,
+        inputs.bias,
+        inputs.transform,
+        lse,
+        gradient,
+        routing,
         needs=NEEDS,
-    )  # fmt: skip
+    )
     assert gradients.hidden.isnan().any(1).nonzero().tolist() == [[token]]
     reached = factors(routing, 17, V)[token] > 0  # [V]
     assert 0 < reached.sum() < V

@@ -14,13 +14,25 @@ docs = ["sphinx>=9", "furo>=2025.12.19", "myst-parser>=5"]
 lint = ["ruff>=0.15", "mypy>=1.18"]
 trl = ["trl>=1.14,<1.17,!=1.15.0", "accelerate>=1.10", "datasets>=4.7", "peft>=0.18", *train]
 test = [
-    "pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "hypothesis>=6.100", *docs, *lint, *oracles, *trl,
-]  # fmt: skip
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    *docs,
+    *lint,
+    *oracles,
+    *trl,
+]
 gpu = [*train, "flash-attn>=2.8; platform_system == 'Linux'", "liger-kernel>=0.8"]  # faster layers for the trainer
 bench = [
-    "pytest>=8", "pytest-timeout>=2.3", "pytest-benchmark>=5", "matplotlib>=3.8", *oracles, *trl,
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "pytest-benchmark>=5",
+    "matplotlib>=3.8",
+    *oracles,
+    *trl,
     "nvidia-cutlass-dsl>=4.6; platform_system == 'Linux'",  # Liger's Hopper kernels
-]  # fmt: skip
+]
 
 setup(
     name="lad_kernels",

@@ -129,9 +129,16 @@ def beside(entries: list[dict], runs: list[Results]) -> list[str]:
     for row in found.rows:
         e, guess = row.entry, row.entry["predicted"]
         cells.append(
-            [e["experiment"], expected.what(e), e["quantity"], number(row.measured), "" if guess is None else
-             number(guess), miss(row), published(e)]
-        )  # fmt: skip
+            [
+                e["experiment"],
+                expected.what(e),
+                e["quantity"],
+                number(row.measured),
+                "" if guess is None else number(guess),
+                miss(row),
+                published(e),
+            ]
+        )
     return lines + (markdown(header, cells) if cells else [])
 
 

@@ -19,6 +19,11 @@ def test_memory(bench, shape):
                 bench.results.missing[f"{name}, memory"] = peak
                 continue
             bench.results.add(
-                "memory", job=job, shape=str(shape), provider=name, ours=name.startswith("lad_kernels"),
-                peak_mib=peak / MIB, beyond_gradients_mib=max(peak - gradients, 0) / MIB,
-            )  # fmt: skip
+                "memory",
+                job=job,
+                shape=str(shape),
+                provider=name,
+                ours=name.startswith("lad_kernels"),
+                peak_mib=peak / MIB,
+                beyond_gradients_mib=max(peak - gradients, 0) / MIB,
+            )

@@ -41,9 +41,16 @@ logging.disable_progress_bar()  # the terminal belongs to the trainer's own prog
 
 # Of a generation configuration: what makes another distribution of the same logits, and the value that leaves it alone.
 SET_ASIDE = {
-    "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "top_h": None, "typical_p": 1.0, "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0, "repetition_penalty": 1.0,
-}  # fmt: skip
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+}
 # What depends on position, forces or forbids tokens, or needs more than one pass; and the value that does nothing.
 REFUSED = {
     "suppress_tokens": [], "begin_suppress_tokens": [], "bad_words_ids": [], "sequence_bias": {},

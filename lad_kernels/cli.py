@@ -167,10 +167,16 @@ def _own_samples(model: Any, tokenizer: Any, asked: ProfileConfig) -> dict[str, 
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not tokenizer.chat_template)
     batch = batch.to(model.device)
     ids = model.generate(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=True, top_k=0, top_p=1.0,
-        temperature=asked.temperature, num_return_sequences=asked.completions, max_new_tokens=asked.max_new_tokens,
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=asked.temperature,
+        num_return_sequences=asked.completions,
+        max_new_tokens=asked.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-    )  # [B, T + 1]  # fmt: skip
+    )  # [B, T + 1]
     start = batch["input_ids"].shape[1]
     ends = model.generation_config.eos_token_id
     ends = torch.tensor([ends] if isinstance(ends, int) else ends or [], device=ids.device)

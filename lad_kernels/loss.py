@@ -80,10 +80,17 @@ def linear_lad_loss(
         hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl
     )
     inputs = PolicyInputs(
-        old_logprobs=old_logprobs, advantages=advantages, rewards=rewards, group_size=group_size, group_ids=group_ids,
-        loss_mask=loss_mask, cu_seqlens=cu_seqlens, normalizer=normalizer, ref_logprobs=ref_logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        rewards=rewards,
+        group_size=group_size,
+        group_ids=group_ids,
+        loss_mask=loss_mask,
+        cu_seqlens=cu_seqlens,
+        normalizer=normalizer,
+        ref_logprobs=ref_logprobs,
         rollout_is_weights=rollout_is_weights,
-    )  # fmt: skip
+    )
     return _linear_loss(given, inputs, config, Wanted(return_logprobs, return_entropy))
 
 
@@ -119,10 +126,17 @@ def linear_grpo_loss(
         hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl
     )
     inputs = PolicyInputs(
-        old_logprobs=old_logprobs, advantages=advantages, rewards=rewards, group_size=group_size, group_ids=group_ids,
-        loss_mask=loss_mask, cu_seqlens=cu_seqlens, normalizer=normalizer, ref_logprobs=ref_logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        rewards=rewards,
+        group_size=group_size,
+        group_ids=group_ids,
+        loss_mask=loss_mask,
+        cu_seqlens=cu_seqlens,
+        normalizer=normalizer,
+        ref_logprobs=ref_logprobs,
         rollout_is_weights=rollout_is_weights,
-    )  # fmt: skip
+    )
     return _linear_loss(given, inputs, config, Wanted(return_logprobs, return_entropy))
 
 
@@ -140,9 +154,13 @@ class LADLoss(nn.Module):
         self.config, self.constants = config, constants
 
     def forward(
-        self, hidden_states: Tensor, lm_head_weight: Tensor, target_ids: Tensor, old_logprobs: Tensor | None = None,
+        self,
+        hidden_states: Tensor,
+        lm_head_weight: Tensor,
+        target_ids: Tensor,
+        old_logprobs: Tensor | None = None,
         **batch: Any,
-    ) -> LossOutput:  # fmt: skip
+    ) -> LossOutput:
         """Arguments of `linear_lad_loss`; those given here override the bound ones."""
         options = {**self.constants, "config": self.config, **batch}
         return linear_lad_loss(hidden_states, lm_head_weight, target_ids, old_logprobs, **options)
@@ -206,9 +224,15 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, loss: Tensor, layout: Layout,
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        loss: Tensor,
+        layout: Layout,
         plan: BackwardPlan,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, targets, layout.transform.temperatures)
         ctx.layout, ctx.plan = layout, plan
         ctx.set_materialize_grads(False)

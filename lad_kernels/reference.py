@@ -128,10 +128,17 @@ def linear_lad_loss(
     """`linear_logprobs`, `group_advantages` if rewards are given, then `lad_loss`."""
     want_entropy = return_entropy or config.entropy_coef != 0
     head = linear_logprobs(
-        hidden_states, lm_head_weight, target_ids, bias=bias, temperature=temperature, logit_scale=logit_scale,
-        softcap=softcap, loss_mask=counted(target_ids, loss_mask, cu_seqlens), return_entropy=want_entropy,
+        hidden_states,
+        lm_head_weight,
+        target_ids,
+        bias=bias,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        loss_mask=counted(target_ids, loss_mask, cu_seqlens),
+        return_entropy=want_entropy,
         vocab_group=vocab_group,
-    )  # fmt: skip
+    )
     if advantages is None:
         advantages = group_advantages(rewards, group_size=group_size, group_ids=group_ids, scale=config.advantage_scale)
     loss = lad_loss if isinstance(config, LADConfig) else grpo_loss

@@ -199,12 +199,15 @@ class _Tokens:
         mode, ones = self.config.loss_agg_mode, torch.ones_like(self.logprobs)
         if normalizer is None:
             sequences = int((self.lengths > 0).sum())
-            normalizer = max(1, {
-                "token-mean": len(self.kept),
-                "seq-mean-token-mean": sequences,
-                "seq-mean-token-sum": sequences,
-                "seq-mean-token-sum-norm": self.count * (self.padded_length or 1),
-            }[mode])  # fmt: skip
+            normalizer = max(
+                1,
+                {
+                    "token-mean": len(self.kept),
+                    "seq-mean-token-mean": sequences,
+                    "seq-mean-token-sum": sequences,
+                    "seq-mean-token-sum-norm": self.count * (self.padded_length or 1),
+                }[mode],
+            )
         if mode == "seq-mean-token-mean":
             ones = ones / self.lengths[self.sequence]
         return ones / normalizer

@@ -153,9 +153,13 @@ def run_head(head: Callable, inputs: HeadInputs, *, entropy_upstream: Tensor | N
     leaves = [x.detach().clone().requires_grad_() for x in (inputs.hidden, inputs.weight)]
     bias = None if inputs.bias is None else inputs.bias.detach().clone().requires_grad_()
     out = head(
-        *leaves, inputs.targets, bias=bias, loss_mask=inputs.loss_mask, return_entropy=entropy_upstream is not None,
+        *leaves,
+        inputs.targets,
+        bias=bias,
+        loss_mask=inputs.loss_mask,
+        return_entropy=entropy_upstream is not None,
         **inputs.options,
-    )  # fmt: skip
+    )
     objective = (out.logprobs * inputs.upstream.to(out.logprobs.dtype)).sum()
     if entropy_upstream is not None:
         objective = objective + (out.entropy * entropy_upstream.to(out.entropy.dtype)).sum()

@@ -150,8 +150,13 @@ def objectives(run: Run) -> Iterator[str]:
     rewards = (100 + 0.01 * torch.randn(24, generator=gen)).to(run.device)  # [B]
     truth = reference.group_advantages(rewards.double(), group_size=8)
     share = relative_error(group_advantages(rewards, group_size=8, impl="triton"), truth) / 1e-4
-    run.add("checks", check="group_advantages, rewards 100 +- 0.01", case="float32", worst_share_of_allowance=share,
-            note="float32 rewards: 1e-4")  # fmt: skip
+    run.add(
+        "checks",
+        check="group_advantages, rewards 100 +- 0.01",
+        case="float32",
+        worst_share_of_allowance=share,
+        note="float32 rewards: 1e-4",
+    )
     if not share <= 1:
         yield "group_advantages"
 
@@ -173,16 +178,26 @@ def repeats(run: Run) -> Iterator[str]:
         first, check = whole(loss, path), f"{loss.__name__} twice, {path}"
         same = all(torch.equal(x, y) for x, y in zip(first, whole(loss, path)))
         passes = 2 * first[-1].item() / shape.flops
-        run.add("checks", check=check, case="bitwise", worst_share_of_allowance=None,
-                note=f"{'equal' if same else 'DIFFERENT'}, {passes:.3g} N D V")  # fmt: skip
+        run.add(
+            "checks",
+            check=check,
+            case="bitwise",
+            worst_share_of_allowance=None,
+            note=f"{'equal' if same else 'DIFFERENT'}, {passes:.3g} N D V",
+        )
         if not same:
             yield check
     with torch.no_grad():
         full = linear_logprobs(b.hidden, b.weight, b.targets, impl="triton")
         part = linear_logprobs(b.hidden[:37], b.weight, b.targets[:37], impl="triton")
     same = torch.equal(full.logprobs[:37], part.logprobs)
-    run.add("checks", check="log-probs of 37 tokens alone and in the batch", case="bitwise",
-            worst_share_of_allowance=None, note="equal" if same else "DIFFERENT")  # fmt: skip
+    run.add(
+        "checks",
+        check="log-probs of 37 tokens alone and in the batch",
+        case="bitwise",
+        worst_share_of_allowance=None,
+        note="equal" if same else "DIFFERENT",
+    )
     if not same:
         yield "batch invariance"
 
@@ -217,9 +232,14 @@ def run_tests(run: Run, arguments: Sequence[str]) -> None:
     with output.open("w") as out:
         try:
             code = subprocess.run(
-                command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False,
+                command,
+                cwd=ROOT,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                check=False,
                 timeout=run.time_left() - 3,
-            ).returncode  # fmt: skip
+            ).returncode
         except subprocess.TimeoutExpired:
             code = None
     rows = verdicts.read(record)
@@ -244,10 +264,14 @@ def by_file(rows: dict[str, dict]) -> dict[str, dict]:
         found.setdefault(row["test"].split("::")[0], []).append(row)
     slowest = {file: max(group, key=lambda r: r["seconds"]) for file, group in found.items()}
     return {
-        file: dict(ended=len(group), seconds=sum(r["seconds"] for r in group), slowest=slowest[file]["test"],
-                   its_seconds=slowest[file]["seconds"])
+        file: dict(
+            ended=len(group),
+            seconds=sum(r["seconds"] for r in group),
+            slowest=slowest[file]["test"],
+            its_seconds=slowest[file]["seconds"],
+        )
         for file, group in found.items()
-    }  # fmt: skip
+    }
 
 
 def lad_against_grpo(run: Run) -> None:
@@ -302,9 +326,14 @@ def compare(
         )  # fmt: skip
         if data == "flat" and (beyond := peak_mib(run, provider, batches[0])) is not None:
             run.add(
-                "memory", job=job, shape=str(shape), provider=provider.name, ours=provider.ours,
-                peak_mib=beyond + batches[0].gradient_bytes / MIB, beyond_gradients_mib=beyond,
-            )  # fmt: skip
+                "memory",
+                job=job,
+                shape=str(shape),
+                provider=provider.name,
+                ours=provider.ours,
+                peak_mib=beyond + batches[0].gradient_bytes / MIB,
+                beyond_gradients_mib=beyond,
+            )
 
 
 def slow_peers(run: Run) -> None:

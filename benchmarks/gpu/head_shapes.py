@@ -100,9 +100,15 @@ def logprob_errors(run: Run, shape: Shape, data: str, batch: Batch) -> None:
             run.missing({f"{p.name}, log-prob error": describe(problem)})
             continue
         run.add(
-            "log-prob error", shape=str(shape), data=data, provider=p.name, tokens=len(truth),
-            largest_error=error.max().item(), mean_error=error.mean().item(), largest_logit=largest,
-        )  # fmt: skip
+            "log-prob error",
+            shape=str(shape),
+            data=data,
+            provider=p.name,
+            tokens=len(truth),
+            largest_error=error.max().item(),
+            mean_error=error.mean().item(),
+            largest_logit=largest,
+        )
 
 
 def head_shapes(run: Run) -> None:
@@ -114,9 +120,17 @@ def head_shapes(run: Run) -> None:
         if at not in products:
             products[at] = library_ms(run, shape)
             run.add(
-                "head shapes", shape=str(shape), data="", job="products", provider="three bare products",
-                ms=[products[at]] * 3, of_three_products=1.0, beyond_gradients_mib=None, vs_eager=None, note="",
-            )  # fmt: skip
+                "head shapes",
+                shape=str(shape),
+                data="",
+                job="products",
+                provider="three bare products",
+                ms=[products[at]] * 3,
+                of_three_products=1.0,
+                beyond_gradients_mib=None,
+                vs_eager=None,
+                note="",
+            )
         batches = run.batches(shape, data)
         if (at, data) not in checked:
             logprob_errors(run, shape, data, batches[0])
@@ -135,11 +149,18 @@ def head_shapes(run: Run) -> None:
             for p, samples in rounds.samples.items():
                 ms = summary(samples)["total_ms"]
                 run.add(
-                    "head shapes", shape=str(shape), data=data, job=job, provider=p.name, ms=ms,
-                    of_three_products=ms[1] / products[at], beyond_gradients_mib=memory(p, batches[0]),
-                    vs_eager=ratio(samples, baseline) if baseline else None, rounds=len(samples),
+                    "head shapes",
+                    shape=str(shape),
+                    data=data,
+                    job=job,
+                    provider=p.name,
+                    ms=ms,
+                    of_three_products=ms[1] / products[at],
+                    beyond_gradients_mib=memory(p, batches[0]),
+                    vs_eager=ratio(samples, baseline) if baseline else None,
+                    rounds=len(samples),
                     note=", ".join([p.note] * bool(p.note) + [f"outside the rule: {x}" for x in allowed[p].failed]),
-                )  # fmt: skip
+                )
         del batches
         if run.device == "cuda":
             torch.cuda.empty_cache()

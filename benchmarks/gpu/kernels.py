@@ -77,9 +77,15 @@ def forward_tiles(run: Run) -> None:
         def call(i: int):
             b = batches[i % len(batches)]
             return forward.forward(
-                b.hidden, b.weight, b.targets, None, LogitTransform(), want_entropy=entropy, want_block_lse=True,
+                b.hidden,
+                b.weight,
+                b.targets,
+                None,
+                LogitTransform(),
+                want_entropy=entropy,
+                want_block_lse=True,
                 tiles=tiles,
-            )  # fmt: skip
+            )
 
         name = "table's choice" if tiles is None else repr(tiles)
         try:
@@ -89,9 +95,15 @@ def forward_tiles(run: Run) -> None:
             run.add("forward tiles", shape=str(shape), tiles=name, entropy=entropy, ms=None, note=describe(problem))
             return float("inf")
         run.add(
-            "forward tiles", shape=str(shape), tiles=name, entropy=entropy, ms=ms, tflops=rate(shape.flops, ms),
-            of_library_product=product / ms[1], lse_difference=error,
-        )  # fmt: skip
+            "forward tiles",
+            shape=str(shape),
+            tiles=name,
+            entropy=entropy,
+            ms=ms,
+            tflops=rate(shape.flops, ms),
+            of_library_product=product / ms[1],
+            lse_difference=error,
+        )
         return ms[1]
 
     first, *others = run.shapes[:2] if run.dry_run else run.shapes[:5]
@@ -127,11 +139,19 @@ def tile_variants(dry_run: bool) -> list:
     base = Tiles(128, 256, 64, 8, 8, 3, tma=True)
     small = Tiles(128, 128, 64, 8, 4, 3, tma=True)
     return [
-        base, replace(base, stages=4), replace(base, group_n=16), replace(base, group_n=4), small,
-        replace(small, stages=4), Tiles(256, 128, 64, 8, 8, 3, tma=True), Tiles(128, 256, 32, 8, 8, 4, tma=True),
-        replace(base, tma=False), replace(small, warps=8), Tiles(128, 128, 128, 8, 8, 2, tma=True),
+        base,
+        replace(base, stages=4),
+        replace(base, group_n=16),
+        replace(base, group_n=4),
+        small,
+        replace(small, stages=4),
+        Tiles(256, 128, 64, 8, 8, 3, tma=True),
+        Tiles(128, 256, 32, 8, 8, 4, tma=True),
+        replace(base, tma=False),
+        replace(small, warps=8),
+        Tiles(128, 128, 128, 8, 8, 2, tma=True),
         Tiles(64, 256, 64, 8, 4, 4, tma=True),
-    ]  # fmt: skip
+    ]
 
 
 def slabs(run: Run) -> None:
@@ -151,9 +171,16 @@ def slabs(run: Run) -> None:
             def call(i: int, mib: int = mib, batches: list[Batch] = batches, outs: list = outs):
                 b, out = batches[i % len(batches)], outs[i % len(batches)]
                 return dense.backward(
-                    b.hidden, b.weight, b.targets, None, plain, out.lse, LogitGradient(b.upstream, -b.upstream),
-                    needs=Needs(True, True, False), workspace_bytes=mib * MIB,
-                )  # fmt: skip
+                    b.hidden,
+                    b.weight,
+                    b.targets,
+                    None,
+                    plain,
+                    out.lse,
+                    LogitGradient(b.upstream, -b.upstream),
+                    needs=Needs(True, True, False),
+                    workspace_bytes=mib * MIB,
+                )
 
             ms = run.time(call)
             run.add("slabs", shape=str(shape), workspace_mib=mib, ms=ms, tflops=rate(3 * shape.flops, ms))

@@ -58,9 +58,14 @@ def large(run: Run) -> tuple[Shape, ...]:
 
 
 def loss(
-    batch: Batch, path: str | None, *, case: str = "off-policy", rows: int | None = None, return_logprobs: bool = True,
+    batch: Batch,
+    path: str | None,
+    *,
+    case: str = "off-policy",
+    rows: int | None = None,
+    return_logprobs: bool = True,
     config: LADConfig = sparse.SPARSE,
-) -> LossOutput:  # fmt: skip
+) -> LossOutput:
     """`linear_lad_loss` on `path` (None: as the package chooses), with chunks of `rows` tokens in one pass."""
     forced = contextlib.nullcontext() if path is None else dispatch.force(path)
     chunked = contextlib.nullcontext()
@@ -69,9 +74,15 @@ def loss(
     old = None if case == "zero groups" else batch.old_logprobs
     with forced, chunked:
         return linear_lad_loss(
-            batch.hidden.view(*batch.padded, -1), batch.weight, batch.targets.view(batch.padded), old,
-            advantages=batch.advantages, config=config, return_logprobs=return_logprobs, impl="triton",
-        )  # fmt: skip
+            batch.hidden.view(*batch.padded, -1),
+            batch.weight,
+            batch.targets.view(batch.padded),
+            old,
+            advantages=batch.advantages,
+            config=config,
+            return_logprobs=return_logprobs,
+            impl="triton",
+        )
 
 
 def gradients(out: LossOutput, batch: Batch) -> tuple[Tensor, ...]:  # [N, D], [V, D]
@@ -93,9 +104,12 @@ def measure(
 
     ms = run.time(step)
     row = {
-        "ms": ms, "tflops": metrics["head_flops"] / ms[1] / 1e9, "of_three_products": ms[1] / library,
-        "kept_share": metrics["kept_share"], "flops_of_ndv": 2 * metrics["head_flops"] / shape.flops,
-    }  # fmt: skip
+        "ms": ms,
+        "tflops": metrics["head_flops"] / ms[1] / 1e9,
+        "of_three_products": ms[1] / library,
+        "kept_share": metrics["kept_share"],
+        "flops_of_ndv": 2 * metrics["head_flops"] / shape.flops,
+    }
     if run.device == "cuda":
         peak = peak_bytes_cuda(Provider("", "lad", lambda b: call(b).loss), batches[0])
         row["beyond_gradients_mib"] = max(peak - batches[0].gradient_bytes, 0) / MIB
@@ -159,7 +173,7 @@ class RoutedBench:
         library = self.shape.flops / self.library / 1e9
         self.run.add(
             table, shape=str(self.shape), **labels, pairs=pairs, ms=ms, tflops=tflops, of_library_rate=tflops / library
-        )  # fmt: skip
+        )
 
 
 def forward(batch: Batch, *, want_block_lse: bool) -> HeadForward:
@@ -167,7 +181,7 @@ def forward(batch: Batch, *, want_block_lse: bool) -> HeadForward:
 
     return kernels.forward(
         batch.hidden, batch.weight, batch.targets, None, PLAIN, want_entropy=False, want_block_lse=want_block_lse
-    )  # fmt: skip
+    )
 
 
 def routed_backward(
@@ -175,9 +189,7 @@ def routed_backward(
 ) -> HeadGradients:
     from lad_kernels.head.kernels import routed as kernels
 
-    return kernels.backward(
-        batch.hidden, batch.weight, batch.targets, None, PLAIN, lse, gradient, routing, **options
-    )  # fmt: skip
+    return kernels.backward(batch.hidden, batch.weight, batch.targets, None, PLAIN, lse, gradient, routing, **options)
 
 
 def routed_kernels(run: Run) -> None:
@@ -216,12 +228,18 @@ def routed_tiles(dry_run: bool) -> list[RoutedTiles]:
         return [base, RoutedTiles(128, Schedule(64, 8, 2), Schedule(64, 8, 2), Schedule(64, 8, 1))]
     wide = RoutedTiles(128, Schedule(64, 8, 3), Schedule(128, 8, 3), Schedule(128, 8, 1))
     return [
-        base, wide, replace(wide, weight=Schedule(256, 8, 3)), replace(base, pairs=Schedule(64, 4, 4)),
-        replace(base, weight=Schedule(128, 4, 3)), replace(base, weight=Schedule(256, 8, 3)),
-        replace(base, hidden=Schedule(128, 8, 1)), replace(base, hidden=Schedule(64, 4, 2)),
-        replace(base, pairs=Schedule(128, 4, 3)), replace(base, weight=Schedule(128, 8, 2)),
+        base,
+        wide,
+        replace(wide, weight=Schedule(256, 8, 3)),
+        replace(base, pairs=Schedule(64, 4, 4)),
+        replace(base, weight=Schedule(128, 4, 3)),
+        replace(base, weight=Schedule(256, 8, 3)),
+        replace(base, hidden=Schedule(128, 8, 1)),
+        replace(base, hidden=Schedule(64, 4, 2)),
+        replace(base, pairs=Schedule(128, 4, 3)),
+        replace(base, weight=Schedule(128, 8, 2)),
         replace(wide, pairs=Schedule(64, 4, 3)),
-    ]  # fmt: skip
+    ]
 
 
 def routed_cases(run: Run) -> list[tuple[Shape, str, str]]:
@@ -231,10 +249,13 @@ def routed_cases(run: Run) -> list[tuple[Shape, str, str]]:
         return [(first, "peaked", "zero groups")]
     zero, off = "zero groups", "off-policy"
     return [
-        (first, "peaked", off), (sparse.SHAPES["gpu"], "peaked", zero), (first, "flat", off),
+        (first, "peaked", off),
+        (sparse.SHAPES["gpu"], "peaked", zero),
+        (first, "flat", off),
         *((shape, "peaked", off) for shape in others),
-        (sparse.SHAPES["gpu"], "flat", zero), *((shape, "flat", off) for shape in others),
-    ]  # fmt: skip
+        (sparse.SHAPES["gpu"], "flat", zero),
+        *((shape, "flat", off) for shape in others),
+    ]
 
 
 def routed_entries(case: str, paths: list[str], *, exact: bool) -> dict[str, dict]:
@@ -323,9 +344,15 @@ def step_parts(run: Run) -> None:
             times = device_times(partial(function, 0))
             busy = {"device_ms": sum(t.ms for t in times.values()), "launches": sum(t.calls for t in times.values())}
         run.add(
-            "step parts", shape=str(shape), part=part, ms=ms, of_whole_call=ms[1] / total, kept_share=kept,
-            dense_tokens=len(routing.dense), **busy,
-        )  # fmt: skip
+            "step parts",
+            shape=str(shape),
+            part=part,
+            ms=ms,
+            of_whole_call=ms[1] / total,
+            kept_share=kept,
+            dense_tokens=len(routing.dense),
+            **busy,
+        )
 
 
 EXPERIMENTS: dict[str, Callable[[Run], None]] = {f.__name__: f for f in (one_pass, routed_kernels, routed, step_parts)}

@@ -39,9 +39,13 @@ NOT_BUILT = {"fp8 forward that only screens": "not built yet"}
 
 def command(experiment: Experiment, rows: Path, dry_run: bool) -> list[str]:
     return [
-        sys.executable, "-m", "benchmarks.gpu.experiments", experiment.name, str(rows),
+        sys.executable,
+        "-m",
+        "benchmarks.gpu.experiments",
+        experiment.name,
+        str(rows),
         *(["--dry-run"] if dry_run else []),
-    ]  # fmt: skip
+    ]
 
 
 class Process:
@@ -54,9 +58,15 @@ class Process:
             environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         with self.log.open("w") as out:
             self.child = subprocess.Popen(
-                command(experiment, folder / f"{experiment.name}.json", dry_run), cwd=ROOT, env=environment,
-                stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-            )  # fmt: skip
+                command(experiment, folder / f"{experiment.name}.json", dry_run),
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
 
     def go(self, seconds: float, without: set[str]) -> None:
         self.begin = time.monotonic()
@@ -111,16 +121,21 @@ def merge(folder: Path, plan: Sequence[Experiment], statuses: dict[str, str], ar
         for name, rows in found["tables"].items():
             record["tables"].setdefault(name, []).extend(rows)
     record["machine"] = {
-        "device": "unknown", "versions": {}, "commit": "unknown", **record["machine"],
+        "device": "unknown",
+        "versions": {},
+        "commit": "unknown",
+        **record["machine"],
         "command": f"benchmarks/gpu.sh {arguments}".strip(),
-    }  # fmt: skip
+    }
     record["tables"]["experiments"] = [
         {
-            "experiment": e.name, "what": e.what,
-            "status": statuses.get(e.name, "not run: not reached, or not asked for"), "rows": notes.get(e.name, ""),
+            "experiment": e.name,
+            "what": e.what,
+            "status": statuses.get(e.name, "not run: not reached, or not asked for"),
+            "rows": notes.get(e.name, ""),
         }
         for e in plan
-    ]  # fmt: skip
+    ]
     return record
 
 

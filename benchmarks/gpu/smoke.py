@@ -102,10 +102,16 @@ def smoke(run: Run) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu.smoke"]
     cases = list(CASES)[: 3 if run.dry_run else None]
     children = {
-        name: subprocess.Popen([*command, name, run.device], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        name: subprocess.Popen(
+            [*command, name, run.device],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         for name in cases
-    }  # fmt: skip
+    }
     wrong = []
     for name, child in children.items():
         case, row = CASES[name], {}

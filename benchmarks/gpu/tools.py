@@ -26,8 +26,13 @@ from lad_kernels.head import dispatch
 ROOT = Path(__file__).resolve().parents[2]
 OURS = "_kernel"  # every Triton kernel of the package ends so
 SECTIONS = (
-    "SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "WarpStateStats", "LaunchStats", "Occupancy",
-)  # fmt: skip
+    "SpeedOfLight",
+    "ComputeWorkloadAnalysis",
+    "MemoryWorkloadAnalysis",
+    "WarpStateStats",
+    "LaunchStats",
+    "Occupancy",
+)
 
 
 class DeviceTime(NamedTuple):
@@ -61,9 +66,11 @@ def compiled() -> dict[str, dict[str, int]]:
             for caches in kernel.device_caches.values():
                 for binary in caches[0].values():
                     found[kernel.__name__] = {
-                        "registers": binary.n_regs, "spilled": binary.n_spills, "shared": binary.metadata.shared,
+                        "registers": binary.n_regs,
+                        "spilled": binary.n_spills,
+                        "shared": binary.metadata.shared,
                         "warps": binary.metadata.num_warps,
-                    }  # fmt: skip
+                    }
     return found
 
 
@@ -89,12 +96,26 @@ def kernels(run: Run) -> None:
             for name, found in list(times.items())[:16]:
                 resources = spent.get(name, dict.fromkeys(("registers", "spilled", "shared", "warps")))
                 run.add(
-                    "kernels", shape=str(shape), path=path, kernel=name[:70], calls=found.calls, ms=found.ms,
-                    share=found.ms / total, **resources,
-                )  # fmt: skip
+                    "kernels",
+                    shape=str(shape),
+                    path=path,
+                    kernel=name[:70],
+                    calls=found.calls,
+                    ms=found.ms,
+                    share=found.ms / total,
+                    **resources,
+                )
             launches = sum(t.calls for t in times.values())
-            run.add("kernels", shape=str(shape), path=path, kernel="all", calls=launches, ms=total, share=1.0,
-                    **dict.fromkeys(("registers", "spilled", "shared", "warps")))  # fmt: skip
+            run.add(
+                "kernels",
+                shape=str(shape),
+                path=path,
+                kernel="all",
+                calls=launches,
+                ms=total,
+                share=1.0,
+                **dict.fromkeys(("registers", "spilled", "shared", "warps")),
+            )
             if run.time_left() < 5:
                 return
 
@@ -149,9 +170,15 @@ def tool(run: Run, name: str, arguments: list[str], size: str) -> tuple[int | No
     try:
         subprocess.run(target, cwd=ROOT, check=False, timeout=run.time_left() / 2)  # alone first: kernels compile once
         done = subprocess.run(
-            [name, *arguments, *target], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, check=False, timeout=max(run.time_left() - 1, 1),
-        )  # fmt: skip
+            [name, *arguments, *target],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=max(run.time_left() - 1, 1),
+        )
     except subprocess.TimeoutExpired as cut:
         said = cut.stdout or b"no output"  # None where it was the run before that took too long
         return None, said.decode(errors="replace") if isinstance(said, bytes) else said

@@ -81,9 +81,12 @@ def make_trainers(run: Run, shape: dict[str, int]) -> dict[str, Any]:
     }
     for name, (config, *bases) in kinds.items():
         kinds[name] = type("InjectedTrainer", tuple(bases), injected)(
-            model, lambda completions, **_: [0.0] * len(completions), args=config(**options),
-            train_dataset=Dataset.from_list([{"prompt": "<eos>"}]), processing_class=tokenizer,
-        )  # fmt: skip
+            model,
+            lambda completions, **_: [0.0] * len(completions),
+            args=config(**options),
+            train_dataset=Dataset.from_list([{"prompt": "<eos>"}]),
+            processing_class=tokenizer,
+        )
         kinds[name].current_gradient_accumulation_steps = kinds[name].args.steps_per_generation = 1
     return kinds
 
@@ -94,10 +97,13 @@ def rollouts(trainers: dict[str, Any], sequences: int, length: int) -> dict[str,
     ids = torch.randint(2, model.config.vocab_size, (sequences, length), generator=gen).to(model.device)  # [B, L]
     prompts, completions = ids[:, : length // 8], ids[:, length // 8 :]
     return {
-        "prompt_ids": prompts, "prompt_mask": torch.ones_like(prompts), "completion_ids": completions,
-        "completion_mask": (mask := torch.ones_like(completions)), "num_items_in_batch": mask.sum(),
+        "prompt_ids": prompts,
+        "prompt_mask": torch.ones_like(prompts),
+        "completion_ids": completions,
+        "completion_mask": (mask := torch.ones_like(completions)),
+        "num_items_in_batch": mask.sum(),
         "advantages": torch.randn(sequences, generator=gen).to(model.device),  # [B]
-    }  # fmt: skip
+    }
 
 
 def sharpen(trainer: Any, ids: Tensor, entropy: float) -> None:
@@ -142,9 +148,16 @@ def passes(run: Run, data: str, name: str, trainer: Any, batch: dict) -> bool:
     loss_error, dh_error = relative_error(loss, exact.detach()), relative_error(dh, hidden.grad)
     inside = loss_error <= LOSS_TOLERANCE[run.device] and dh_error <= PROMISE
     run.add(
-        "TRL gate", data=data, trainer=name, loss_error=loss_error, dH_error=dh_error, inside=inside, rows=len(far),
-        logprob_error_mean=far.mean().item(), logprob_error_max=far.max().item(),
-    )  # fmt: skip
+        "TRL gate",
+        data=data,
+        trainer=name,
+        loss_error=loss_error,
+        dH_error=dh_error,
+        inside=inside,
+        rows=len(far),
+        logprob_error_mean=far.mean().item(),
+        logprob_error_max=far.max().item(),
+    )
     return inside
 
 
@@ -172,12 +185,18 @@ def steps(run: Run, data: str, trainers: dict[str, Any], batch: dict) -> None:
     tokens = sum(batch[part].numel() for part in ("prompt_ids", "completion_ids"))
     for name, trainer in trainers.items():
         run.add(
-            "TRL steps", data=data, tokens=tokens, trainer=name, tokens_per_s=tokens / statistics.median(samples[name]),
-            ms=quartiles(samples[name]), rounds=len(samples[name]),
+            "TRL steps",
+            data=data,
+            tokens=tokens,
+            trainer=name,
+            tokens_per_s=tokens / statistics.median(samples[name]),
+            ms=quartiles(samples[name]),
+            rounds=len(samples[name]),
             time_over_TRL=statistics.median(ours / stock for ours, stock in zip(samples[name], samples[STOCK])),
-            peak_mib=peaks[name] or None, kept_share=trainer._metrics["train"].get("lad/kept_share", [None])[-1],
+            peak_mib=peaks[name] or None,
+            kept_share=trainer._metrics["train"].get("lad/kept_share", [None])[-1],
             weights_and_gradients_mib=2 * sum(p.nbytes for p in trainer.model.parameters()) / 2**20,
-        )  # fmt: skip
+        )
 
 
 def largest(run: Run, trainers: dict[str, Any], tokens: int, length: int) -> None:

@@ -78,8 +78,9 @@ def make_batches(shape: Shape, data: str, dtype: torch.dtype, device: str) -> li
     count = 1 if device == "cpu" else min(8, max(2, math.ceil(COLD_BYTES / first.gradient_bytes)))
     copy = lambda x: x.detach().clone().requires_grad_()  # noqa: E731
     others = [
-        Batch(copy(first.hidden), copy(first.weight), first.targets, first.upstream, first.old_logprobs,
-              first.advantages)
+        Batch(
+            copy(first.hidden), copy(first.weight), first.targets, first.upstream, first.old_logprobs, first.advantages
+        )
         for _ in range(count - 1)
-    ]  # fmt: skip
+    ]
     return [first, *others]

@@ -64,9 +64,13 @@ def gate_batch(data: str, dtype: torch.dtype, device: str, *, hidden_size: int =
     old = (logprobs + drift).clamp(max=0.0).float().view(SEQUENCES, LENGTH)  # [B, T]
     advantages = torch.randn(SEQUENCES, generator=gen).to(device)  # [B]
     return Batch(
-        inputs.hidden.requires_grad_(), inputs.weight.requires_grad_(), inputs.targets, inputs.upstream.float(), old,
+        inputs.hidden.requires_grad_(),
+        inputs.weight.requires_grad_(),
+        inputs.targets,
+        inputs.upstream.float(),
+        old,
         advantages,
-    )  # fmt: skip
+    )
 
 
 def specification(job: str, batch: Batch) -> Tensor:

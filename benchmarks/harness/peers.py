@@ -77,15 +77,24 @@ def liger_grpo(batch: Batch) -> Tensor:  # []
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     loss = LigerFusedLinearGRPOLoss(
-        beta=0.0, compiled=on_cuda(batch), use_ref_model=False, loss_type="dapo", epsilon_low=EPSILON,
-        epsilon_high=EPSILON, temperature=1.0,
-    )  # fmt: skip
+        beta=0.0,
+        compiled=on_cuda(batch),
+        use_ref_model=False,
+        loss_type="dapo",
+        epsilon_low=EPSILON,
+        epsilon_high=EPSILON,
+        temperature=1.0,
+    )
     hidden = batch.hidden.view(*batch.padded, -1)  # [B, T, D]
     mask = torch.ones_like(batch.old_logprobs)  # [B, T]
     out = loss(
-        hidden, batch.weight, batch.targets.view(batch.padded), mask, batch.advantages,
+        hidden,
+        batch.weight,
+        batch.targets.view(batch.padded),
+        mask,
+        batch.advantages,
         old_per_token_logps=batch.old_logprobs,
-    )  # fmt: skip
+    )
     return out[0]
 
 
@@ -148,8 +157,13 @@ def peer_providers() -> list[Provider]:
         Provider("Liger fused GRPO", "grpo", liger_grpo, liger, tags=SLOW_START),
         Provider("Cut Cross-Entropy", "head", cce("none"), cce_missing, note="filters gradients", tags=CPU_COMPILES),
         Provider("Cut Cross-Entropy", "ce", cce("mean"), cce_missing, note="filters gradients", tags=CPU_COMPILES),
-        Provider("flash-attn cross entropy", "head", flash_attn_logprobs, needs("flash_attn", cuda=True),
-                 note="stores logits"),
+        Provider(
+            "flash-attn cross entropy",
+            "head",
+            flash_attn_logprobs,
+            needs("flash_attn", cuda=True),
+            note="stores logits",
+        ),
         Provider("verl linear_cross_entropy", "head", verl_logprobs, verl_missing),
         Provider("QuACK chunked linear CE", "ce", quack_ce, needs("quack", cuda=True)),
-    ]  # fmt: skip
+    ]

@@ -46,8 +46,13 @@ def row(shape: Shape) -> list[str]:
 def lines() -> list[str]:
     """The section of RESULTS.md."""
     speeds = cost.SPEEDS["cuda"]
-    note = NOTE.format(flops=speeds.flops / 1e12, bytes=speeds.bytes / 1e12, gathered=speeds.gathered,
-                       element=speeds.element, waiting=1e3 * speeds.waiting)  # fmt: skip
+    note = NOTE.format(
+        flops=speeds.flops / 1e12,
+        bytes=speeds.bytes / 1e12,
+        gathered=speeds.gathered,
+        element=speeds.element,
+        waiting=1e3 * speeds.waiting,
+    )
     header = ["N", "D", "V", "three products, ms", "one pass", "two passes", *(f"routed, {k:.1%} kept" for k in KEPT)]
     header += ["MiB: one pass", "MiB: two passes", f"MiB: routed, {KEPT[-1]:.1%} kept"]
     table = [header, ["---"] * len(header), *map(row, SHAPES)]

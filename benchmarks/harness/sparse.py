@@ -114,9 +114,14 @@ def truth(batch: Batch, case: str) -> tuple[Tensor, Tensor]:
         h, w = hidden[rows].clone().requires_grad_(), weight.requires_grad_()
         old = None if case == "zero groups" else batch.old_logprobs[i : i + 1].double()
         loss = reference.linear_lad_loss(
-            h[None], w, batch.targets[rows][None], old, advantages=batch.advantages[i : i + 1].double(), config=EXACT,
+            h[None],
+            w,
+            batch.targets[rows][None],
+            old,
+            advantages=batch.advantages[i : i + 1].double(),
+            config=EXACT,
             normalizer=float(len(hidden)),
-        ).loss  # fmt: skip
+        ).loss
         found = torch.autograd.grad(loss, (h, w))
         dh[rows] = found[0]
         dw += found[1]

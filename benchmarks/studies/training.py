@@ -145,19 +145,25 @@ def train(start: dict, variant: str, seed: int, steps: int, cold: Tensor | None)
         hot += grad.view(-1, 128, HIDDEN).abs().amax((1, 2)) > 0
         norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
         optimizer.step()
-        log.append(
-            (rewards.mean().item(), norm, entropy, out.metrics["kept_share"].item())
-        )  # fmt: skip
+        log.append((rewards.mean().item(), norm, entropy, out.metrics["kept_share"].item()))
     last = log[-max(1, round(LAST * steps)) :]
     mean_reward, norm, entropy, kept = (statistics.fmean(x) for x in zip(*last))
     cold = coldest(hot) if cold is None else cold  # [blocks]
     rows = cold.repeat_interleave(128)  # [V]
     moved = (policy.head.weight.detach() - start["head.weight"]).norm(dim=1) / start["head.weight"].norm(dim=1).mean()
     outcome = Outcome(
-        variant, seed, mean_reward, norm, entropy, held_out_loss(policy), kept,
-        hot[cold].mean().item() / steps, moved[rows].mean().item(), moved[~rows].mean().item(),
+        variant,
+        seed,
+        mean_reward,
+        norm,
+        entropy,
+        held_out_loss(policy),
+        kept,
+        hot[cold].mean().item() / steps,
+        moved[rows].mean().item(),
+        moved[~rows].mean().item(),
         time.process_time() - began,
-    )  # fmt: skip
+    )
     return outcome, hot
 
 

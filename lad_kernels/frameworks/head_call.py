@@ -148,9 +148,14 @@ class HeadCall:
 
     @torch.compiler.disable
     def __init__(
-        self, outer: nn.Module, function: Callable[..., Any], guess: LogitTransform, context: tuple,
-        checked: dict[tuple, LogitTransform], trial: LogitTransform | None,
-    ) -> None:  # fmt: skip
+        self,
+        outer: nn.Module,
+        function: Callable[..., Any],
+        guess: LogitTransform,
+        context: tuple,
+        checked: dict[tuple, LogitTransform],
+        trial: LogitTransform | None,
+    ) -> None:
         self.outer, self.layer, self.function = outer, head_layer(outer), function
         self.transform, self.context, self.checked, self.trial = trial or guess, context, checked, trial
         for module in (outer, self.layer):
@@ -193,11 +198,20 @@ class HeadCall:
         base, adapters = head_parts(self.layer)
         weight = base.weight
         return (
-            *self.context, _ref(self.layer), original_class(self.layer), _ref(self.layer.__dict__.get("forward")),
-            _ref(base), original_class(base), adapters,
+            *self.context,
+            _ref(self.layer),
+            original_class(self.layer),
+            _ref(self.layer.__dict__.get("forward")),
+            _ref(base),
+            original_class(base),
+            adapters,
             tuple(module.training for module in self.layer.modules()),
-            weight.dtype, weight.shape, weight.device, hidden.dtype, autocast_dtype(hidden.device.type),
-        )  # fmt: skip
+            weight.dtype,
+            weight.shape,
+            weight.device,
+            hidden.dtype,
+            autocast_dtype(hidden.device.type),
+        )
 
     @torch.compiler.disable
     def stand_in_for(self, run: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -20,9 +20,13 @@ from lad_kernels.frameworks.options import HEAD_SETTINGS, NO_HEAD, refuse
 
 # What slime's own policy loss adds; a custom loss replaces all of it.
 SLIME_REFUSED = (
-    "use_tis", "get_mismatch_metrics", "use_opsm", "use_kl_loss", "entropy_coef",
+    "use_tis",
+    "get_mismatch_metrics",
+    "use_opsm",
+    "use_kl_loss",
+    "entropy_coef",
     "custom_pg_loss_reducer_function_path",
-)  # fmt: skip
+)
 
 
 def slime_lad_loss(

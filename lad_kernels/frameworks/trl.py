@@ -34,9 +34,15 @@ from lad_kernels.outputs import METRICS
 __all__ = ("FusedHeadMixin", "LADConfig", "LADTrainer")
 
 MULTIMODAL = (
-    "pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids",
-    "mm_token_type_ids", "image_position_ids",
-)  # fmt: skip
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
 
 TRL_NAMES = {"entropy": "entropy", "kl_ref": "kl"}  # the others are logged as lad/<name>
 
@@ -96,9 +102,16 @@ class FusedHeadMixin:
         return self._score_rows(scored, *args, **kwargs)
 
     def _score_rows(
-        self, scored: Callable, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int = 0,
-        compute_entropy: bool = False, compute_aux_loss: bool = False, **extra: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        self,
+        scored: Callable,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int = 0,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **extra: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """For TRL 1.14: [B, T] log-probs and entropies, `batch_size` rows at a time; images go in one batch."""
         images = {k: v for k, v in extra.items() if k in MULTIMODAL and v is not None}
         rows = len(input_ids) if images or not batch_size else batch_size
@@ -124,9 +137,14 @@ class FusedHeadMixin:
         def head(hidden: Tensor, weight: Tensor, **transform: Any) -> LinearLogprobs:  # [B, L, D], [V, D]
             ids = targets.to(hidden.device)
             return linear_logprobs(
-                hidden[:, :-1], weight, ids, loss_mask=ids != -100, temperature=self.temperature,
-                return_entropy=want_entropy, **transform,
-            )  # fmt: skip
+                hidden[:, :-1],
+                weight,
+                ids,
+                loss_mask=ids != -100,
+                temperature=self.temperature,
+                return_entropy=want_entropy,
+                **transform,
+            )
 
         out = model(**inputs, use_cache=False, fused_head=head)
         (logprobs, entropy, _), aux_loss = _on(labels.device, (out.result, out.aux_loss))
@@ -248,16 +266,23 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
             out = model(
                 input_ids=torch.cat([inputs["prompt_ids"], completion_ids], 1),
                 attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
-                use_cache=False, fused_head=head, **images,
-            )  # fmt: skip
+                use_cache=False,
+                fused_head=head,
+                **images,
+            )
         result, aux_loss = _on(completion_ids.device, (out.result, out.aux_loss))
         return result, aux_loss / self._router_coefficient() if self.aux_loss_enabled else None
 
     def _loss_in_one_call(self, model: Any, inputs: dict[str, Any], given: dict) -> tuple[LossOutput, Tensor | None]:
         return self._forward(
-            model, inputs, linear_lad_loss, old_logprobs=inputs.get("old_per_token_logps"),
-            return_entropy=self.args.log_entropy, return_logprobs=False, **given,
-        )  # fmt: skip
+            model,
+            inputs,
+            linear_lad_loss,
+            old_logprobs=inputs.get("old_per_token_logps"),
+            return_entropy=self.args.log_entropy,
+            return_logprobs=False,
+            **given,
+        )
 
     def _loss_after_logprobs(self, model: Any, inputs: dict[str, Any], given: dict) -> tuple[LossOutput, Tensor | None]:
         """Entropies select tokens or enter the loss, or the ratio weighs the KL term: log-probs come first."""
@@ -305,8 +330,11 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
         signs = (advantages if advantages.ndim == 2 else advantages[:, None]).sign() * mask  # [B, T]
         tokens, positive, negative = mask.sum(), (signs > 0).sum(), (signs < 0).sum()
         tokens_of = {
-            "tokens": tokens, "positive tokens": positive, "negative tokens": negative, "loss tokens": chosen,
-        }  # fmt: skip
+            "tokens": tokens,
+            "positive tokens": positive,
+            "negative tokens": negative,
+            "loss tokens": chosen,
+        }
         counts = {name: tokens_of[how] for name, how in METRICS.items() if how in tokens_of}
         metrics = {**metrics, "nonfinite_share": (chosen - tokens) / chosen.clamp(min=1)}
         names = [name for name in counts if name in metrics]

@@ -62,9 +62,13 @@ LOSS_TYPES = {
 }
 # Fields of both configurations, read by loss_type sapo and vespo alone.
 SOFT_GATES = (
-    "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg",
+    "sapo_temperature_pos",
+    "sapo_temperature_neg",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
     "vespo_lambda_neg",
-)  # fmt: skip
+)
 
 # Fields of lad_kernels.LADConfig that are options under the same name; TRL has options of its own for the others.
 OF_TRL = ("advantage_scale", "kl_coef", "kl_clamp", "entropy_coef")
@@ -167,8 +171,13 @@ def grpo_config(args: GRPOConfig) -> lad_kernels.GRPOConfig:
             raise ValueError(f"{name}: expected {wanted}, got {getattr(args, name)!r}; train with FusedHeadMixin")
     policy_loss, mode = LOSS_TYPES[args.loss_type]
     return lad_kernels.GRPOConfig(
-        epsilon_low=1.0 if cispo else args.epsilon, epsilon_high=high - 1 if cispo else high,
-        dual_clip=args.delta if policy_loss == "ppo" else None, policy_loss=policy_loss, loss_agg_mode=mode,
+        epsilon_low=1.0 if cispo else args.epsilon,
+        epsilon_high=high - 1 if cispo else high,
+        dual_clip=args.delta if policy_loss == "ppo" else None,
+        policy_loss=policy_loss,
+        loss_agg_mode=mode,
         importance_sampling_level="sequence_sum" if policy_loss == "vespo" else args.importance_sampling_level,
-        advantage_scale=args.scale_rewards, kl_coef=args.beta, **{name: getattr(args, name) for name in SOFT_GATES},
-    )  # fmt: skip
+        advantage_scale=args.scale_rewards,
+        kl_coef=args.beta,
+        **{name: getattr(args, name) for name in SOFT_GATES},
+    )

@@ -170,9 +170,13 @@ def linear_cross_entropy(
     if reduction != "none":
         raise ValueError(f"reduction: expected 'none', got {reduction!r}; reduce the returned [N] log-probs")
     out = linear_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature, return_entropy=True,
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        labels.reshape(-1),
+        temperature=temperature,
+        return_entropy=True,
         vocab_group=dist_process_group,
-    )  # fmt: skip
+    )
     return out.logprobs.contiguous(), out.entropy.contiguous()
 
 

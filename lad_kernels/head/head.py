@@ -111,9 +111,14 @@ class Head:
             from lad_kernels.head.kernels import one_pass
 
             return one_pass.one_pass(
-                *operands, prior, coefficients, chunks=chunks, want_entropy=want_entropy, needs=needs,
+                *operands,
+                prior,
+                coefficients,
+                chunks=chunks,
+                want_entropy=want_entropy,
+                needs=needs,
                 tokens=self.tokens,
-            )  # fmt: skip
+            )
         return pytorch.one_pass(
             *operands, prior, coefficients, chunks=chunks, want_entropy=want_entropy, needs=needs, tokens=self.tokens
         )
@@ -128,9 +133,16 @@ class Head:
         if self.triton:
             dense, pairs = (0, 0) if routing is None else (len(routing.dense), len(routing.rows))
             size, workspace = memory.token_chunk(
-                size, self.hidden.shape[-1], len(self.weight), self.hidden.element_size(), need_hidden=needs.hidden,
-                need_weight=needs.weight, gathered=self.tokens is not None, dense=dense, pairs=pairs,
-            )  # fmt: skip
+                size,
+                self.hidden.shape[-1],
+                len(self.weight),
+                self.hidden.element_size(),
+                need_hidden=needs.hidden,
+                need_weight=needs.weight,
+                gathered=self.tokens is not None,
+                dense=dense,
+                pairs=pairs,
+            )
         if size == len(lse):
             found = self.chunk_gradients(lse, gradient, routing, needs, workspace)
             return found if found.hidden is None else found._replace(hidden=self._spread(found.hidden))
@@ -140,27 +152,45 @@ class Head:
         for first in range(0, len(lse), size):
             chunk = slice(first, min(first + size, len(lse)))
             found = head.select(chunk).chunk_gradients(
-                lse[chunk], gradient.select(chunk), None if routing is None else routing.part(chunk), needs, workspace,
+                lse[chunk],
+                gradient.select(chunk),
+                None if routing is None else routing.part(chunk),
+                needs,
+                workspace,
                 sums=sums,
-            )  # fmt: skip
+            )
             if dh is not None:
                 dh[chunk if self.tokens is None else self.tokens[chunk]] = found.hidden.to(dh.dtype)
             del found  # dW is rounded where it was
         return HeadGradients(dh, *sums.rounded(self.weight, self.bias))
 
     def chunk_gradients(
-        self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: Needs, workspace: int, *,
+        self,
+        lse: Tensor,
+        gradient: LogitGradient,
+        routing: Routing | None,
+        needs: Needs,
+        workspace: int,
+        *,
         sums: GradientSums | None = None,
-    ) -> HeadGradients:  # fmt: skip
+    ) -> HeadGradients:
         """`backward` of all M tokens at once, dH [M, D], with so many bytes of workspace (Triton).
 
         With `sums` dW and dbias are added to it, and dH is not rounded.
         """
         if not self.triton:
             return pytorch.backward(
-                self.rows(), self.weight, self.targets, self.bias, self.transform, lse, gradient, routing, needs=needs,
+                self.rows(),
+                self.weight,
+                self.targets,
+                self.bias,
+                self.transform,
+                lse,
+                gradient,
+                routing,
+                needs=needs,
                 sums=sums,
-            )  # fmt: skip
+            )
         from lad_kernels.head.kernels import dense, routed
 
         operands = (self.rows(), self.weight, self.targets, self.bias, self.transform, lse, gradient)

@@ -76,9 +76,16 @@ def linear_logprobs(
         from lad_kernels import reference
 
         return without_autocast(reference.linear_logprobs)(
-            hidden, weight, target_ids.long(), bias=bias, temperature=temperature, logit_scale=logit_scale,
-            softcap=softcap, loss_mask=loss_mask, return_entropy=return_entropy,
-        )  # fmt: skip
+            hidden,
+            weight,
+            target_ids.long(),
+            bias=bias,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            loss_mask=loss_mask,
+            return_entropy=return_entropy,
+        )
     logprobs, entropy, lse = _LinearLogprobs.apply(hidden, weight, bias, targets, layout, return_entropy)
     place = layout.packing.place
     return LinearLogprobs(place(logprobs), None if entropy is None else place(entropy), place(lse))
@@ -93,9 +100,14 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, layout: Layout,
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        layout: Layout,
         want_entropy: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         temperatures = layout.transform.temperatures
         out = layout.head(hidden, weight, bias, targets, temperatures).forward(want_entropy=want_entropy)
         ctx.save_for_backward(hidden, weight, bias, targets, temperatures, out.lse, out.lse_rest, out.entropy)

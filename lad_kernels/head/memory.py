@@ -89,9 +89,17 @@ def most_pairs(work: Work) -> int:
 
 
 def token_chunk(
-    tokens: int, hidden_size: int, vocab_size: int, itemsize: int, *, need_hidden: bool, need_weight: bool,
-    gathered: bool, dense: int = 0, pairs: int = 0,
-) -> tuple[int, int]:  # fmt: skip
+    tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    itemsize: int,
+    *,
+    need_hidden: bool,
+    need_weight: bool,
+    gathered: bool,
+    dense: int = 0,
+    pairs: int = 0,
+) -> tuple[int, int]:
     """(tokens that pass through the Triton backward together, bytes that their workspace may have) within BUDGET.
 
     Next to the workspace there are dH in float32, gathered hidden states, the pairs of a routing, and its dense tokens'

@@ -105,9 +105,13 @@ def prepare(
         from lad_kernels.head import vocab_parallel
 
         alike = {
-            "hidden_states": hidden, "temperature": given.temperature, "logit_scale": given.logit_scale,
-            "softcap": given.softcap, "impl": given.impl, **replicated,
-        }  # fmt: skip
+            "hidden_states": hidden,
+            "temperature": given.temperature,
+            "logit_scale": given.logit_scale,
+            "softcap": given.softcap,
+            "impl": given.impl,
+            **replicated,
+        }
         shard = vocab_parallel.join(given.vocab_group, hidden, weight, given.bias, targets, alike, packing)
     checks.target_range(targets, len(weight) if shard is None else shard.vocabulary)
     layout = Layout(packing, _transform(given, packing, hidden.dtype), triton, shard)

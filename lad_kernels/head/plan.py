@@ -70,9 +70,13 @@ def takes_one_pass(
         density = c.new_ones(())  # []
         if sparsity.threshold > 0:
             density = kept_share(
-                out, few.targets, c, sparsity.threshold, dense_share=cost.speeds(work).gathered,
+                out,
+                few.targets,
+                c,
+                sparsity.threshold,
+                dense_share=cost.speeds(work).gathered,
                 unbiased=sparsity.unbiased,
-            ).nan_to_num(0.0)  # []  # fmt: skip
+            ).nan_to_num(0.0)  # []
         shares = Shares(*torch.stack([(c != 0).to(c.dtype).mean(), density]).tolist())
     return dispatch.takes_one_pass(work, sparsity, shares)
 

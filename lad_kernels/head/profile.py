@@ -131,9 +131,17 @@ def profile_sparsity(
         if logit_scale != 1.0:
             raise ValueError(f"logit_scale: expected 1 with a model, got {logit_scale}; the model has its own")
         return _of_model(
-            model_or_hidden, input_ids, attention_mask, loss_mask, coefficients=coefficients, temperature=temperature,
-            tail_mass=tail_mass, tail=tail, buckets=buckets, impl=impl,
-        )  # fmt: skip
+            model_or_hidden,
+            input_ids,
+            attention_mask,
+            loss_mask,
+            coefficients=coefficients,
+            temperature=temperature,
+            tail_mass=tail_mass,
+            tail=tail,
+            buckets=buckets,
+            impl=impl,
+        )
     if weight is None or target_ids is None:
         raise ValueError("weight, target_ids: needed with hidden states, got None")
     hidden = model_or_hidden
@@ -201,9 +209,15 @@ def _of_model(
 
 
 def _summarise(
-    work: Work, entropy: Tensor, c: Tensor, kept: Tensor, certificate: Certificate, dense: int, theta: float,
+    work: Work,
+    entropy: Tensor,
+    c: Tensor,
+    kept: Tensor,
+    certificate: Certificate,
+    dense: int,
+    theta: float,
     count: int,
-) -> SparsityProfile:  # fmt: skip
+) -> SparsityProfile:
     tokens, live = work.tokens, int((c != 0).sum())
     pairs = int(kept.sum())
     found = []

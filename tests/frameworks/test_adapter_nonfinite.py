@@ -65,9 +65,7 @@ def verl(data: dict[str, Tensor], mask: Tensor, monkeypatch: pytest.MonkeyPatch,
     leaf = data["logp"].clone().requires_grad_()
     counts = {"dp_size": 2, "batch_num_tokens": 20, "global_batch_size": 6}
     config = SimpleNamespace(policy_loss=module.LADPolicyLossConfig(), global_batch_info=counts)
-    loss, metrics = module.lad_policy_loss(
-        data["old"], leaf, data["advantages"], mask, mode, config, data["weights"]
-    )  # fmt: skip
+    loss, metrics = module.lad_policy_loss(data["old"], leaf, data["advantages"], mask, mode, config, data["weights"])
     loss.backward()
     return loss, leaf.grad, metrics["actor/lad/nonfinite_share"]
 
@@ -81,9 +79,15 @@ def context_parallel(level: str) -> Callable[..., Result]:
         leaf = data["logp"].clone().requires_grad_()
         config = LADConfig(importance_sampling_level=level, kl_coef=0.1, loss_agg_mode="seq-mean-token-mean")
         out = context_parallel_loss(
-            leaf, data["old"], data["advantages"][:, 0], group=dist.group.WORLD, loss_mask=mask, config=config,
-            ref_logprobs=data["ref"], rollout_is_weights=data["weights"],
-        )  # fmt: skip
+            leaf,
+            data["old"],
+            data["advantages"][:, 0],
+            group=dist.group.WORLD,
+            loss_mask=mask,
+            config=config,
+            ref_logprobs=data["ref"],
+            rollout_is_weights=data["weights"],
+        )
         out.loss.backward()
         return out.loss, leaf.grad, out.metrics["nonfinite_share"]
 

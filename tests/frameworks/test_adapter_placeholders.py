@@ -95,9 +95,14 @@ def verl(divergence: str, fill: Callable[[Tensor], Tensor], monkeypatch: pytest.
             settings = module.LADPolicyLossConfig(divergence=divergence, importance_sampling_level=level)
             leaf = data["logp"].clone().requires_grad_()
             loss, metrics = module.lad_policy_loss(
-                data["old"], leaf, data["advantages"], MASK.float(), mode, SimpleNamespace(policy_loss=settings),
+                data["old"],
+                leaf,
+                data["advantages"],
+                MASK.float(),
+                mode,
+                SimpleNamespace(policy_loss=settings),
                 data["weights"],
-            )  # fmt: skip
+            )
             loss.backward()
             numbers = {n: torch.tensor(x) for n, x in metrics.items()}
             found |= {f"{mode} {level} {n}": x for n, x in {**numbers, "loss": loss, "gradient": leaf.grad}.items()}
@@ -111,9 +116,16 @@ def context_parallel(divergence: str, fill: Callable[[Tensor], Tensor], _: pytes
         leaves = [x.clone().requires_grad_() for x in (data["logp"], entropy)]
         config = LADConfig(divergence=divergence, importance_sampling_level=level, kl_coef=0.1, entropy_coef=0.1)
         out = context_parallel_loss(
-            leaves[0], data["old"], data["advantages"][:, 0], group=dist.group.WORLD, loss_mask=MASK, config=config,
-            ref_logprobs=data["ref"], entropy=leaves[1], rollout_is_weights=data["weights"],
-        )  # fmt: skip
+            leaves[0],
+            data["old"],
+            data["advantages"][:, 0],
+            group=dist.group.WORLD,
+            loss_mask=MASK,
+            config=config,
+            ref_logprobs=data["ref"],
+            entropy=leaves[1],
+            rollout_is_weights=data["weights"],
+        )
         out.loss.backward()
         values = {**out.metrics, "loss": out.loss, "gradient": leaves[0].grad, "entropy gradient": leaves[1].grad}
         found |= {f"{level} {n}": x for n, x in values.items()}

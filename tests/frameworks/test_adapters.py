@@ -42,10 +42,16 @@ def truth(data: list[dict[str, Tensor]], settings: LADConfig, total: float, weig
     whole = {name: torch.cat([row[name] for row in data]) for name in data[0]}
     logp = whole["logp"].double().requires_grad_()
     out = lad_loss(
-        logp, whole["old"].double(), whole["advantages"].double(), loss_mask=whole["mask"], config=settings,
-        cu_seqlens=torch.tensor([0, *(len(row["mask"]) for row in data)]).cumsum(0).int(), normalizer=total,
-        rollout_is_weights=whole["weights"].double() if weighted else None, impl="reference",
-    )  # fmt: skip
+        logp,
+        whole["old"].double(),
+        whole["advantages"].double(),
+        loss_mask=whole["mask"],
+        config=settings,
+        cu_seqlens=torch.tensor([0, *(len(row["mask"]) for row in data)]).cumsum(0).int(),
+        normalizer=total,
+        rollout_is_weights=whole["weights"].double() if weighted else None,
+        impl="reference",
+    )
     return torch.autograd.grad(out.loss, logp)[0]
 
 
@@ -99,8 +105,9 @@ def test_slime_has_lads_gradient_under_its_own_reduction(slime):
     loss.backward()
 
     wide = logits.double().requires_grad_()
-    scored = get_log_probs_and_entropy(wide, args=args, **{
-        k: batch[k] for k in ("unconcat_tokens", "total_lengths", "response_lengths")})[1]  # fmt: skip
+    scored = get_log_probs_and_entropy(
+        wide, args=args, **{k: batch[k] for k in ("unconcat_tokens", "total_lengths", "response_lengths")}
+    )[1]
     logp, old = torch.cat(scored["log_probs"]), torch.cat(batch["log_probs"]).double()
     u = torch.cat(batch["advantages"]).double() / 0.6
     x = (logp - old - u).exp()
@@ -150,8 +157,15 @@ def test_torchtitan_chunks_add_up(torchtitan):
     wide = logits.double().requires_grad_()
     logp = wide.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
     kept = mask & old.isfinite()
-    out = lad_loss(logp, old.double(), rest["advantages"].double(), loss_mask=kept, config=LADConfig(eta=0.7),
-                   normalizer=total, impl="reference")  # fmt: skip
+    out = lad_loss(
+        logp,
+        old.double(),
+        rest["advantages"].double(),
+        loss_mask=kept,
+        config=LADConfig(eta=0.7),
+        normalizer=total,
+        impl="reference",
+    )
     out.loss.backward()
     assert close(leaf.grad, wide.grad)
     assert sum(part[1]["loss/mean"] for part in parts).item() == pytest.approx(out.loss.item(), rel=1e-6)

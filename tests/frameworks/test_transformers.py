@@ -26,7 +26,7 @@ from families import (
     gradients,
     own_logprobs,
     tiny_model,
-)  # fmt: skip
+)
 from transformers import LlamaForCausalLM
 
 from lad_kernels import LADConfig, linear_lad_loss, linear_logprobs
@@ -279,9 +279,15 @@ def test_a_frozen_head_costs_no_dw(path):
 
     def loss(hidden, weight, **head):
         return linear_lad_loss(
-            hidden[:, :-1], weight, IDS[:, 1:], None, rewards=torch.tensor([0.0, 1.0]), group_size=2,
-            config=LADConfig(backward="dense"), **head,
-        )  # fmt: skip
+            hidden[:, :-1],
+            weight,
+            IDS[:, 1:],
+            None,
+            rewards=torch.tensor([0.0, 1.0]),
+            group_size=2,
+            config=LADConfig(backward="dense"),
+            **head,
+        )
 
     flops = []
     for trained in (True, False):

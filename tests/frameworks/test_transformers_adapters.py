@@ -71,11 +71,14 @@ def test_several_adapters_and_merged_ones():
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("LoraConfig", {"use_dora": True}, "DoraLinearVariant"), ("IA3Config", {"feedforward_modules": []}, "IA3"),
-        ("VeraConfig", {"r": 4}, "vera"), ("LoHaConfig", {}, "LoHa"), ("AdaLoraConfig", {"total_step": 9}, "SVDLinear"),
+        ("LoraConfig", {"use_dora": True}, "DoraLinearVariant"),
+        ("IA3Config", {"feedforward_modules": []}, "IA3"),
+        ("VeraConfig", {"r": 4}, "vera"),
+        ("LoHaConfig", {}, "LoHa"),
+        ("AdaLoraConfig", {"total_step": 9}, "SVDLinear"),
         ("OFTConfig", {"oft_block_size": 4}, "oft"),
     ],
-)  # fmt: skip
+)
 def test_other_adapters_on_the_head_are_refused(method, options, message):
     model = with_peft(getattr(peft, method)(**options, target_modules=["lm_head"])).eval()
     with pytest.raises(TypeError, match=f"lm_head: expected .*(?i:{message})"):

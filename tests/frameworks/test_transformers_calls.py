@@ -133,9 +133,10 @@ def replicas(model, monkeypatch, factors):
     replicate = importlib.import_module("torch.nn.parallel.replicate")
     monkeypatch.setattr(replicate, "_get_device_index", lambda device, optional=False: device)
     monkeypatch.setattr(
-        replicate, "_broadcast_coalesced_reshape",
+        replicate,
+        "_broadcast_coalesced_reshape",
         lambda tensors, devices, detach=False: [[factors[d] * x for x in tensors] for d in devices],
-    )  # fmt: skip
+    )
     return replicate.replicate(model, list(range(len(factors))))
 
 

@@ -152,10 +152,15 @@ def even_digits(completions, **_) -> list[float]:
 def test_a_run_raises_the_reward(folder, tmp_path):
     config = LADConfig(
         **options(
-            tmp_path, max_steps=60, per_device_train_batch_size=16, num_generations=8, max_completion_length=1,
-            learning_rate=3e-3, lr_scheduler_type="constant",
+            tmp_path,
+            max_steps=60,
+            per_device_train_batch_size=16,
+            num_generations=8,
+            max_completion_length=1,
+            learning_rate=3e-3,
+            lr_scheduler_type="constant",
         )
-    )  # fmt: skip
+    )
     trainer = LADTrainer(load(folder), even_digits, args=config, train_dataset=PROMPTS, processing_class=TOKENIZER)
     trainer.train()
     rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]

@@ -109,6 +109,18 @@ def assert_scored_alike(padded, logprobs) -> None:
         assert (padded[name] - logprobs.detach())[known].abs().max() < 1e-5, name
 
 
+SETTINGS = (  # of LADConfig, which the trainer's arguments carry under the same names
+    "divergence",
+    "eta",
+    "importance_sampling_level",
+    "loss_agg_mode",
+    "target_norm",
+    "centered",
+    "target_clamp",
+    "log_ratio_clamp",
+)
+
+
 def truth(trainer, model, batches, rollout=None, untrained=False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss [] and metrics of a whole accumulation window, from the model's stored logits and the specification."""
     args, padded, whole = trainer.args, joined(batches), joined(rollout or batches)
@@ -127,15 +139,13 @@ def truth(trainer, model, batches, rollout=None, untrained=False) -> tuple[torch
     mask, mode, count = mask.double(), args.loss_agg_mode, len(ids)
     tokens = (whole["completion_mask"] * whole.get("tool_mask", 1)).sum() * count / len(whole["prompt_ids"])
     normalizer = {"token-mean": tokens, "seq-mean-token-sum-norm": count * args.max_completion_length}
-    config = lad_kernels.LADConfig(
-        divergence=args.divergence, eta=args.eta, importance_sampling_level=args.importance_sampling_level,
-        loss_agg_mode=mode, target_norm=args.target_norm, centered=args.centered, target_clamp=args.target_clamp,
-        log_ratio_clamp=args.log_ratio_clamp,
-    )  # fmt: skip
+    config = lad_kernels.LADConfig(**{name: getattr(args, name) for name in SETTINGS})
     given = dict(
-        advantages=padded.get("raw_advantages", padded["advantages"]).double(), loss_mask=mask,
-        normalizer=normalizer.get(mode, count), config=config,
-    )  # fmt: skip
+        advantages=padded.get("raw_advantages", padded["advantages"]).double(),
+        loss_mask=mask,
+        normalizer=normalizer.get(mode, count),
+        config=config,
+    )
     if untrained:
         assert_scored_alike(padded, logprobs)
     if args.target_norm is not None:
@@ -267,10 +277,13 @@ def test_gradient_equals_that_of_stored_logits(name, folder, tmp_path):
     assert_equals_truth(trainer, steps, load(folder, torch.float64))
 
 
-@pytest.mark.parametrize(("given", "ratio", "share"), [
-    (dict(vllm_importance_sampling_mode="token_truncate"), 3.0, 0.0),  # TRL's own bound
-    (dict(vllm_importance_sampling_mode="token_mask", vllm_importance_sampling_clip_max=None), math.inf, 1 / 24),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "ratio", "share"),
+    [
+        (dict(vllm_importance_sampling_mode="token_truncate"), 3.0, 0.0),  # TRL's own bound
+        (dict(vllm_importance_sampling_mode="token_mask", vllm_importance_sampling_clip_max=None), math.inf, 1 / 24),
+    ],
+)
 def test_what_the_sampler_cannot_score_is_trls(given, ratio, share, folder, tmp_path):
     """A log-prob that is not a number gets ratio 1, one of -inf TRL's bound; without a bound its token is dropped."""
     trainer, steps = run_lad(folder, tmp_path, extras=("sampler",), max_steps=1, **given)

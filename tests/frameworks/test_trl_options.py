@@ -152,9 +152,13 @@ def test_grpo_config_is_trls_loss(name, folder, tmp_path):
     logprobs = logits.log_softmax(-1).gather(2, rollout["completion_ids"][..., None])[..., 0]  # [B, T]
     config = grpo_config(args)
     out = lad_kernels.grpo_loss(
-        logprobs, rollout["old_per_token_logps"], rollout["advantages"], loss_mask=rollout["completion_mask"],
-        config=config, ref_logprobs=rollout.get("ref_per_token_logps"),
-    )  # fmt: skip
+        logprobs,
+        rollout["old_per_token_logps"],
+        rollout["advantages"],
+        loss_mask=rollout["completion_mask"],
+        config=config,
+        ref_logprobs=rollout.get("ref_per_token_logps"),
+    )
     assert "without effect" in name or name in ("sapo", "vespo") or out.metrics["clip_share"] > 0
     assert out.loss.item() == pytest.approx(theirs.item(), rel=1e-5)
     expected = gradient(theirs)

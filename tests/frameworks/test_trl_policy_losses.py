@@ -31,9 +31,16 @@ def trl_loss(kind: str, level: str, config: GRPOConfig, logprobs, kw) -> torch.T
     """GRPOTrainer._compute_loss on a stand-in that returns the given log-probs."""
     mask = kw["loss_mask"].long()
     args = SimpleNamespace(
-        delta=None, use_bias_correction_kl=False, steps_per_generation=1, sapo_temperature_pos=1.0,
-        sapo_temperature_neg=1.05, vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0,
-    )  # fmt: skip
+        delta=None,
+        use_bias_correction_kl=False,
+        steps_per_generation=1,
+        sapo_temperature_pos=1.0,
+        sapo_temperature_neg=1.05,
+        vespo_k_pos=2.0,
+        vespo_lambda_pos=3.0,
+        vespo_k_neg=3.0,
+        vespo_lambda_neg=2.0,
+    )
     accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
     trainer = SimpleNamespace(
         args=args, accelerator=accelerator, loss_type=kind, importance_sampling_level=level, beta=config.kl_coef,
@@ -45,10 +52,15 @@ def trl_loss(kind: str, level: str, config: GRPOConfig, logprobs, kw) -> torch.T
         _get_per_token_logps_and_entropies=lambda *a, **k: (logprobs, torch.zeros_like(logprobs), None),
     )  # fmt: skip
     inputs = {
-        "prompt_ids": torch.zeros(B, 1), "prompt_mask": torch.ones(B, 1), "completion_ids": torch.zeros(B, T),
-        "completion_mask": mask, "advantages": kw["advantages"], "old_per_token_logps": kw["old_logprobs"],
-        "ref_per_token_logps": kw["ref_logprobs"], "num_items_in_batch": mask.sum(),
-    }  # fmt: skip
+        "prompt_ids": torch.zeros(B, 1),
+        "prompt_mask": torch.ones(B, 1),
+        "completion_ids": torch.zeros(B, T),
+        "completion_mask": mask,
+        "advantages": kw["advantages"],
+        "old_per_token_logps": kw["old_logprobs"],
+        "ref_per_token_logps": kw["ref_logprobs"],
+        "num_items_in_batch": mask.sum(),
+    }
     return GRPOTrainer._compute_loss(trainer, None, inputs)
 
 
@@ -61,8 +73,12 @@ def test_loss_and_gradient_are_those_of_trl(name, impl):
     logp = noise(0.5) - 3
     mask = torch.rand(B, T, generator=gen) < 0.7
     mask[:, 0] = True
-    kw = dict(old_logprobs=logp - noise(0.2), ref_logprobs=logp - noise(0.2), loss_mask=mask,
-              advantages=torch.tensor([1.0, -0.7, 0.0, 2.0, -1.5], dtype=torch.float64))  # fmt: skip
+    kw = dict(
+        old_logprobs=logp - noise(0.2),
+        ref_logprobs=logp - noise(0.2),
+        loss_mask=mask,
+        advantages=torch.tensor([1.0, -0.7, 0.0, 2.0, -1.5], dtype=torch.float64),
+    )
     ours, theirs = (logp.clone().requires_grad_() for _ in range(2))
     out = grpo_loss(ours, config=config, impl=impl, **kw)
     out.loss.backward()

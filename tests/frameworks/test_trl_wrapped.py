@@ -33,15 +33,21 @@ pytestmark = ON_CPU
 LAYERS, NO_LAYERS = dict(auto_wrap_policy="TRANSFORMER_BASED_WRAP"), dict(auto_wrap_policy="NO_WRAP")
 FSDP2 = {
     "layers, micro-batches without tokens": (
-        "untied", LAYERS, dict(extras=("tools",), gradient_accumulation_steps=4, per_device_train_batch_size=1)
+        "untied",
+        LAYERS,
+        dict(extras=("tools",), gradient_accumulation_steps=4, per_device_train_batch_size=1),
     ),
     "layers, tied, loaded by rank 0": (
-        "tied", LAYERS | dict(cpu_ram_efficient_loading=True), dict(num_iterations=2, target_norm="group")
+        "tied",
+        LAYERS | dict(cpu_ram_efficient_loading=True),
+        dict(num_iterations=2, target_norm="group"),
     ),
     "one group, tied, reference": (
-        "tied", NO_LAYERS, dict(beta=0.1, gradient_accumulation_steps=2, gradient_checkpointing=True)
+        "tied",
+        NO_LAYERS,
+        dict(beta=0.1, gradient_accumulation_steps=2, gradient_checkpointing=True),
     ),
-}  # fmt: skip
+}
 LORA = dict(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
 FLOAT32 = 2e-5  # relative error of a gradient in float32, in which ZeRO-3 computes; measured: 2e-6
 PLAIN = dict(learning_rate=1e-2, max_grad_norm=0.0, lr_scheduler_type="constant")

@@ -138,9 +138,14 @@ def test_a_bias_of_minus_infinity_excludes_a_word(excluded, impl):
     kept[gone] = False
     targets = kept.nonzero()[torch.arange(N, device=DEVICE) * 11, 0]
     masked = HeadInputs(
-        inputs.hidden, inputs.weight, inputs.bias.masked_fill(~kept, -torch.inf), targets, inputs.loss_mask,
-        inputs.upstream, {},
-    )  # fmt: skip
+        inputs.hidden,
+        inputs.weight,
+        inputs.bias.masked_fill(~kept, -torch.inf),
+        targets,
+        inputs.loss_mask,
+        inputs.upstream,
+        {},
+    )
     place = kept.cumsum(0) - 1
     small = HeadInputs(
         inputs.hidden, inputs.weight[kept], inputs.bias[kept], place[targets], inputs.loss_mask, inputs.upstream, {}
@@ -157,8 +162,10 @@ def test_a_bias_of_minus_infinity_excludes_a_word(excluded, impl):
         allowed = max(CONTRACT_MARGIN * naive, FP32_TOLERANCE, of_probabilities(torch.full((N,), 8.0)))
         assert relative_error(x, getattr(truth, name)) <= allowed, name
     reference = run_head(head("reference"), masked.cast(torch.float64), entropy_upstream=upstream)
-    for x, y in zip(vars(reference).values(), vars(run_head(head("torch"), masked.cast(torch.float64),
-                                                            entropy_upstream=upstream)).values()):  # fmt: skip
+    for x, y in zip(
+        vars(reference).values(),
+        vars(run_head(head("torch"), masked.cast(torch.float64), entropy_upstream=upstream)).values(),
+    ):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
 
 

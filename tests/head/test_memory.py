@@ -118,8 +118,14 @@ def test_a_step_keeps_to_its_budget(case, device, monkeypatch):
     def step() -> tuple[Tensor, ...]:
         states = hidden[:, :-1] if how.get("sliced") else hidden
         with dispatch.force(path):
-            out = linear_grpo_loss(states, weight, old_logprobs=-torch.ones_like(given["advantages"]), **given,
-                                   config=config, impl="triton")  # fmt: skip
+            out = linear_grpo_loss(
+                states,
+                weight,
+                old_logprobs=-torch.ones_like(given["advantages"]),
+                **given,
+                config=config,
+                impl="triton",
+            )
         return torch.autograd.grad(out.loss, (states, weight) if weight.requires_grad else (states,))
 
     sizes, piece = [], memory.token_chunk

@@ -73,12 +73,14 @@ TORCH_HEAD = {
     "entropy moment not rescaled": ("decay * (moment[rows] + shift * mass[rows])", "decay * moment[rows]"),
     "one-hot off by one": ("targets - columns.start, 0)", "targets - columns.start - 1, 0).clamp(min=0)"),
     "one-hot missing": ("torch.where(inside, gradient.onehot[rows], 0.0)", "torch.zeros_like(gradient.onehot[rows])"),
-    "softmax term missing": ("dz = log_p.mul_(-gradient.entropy[rows, None]).add_(gradient.prob[rows, None]).mul_(p)",
-                             "dz = log_p.mul_(-gradient.entropy[rows, None]).mul_(p)"),
+    "softmax term missing": (
+        "dz = log_p.mul_(-gradient.entropy[rows, None]).add_(gradient.prob[rows, None]).mul_(p)",
+        "dz = log_p.mul_(-gradient.entropy[rows, None]).mul_(p)",
+    ),
     "dW of the last chunk only": ("beta=int(i > 0 if dense else not first)", "beta=0"),
     "dH of the last slab only": ("dh[rows].addmm_(dz, w)", "dh[rows].zero_().addmm_(dz, w)"),
     "dbias not written": ("db[columns] = db_slab", "pass"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("bug", TORCH_HEAD)

@@ -68,7 +68,7 @@ def make(device, dtype="bfloat16", features="plain", *, n=N, d=D, v=V, entropy=N
     options = {k: x[:n].to(device) if isinstance(x, Tensor) else x for k, x in FEATURES[features].items()}
     inputs = testing.make_inputs(
         n, d, v, dtype=DTYPES[dtype], device=device, entropy=entropy, masked=0.0, seed=seed, **options
-    )  # fmt: skip
+    )
     exact = inputs.cast(torch.float64)
     out = reference.linear_logprobs(exact.hidden, exact.weight, exact.targets, bias=exact.bias, **exact.options)
     generator = torch.Generator().manual_seed(seed)
@@ -320,10 +320,17 @@ def compile_all(arch: str) -> None:
         )
         with aot.compiling(arch) as compiled:
             one_pass.one_pass(
-                hidden, weight, targets, bias, transform, numbers, lambda rows, logprobs: logprobs[rows],
-                chunks=[slice(0, n)], want_entropy="entropy" in features,
+                hidden,
+                weight,
+                targets,
+                bias,
+                transform,
+                numbers,
+                lambda rows, logprobs: logprobs[rows],
+                chunks=[slice(0, n)],
+                want_entropy="entropy" in features,
                 needs=Needs(True, False, bias is not None),
-            )  # fmt: skip
+            )
         for name, kernel in compiled.values():
             found = vars(aot.resources(name, kernel, arch))
             found["wide stores"] = kernel.asm.get("ptx", "").count("st.global.v4")

@@ -39,9 +39,15 @@ def batch(entropy: float | None = 0.5, *, drift: float | None = 0.3, seed: int =
     mask = torch.ones(B, T)
     mask[2, -3:] = 0
     return dict(
-        hidden_states=x.hidden.view(B, T, D), lm_head_weight=x.weight, target_ids=x.targets.view(B, T),
-        old_logprobs=old, advantages=advantages, loss_mask=mask, bias=x.bias, **x.options,
-    )  # fmt: skip
+        hidden_states=x.hidden.view(B, T, D),
+        lm_head_weight=x.weight,
+        target_ids=x.targets.view(B, T),
+        old_logprobs=old,
+        advantages=advantages,
+        loss_mask=mask,
+        bias=x.bias,
+        **x.options,
+    )
 
 
 def run(loss, inputs: dict, dtype: torch.dtype = torch.float64, **more) -> tuple:
@@ -140,9 +146,12 @@ def adversarial(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 ADVERSARIES = (
-    "just under the threshold in every block", "uniform rows", "one huge logit", "target in the coldest block",
+    "just under the threshold in every block",
+    "uniform rows",
+    "one huge logit",
+    "target in the coldest block",
     "coefficients over twelve orders of magnitude",
-)  # fmt: skip
+)
 
 
 def certify(name: str, theta: float, *, unbiased=False, entropy_gradient=False, route=route, ops=pytorch):

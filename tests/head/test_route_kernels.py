@@ -116,9 +116,16 @@ def check(x: Case, path=kernels, *, flips: int = 2, **options) -> Routing:
 
 
 SIZES = {  # tokens, blocks; the lists have a row more than blocks
-    "one pair": (1, 1), "one token": (1, 70), "one block": (150, 1), "a tile": (64, 64), "one less": (63, 62),
-    "one row more": (64, 63), "one more": (65, 65), "tiles": (300, 200), "sums of more than one tile": (3, 33 * 64 + 1),
-}  # fmt: skip
+    "one pair": (1, 1),
+    "one token": (1, 70),
+    "one block": (150, 1),
+    "a tile": (64, 64),
+    "one less": (63, 62),
+    "one row more": (64, 63),
+    "one more": (65, 65),
+    "tiles": (300, 200),
+    "sums of more than one tile": (3, 33 * 64 + 1),
+}
 
 
 @pytest.mark.parametrize("entropy", [False, True])
@@ -294,9 +301,15 @@ def test_draws_are_those_of_pytorch(device):
     lse = torch.linspace(3.0, 3.001, tokens, device=device)
     c = torch.ones(tokens, device=device)
     x = Case(
-        torch.full_like(lse, -1, dtype=torch.int64), lse, torch.full_like(lse, -9.0), masses, LogitGradient(c, -c),
-        0.07, torch.ones(blocks, device=device), torch.ones(tokens, device=device),
-    )  # fmt: skip
+        torch.full_like(lse, -1, dtype=torch.int64),
+        lse,
+        torch.full_like(lse, -9.0),
+        masses,
+        LogitGradient(c, -c),
+        0.07,
+        torch.ones(blocks, device=device),
+        torch.ones(tokens, device=device),
+    )
     found = check(x, flips=1)
     kept = len(found.rows) / (tokens * blocks)
     assert abs(kept - math.exp(-4.0) / 0.07) < 0.01
@@ -306,8 +319,12 @@ def test_the_hash_is_uniform_and_independent():
     """Chi-square of single draws and of pairs of neighbours, and each bit of the number, over 4 million draws."""
     for lse in (torch.linspace(3.0, 3.5, 4096), torch.full((4096,), 12.5), torch.linspace(1, 40, 4096).double()):
         u = routing._draws(lse, slice(0, 1187)).double()  # [1187, 4096]
-        for pairs in (u[:, 1:] * 32 // 1 * 32 + u[:, :-1] * 32 // 1, u[1:] * 32 // 1 * 32 + u[:-1] * 32 // 1,
-                      u[1:, 1:] * 32 // 1 * 32 + u[:-1, :-1] * 32 // 1, u * 1024 // 1):  # fmt: skip
+        for pairs in (
+            u[:, 1:] * 32 // 1 * 32 + u[:, :-1] * 32 // 1,
+            u[1:] * 32 // 1 * 32 + u[:-1] * 32 // 1,
+            u[1:, 1:] * 32 // 1 * 32 + u[:-1, :-1] * 32 // 1,
+            u * 1024 // 1,
+        ):
             seen = torch.bincount(pairs.long().flatten(), minlength=1024).double()  # [1024]
             mean = seen.sum() / 1024
             chi = ((seen - mean) ** 2 / mean).sum()

@@ -59,9 +59,12 @@ def test_import_needs_neither_triton_nor_a_gpu():
 def good(**changes):
     """Arguments of linear_lad_loss for two sequences of three tokens, with changes."""
     kw = dict(
-        hidden_states=torch.randn(2, 3, 8), lm_head_weight=torch.randn(11, 8), target_ids=torch.randint(0, 11, (2, 3)),
-        old_logprobs=-torch.rand(2, 3), advantages=torch.tensor([1.0, -1.0]),
-    )  # fmt: skip
+        hidden_states=torch.randn(2, 3, 8),
+        lm_head_weight=torch.randn(11, 8),
+        target_ids=torch.randint(0, 11, (2, 3)),
+        old_logprobs=-torch.rand(2, 3),
+        advantages=torch.tensor([1.0, -1.0]),
+    )
     return {**kw, **changes}
 
 

@@ -70,11 +70,18 @@ def batch(device: str) -> dict:
     gen = torch.Generator().manual_seed(1)
     old = -3 * torch.rand(B, T, generator=gen)
     given = dict(
-        hidden_states=x.hidden.view(B, T, D), lm_head_weight=x.weight, bias=x.bias, target_ids=x.targets.view(B, T),
-        old_logprobs=old, ref_logprobs=old - 0.3, rewards=torch.randn(B, generator=gen), group_size=2,
-        loss_mask=(torch.rand(B, T, generator=gen) > 0.2).float(), temperature=0.5 + torch.rand(B, T, generator=gen),
+        hidden_states=x.hidden.view(B, T, D),
+        lm_head_weight=x.weight,
+        bias=x.bias,
+        target_ids=x.targets.view(B, T),
+        old_logprobs=old,
+        ref_logprobs=old - 0.3,
+        rewards=torch.randn(B, generator=gen),
+        group_size=2,
+        loss_mask=(torch.rand(B, T, generator=gen) > 0.2).float(),
+        temperature=0.5 + torch.rand(B, T, generator=gen),
         rollout_is_weights=torch.rand(B, T, generator=gen),
-    )  # fmt: skip
+    )
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}
 
 
@@ -104,11 +111,12 @@ CALLS = {  # what is called, on which path
     "one pass": (of_a_loss(LADConfig(kl_coef=0.3)), "one_pass"),
     "two passes, entropy and reference policy": (of_a_loss(LADConfig(kl_coef=0.3, entropy_coef=0.1)), "two_pass"),
     "two passes, sequences": (
-        of_a_loss(GRPOConfig(importance_sampling_level="sequence", loss_agg_mode="seq-mean-token-mean")), "two_pass"
+        of_a_loss(GRPOConfig(importance_sampling_level="sequence", loss_agg_mode="seq-mean-token-mean")),
+        "two_pass",
     ),
     "routed, tail dropped": (of_a_loss(LADConfig(target_norm="group", **TAIL)), "routed"),
     "routed, entropy, as asked": (of_a_loss(LADConfig(entropy_coef=0.1, tail_mass=1e-2, backward="routed")), "asked"),
-}  # fmt: skip
+}
 
 
 # Whether autocast is on in the forward, in a backward, and in another one, which after one pass computes again.

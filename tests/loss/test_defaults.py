@@ -68,9 +68,15 @@ class Batch:
 
     def linear(self, function: Callable, **options) -> list[Tensor]:
         out = function(
-            *self.inputs, self.old, rewards=self.rewards, group_size=2, loss_mask=self.mask, ref_logprobs=self.ref,
-            return_entropy=True, **options,
-        )  # fmt: skip
+            *self.inputs,
+            self.old,
+            rewards=self.rewards,
+            group_size=2,
+            loss_mask=self.mask,
+            ref_logprobs=self.ref,
+            return_entropy=True,
+            **options,
+        )
         return [out.logprobs, *(out.metrics[name] for name in sorted(out.metrics)), out.loss]
 
     def packed(self, **options) -> list[Tensor]:
@@ -92,9 +98,15 @@ class Batch:
     def one_pass(self, **options) -> list[Tensor]:
         with dispatch.force("one_pass"):
             out = linear_lad_loss(
-                *self.inputs, None, rewards=self.rewards, group_size=2, loss_mask=self.mask, return_logprobs=False,
-                config=LADConfig(backward="dense"), **options,
-            )  # fmt: skip
+                *self.inputs,
+                None,
+                rewards=self.rewards,
+                group_size=2,
+                loss_mask=self.mask,
+                return_logprobs=False,
+                config=LADConfig(backward="dense"),
+                **options,
+            )
         return [out.loss]
 
     def objective(self, function: Callable, **options) -> list[Tensor]:

@@ -24,9 +24,14 @@ def given(device="cpu", dtype=torch.float32, seed=0) -> dict[str, torch.Tensor]:
     gen = torch.Generator().manual_seed(seed)
     logp = -3 * torch.rand(N, generator=gen, dtype=torch.float64) - 0.5
     noise = lambda: 0.3 * torch.randn(N, generator=gen, dtype=torch.float64)  # noqa: E731
-    kw = dict(logprobs=logp, old_logprobs=logp - noise().abs(), ref_logprobs=logp - noise().abs(),
-              entropy=noise().abs(), rollout_is_weights=noise().exp(),
-              advantages=torch.tensor([1.0, -0.5, -0.7, 0.4]))  # fmt: skip
+    kw = dict(
+        logprobs=logp,
+        old_logprobs=logp - noise().abs(),
+        ref_logprobs=logp - noise().abs(),
+        entropy=noise().abs(),
+        rollout_is_weights=noise().exp(),
+        advantages=torch.tensor([1.0, -0.5, -0.7, 0.4]),
+    )
     kw = {k: v.to(device, dtype) for k, v in kw.items()}
     return kw | {"cu_seqlens": torch.tensor(BOUNDS, dtype=torch.int32, device=device)}
 
@@ -49,13 +54,16 @@ def assert_same(found, truth, ignored=("nonfinite_share",)) -> None:
 
 
 CONFIGS = {
-    **{f"{level}, {mode}": LADConfig(importance_sampling_level=level, loss_agg_mode=mode, kl_coef=0.2, eta=1.0)
-       for level in LEVELS for mode in AGGREGATIONS[:3]},
+    **{
+        f"{level}, {mode}": LADConfig(importance_sampling_level=level, loss_agg_mode=mode, kl_coef=0.2, eta=1.0)
+        for level in LEVELS
+        for mode in AGGREGATIONS[:3]
+    },
     "entropy": LAD,
     "clamp": LADConfig(log_ratio_clamp=0.1, kl_coef=0.2),
     "gspo": GRPOConfig(importance_sampling_level="sequence", epsilon_low=1e-2, kl_coef=0.1),
     "cispo": GRPOConfig(policy_loss="cispo", kl_coef=0.1),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -201,5 +209,8 @@ def test_padding_through_the_head(on_policy, path, impl, read, device, monkeypat
     assert_same((found[0].loss, found[1][:END], {}), (truth[0].loss, truth[1], {}))
     assert_same((found[0].loss, found[2], {}), (truth[0].loss, truth[2], {}))
     assert not found[1][END:].count_nonzero() and not found[0].logprobs[END:].count_nonzero()
-    assert_same((found[0].loss, found[0].loss, found[0].metrics), (truth[0].loss, truth[0].loss, truth[0].metrics),
-                ignored=("head_flops", "kept_share", "dropped_mass_mean", "dropped_mass_max"))  # fmt: skip
+    assert_same(
+        (found[0].loss, found[0].loss, found[0].metrics),
+        (truth[0].loss, truth[0].loss, truth[0].metrics),
+        ignored=("head_flops", "kept_share", "dropped_mass_mean", "dropped_mass_max"),
+    )

@@ -48,11 +48,16 @@ used: Counter[str] = Counter()  # the same in the condition's own unit, of which
 
 _choice = st.sampled_from
 _SHARED = {
-    "importance_sampling_level": _choice(names.LEVELS), "loss_agg_mode": _choice(names.AGGREGATIONS),
-    "advantage_scale": _choice(names.ADVANTAGE_SCALES), "log_ratio_clamp": _choice([None, 0.3, 2.0]),
-    "kl_coef": _choice([0.0, 0.1]), "entropy_coef": _choice([0.0, 0.05, -0.1]), "backward": _choice(names.BACKWARDS),
-    "tail_mass": _choice([0.0, None, 1e-3]), "tail": _choice(names.TAILS),
-}  # fmt: skip
+    "importance_sampling_level": _choice(names.LEVELS),
+    "loss_agg_mode": _choice(names.AGGREGATIONS),
+    "advantage_scale": _choice(names.ADVANTAGE_SCALES),
+    "log_ratio_clamp": _choice([None, 0.3, 2.0]),
+    "kl_coef": _choice([0.0, 0.1]),
+    "entropy_coef": _choice([0.0, 0.05, -0.1]),
+    "backward": _choice(names.BACKWARDS),
+    "tail_mass": _choice([0.0, None, 1e-3]),
+    "tail": _choice(names.TAILS),
+}
 _FIELDS = {
     "lad": _SHARED | {
         "divergence": _choice(names.DIVERGENCES), "eta": _choice([0.25, 1.0, 3.0]), "centered": st.booleans(),
@@ -91,14 +96,17 @@ def cases(draw, impl: str) -> dict[str, Any]:
         if config["policy_loss"] == "luspo":
             config["loss_agg_mode"] = "seq-mean-token-sum"
     return case | {
-        "config": config, "old": draw(_choice([None, 1e-3, 0.3, 3.0])), "path": draw(_choice([None, *dispatch.PATHS])),
+        "config": config,
+        "old": draw(_choice([None, 1e-3, 0.3, 3.0])),
+        "path": draw(_choice([None, *dispatch.PATHS])),
         "signal": draw(_choice(["rewards", "sequences", "tokens"])),
         "rollout": draw(_choice([None, "tokens", "sequences"])),
         "groups": draw(_choice(["size", "ids"] if sequences % 2 == 0 else ["ids"])),
         "group_size": draw(_choice([g for g in (2, 4, 6) if sequences % g == 0] or [2, 3])),
-        "normalizer": draw(_choice([None, 3.0, "tensor"])), "entropy": draw(st.booleans()),
+        "normalizer": draw(_choice([None, 3.0, "tensor"])),
+        "entropy": draw(st.booleans()),
         "return_logprobs": draw(st.booleans()),
-    }  # fmt: skip
+    }
 
 
 def config_of(case: dict[str, Any]) -> LADConfig | GRPOConfig:
@@ -123,9 +131,12 @@ def build(case: dict[str, Any]) -> dict[str, Any]:
     call: dict[str, Any] = {
         "hidden_states": strided(hidden.to(dtype), case["strides"]),
         "lm_head_weight": strided(weight.to(dtype), case["strides"]),
-        "target_ids": targets, "bias": None if case["bias"] is None else (rand(v) * case["bias"]).to(dtype),
-        "softcap": case["softcap"], "logit_scale": case["logit_scale"], "temperature": case["temperature"],
-    }  # fmt: skip
+        "target_ids": targets,
+        "bias": None if case["bias"] is None else (rand(v) * case["bias"]).to(dtype),
+        "softcap": case["softcap"],
+        "logit_scale": case["logit_scale"],
+        "temperature": case["temperature"],
+    }
     if case["temperature"] == "tensor":
         call["temperature"] = (0.5 + torch.rand(shape, generator=gen, dtype=torch.float64)).float()
     mask = torch.ones(shape, dtype=torch.bool)
@@ -304,9 +315,13 @@ def run_case(case: dict[str, Any]) -> None:
 def fuzz(impl: str, count: int) -> None:
     @seed(SEED)
     @settings(
-        max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck),
-        phases=(Phase.generate, Phase.shrink), report_multiple_bugs=False,
-    )  # fmt: skip
+        max_examples=count,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+        report_multiple_bugs=False,
+    )
     @given(cases(impl))
     def search(case: dict[str, Any]) -> None:
         note(f"\nfrom test_fuzz import run_case  # with tests/ and its folders on the path\nrun_case({case!r})\n")

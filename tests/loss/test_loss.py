@@ -37,10 +37,14 @@ def batch(dtype=torch.float64, device="cpu", seed=0, padded=True):
     mask[2] = torch.arange(T) == 4
     old = -4 * torch.rand(B, T, generator=gen, dtype=torch.float64) - 1
     kw = dict(
-        hidden_states=rand(B, T, D), lm_head_weight=rand(V, D) / 2, bias=rand(V),
-        target_ids=torch.where(mask, torch.randint(0, V, (B, T), generator=gen), -100), old_logprobs=old,
-        loss_mask=mask, ref_logprobs=old + 0.2 * rand(B, T),
-    )  # fmt: skip
+        hidden_states=rand(B, T, D),
+        lm_head_weight=rand(V, D) / 2,
+        bias=rand(V),
+        target_ids=torch.where(mask, torch.randint(0, V, (B, T), generator=gen), -100),
+        old_logprobs=old,
+        loss_mask=mask,
+        ref_logprobs=old + 0.2 * rand(B, T),
+    )
     if not padded:
         kw = {k: v.flatten(0, 1) if k not in ("lm_head_weight", "bias") else v for k, v in kw.items()}
         kw["cu_seqlens"] = torch.arange(0, B * T + 1, T, dtype=torch.int32)
@@ -72,10 +76,16 @@ def compare(kw, config, impl, **more):
 
 
 LAD = {
-    **{f"{d}-{level}": LADConfig(divergence=d, importance_sampling_level=level, eta=1.0)
-       for d in DIVERGENCES for level in LEVELS},
-    **{f"js-{agg}-{level}": LADConfig(loss_agg_mode=agg, importance_sampling_level=level)
-       for agg in AGGREGATIONS for level in LEVELS},
+    **{
+        f"{d}-{level}": LADConfig(divergence=d, importance_sampling_level=level, eta=1.0)
+        for d in DIVERGENCES
+        for level in LEVELS
+    },
+    **{
+        f"js-{agg}-{level}": LADConfig(loss_agg_mode=agg, importance_sampling_level=level)
+        for agg in AGGREGATIONS
+        for level in LEVELS
+    },
     "kl centered": LADConfig(divergence="kl", centered=True),
     "rkl centered": LADConfig(divergence="rkl", centered=True, eta=1.0),
     "target norm": LADConfig(target_norm="group"),
@@ -83,10 +93,13 @@ LAD = {
     "clamps, sequence": LADConfig(log_ratio_clamp=4.0, importance_sampling_level="sequence"),
     "kl to reference": LADConfig(kl_coef=0.3),
     "entropy bonus": LADConfig(entropy_coef=0.2, kl_coef=0.1, loss_agg_mode="seq-mean-token-mean"),
-}  # fmt: skip
+}
 GRPO = {
-    **{f"ppo-{agg}-{level}": GRPOConfig(loss_agg_mode=agg, importance_sampling_level=level)
-       for agg in AGGREGATIONS for level in LEVELS},
+    **{
+        f"ppo-{agg}-{level}": GRPOConfig(loss_agg_mode=agg, importance_sampling_level=level)
+        for agg in AGGREGATIONS
+        for level in LEVELS
+    },
     "dapo": GRPOConfig(epsilon_high=0.28),
     "dual clip": GRPOConfig(dual_clip=1.5),
     "dr grpo": GRPOConfig(advantage_scale="none", loss_agg_mode="seq-mean-token-sum-norm"),
@@ -96,11 +109,9 @@ GRPO = {
     "sapo": GRPOConfig(policy_loss="sapo", loss_agg_mode="seq-mean-token-mean"),
     "sapo of the mean": GRPOConfig(policy_loss="sapo", importance_sampling_level="sequence"),
     "vespo": GRPOConfig(policy_loss="vespo", importance_sampling_level="sequence_sum", log_ratio_clamp=2.0),
-    "luspo": GRPOConfig(
-        policy_loss="luspo", importance_sampling_level="sequence", loss_agg_mode="seq-mean-token-sum"
-    ),
+    "luspo": GRPOConfig(policy_loss="luspo", importance_sampling_level="sequence", loss_agg_mode="seq-mean-token-sum"),
     "everything": GRPOConfig(kl_coef=0.1, entropy_coef=0.1, log_ratio_clamp=0.7, advantage_scale="batch"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LAD)

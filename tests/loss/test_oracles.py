@@ -69,9 +69,15 @@ def test_liger_grpo(name, liger, device):
         **{"beta": 0.0, "compiled": False, "use_ref_model": "beta" in options, **options}
     )
     value, _ = loss(
-        theirs[0], theirs[1], y, mask.float(), advantages, bias=theirs[2], old_per_token_logps=old,
+        theirs[0],
+        theirs[1],
+        y,
+        mask.float(),
+        advantages,
+        bias=theirs[2],
+        old_per_token_logps=old,
         ref_per_token_logps=ref if "beta" in options else None,
-    )  # fmt: skip
+    )
     value.backward()
     ours = [x.clone().requires_grad_() for x in (h, w, bias)]
     out = linear_grpo_loss(

@@ -15,15 +15,21 @@ many = settings(max_examples=60, deadline=None)
 @st.composite
 def configs(draw):
     shared = dict(
-        importance_sampling_level=draw(st.sampled_from(LEVELS)), loss_agg_mode=draw(st.sampled_from(AGGREGATIONS)),
-        advantage_scale=draw(st.sampled_from(ADVANTAGE_SCALES)), kl_coef=draw(st.sampled_from([0.0, 0.2])),
-        entropy_coef=draw(st.sampled_from([0.0, -0.1, 0.3])), log_ratio_clamp=draw(st.sampled_from([None, 0.7])),
-    )  # fmt: skip
+        importance_sampling_level=draw(st.sampled_from(LEVELS)),
+        loss_agg_mode=draw(st.sampled_from(AGGREGATIONS)),
+        advantage_scale=draw(st.sampled_from(ADVANTAGE_SCALES)),
+        kl_coef=draw(st.sampled_from([0.0, 0.2])),
+        entropy_coef=draw(st.sampled_from([0.0, -0.1, 0.3])),
+        log_ratio_clamp=draw(st.sampled_from([None, 0.7])),
+    )
     if draw(st.booleans()):
         return LADConfig(
-            draw(st.sampled_from(DIVERGENCES)), eta=draw(st.floats(0.5, 4.0)), centered=draw(st.booleans()),
-            target_norm=draw(st.sampled_from([None, "group"])), **shared,
-        )  # fmt: skip
+            draw(st.sampled_from(DIVERGENCES)),
+            eta=draw(st.floats(0.5, 4.0)),
+            centered=draw(st.booleans()),
+            target_norm=draw(st.sampled_from([None, "group"])),
+            **shared,
+        )
     return GRPOConfig(dual_clip=draw(st.sampled_from([None, 2.0])), **shared)
 
 
@@ -37,12 +43,16 @@ def batches(draw):
     mask = torch.rand(sequences, length, generator=gen) < draw(st.sampled_from([0.0, 0.5, 1.0]))
     old = -2 + 0.5 * rand(sequences, length)
     return dict(
-        hidden_states=rand(sequences, length, hidden_size), lm_head_weight=rand(vocab, hidden_size),
-        target_ids=torch.randint(0, vocab, (sequences, length), generator=gen), old_logprobs=old, loss_mask=mask,
-        rewards=rand(sequences), ref_logprobs=old + 0.1,
+        hidden_states=rand(sequences, length, hidden_size),
+        lm_head_weight=rand(vocab, hidden_size),
+        target_ids=torch.randint(0, vocab, (sequences, length), generator=gen),
+        old_logprobs=old,
+        loss_mask=mask,
+        rewards=rand(sequences),
+        ref_logprobs=old + 0.1,
         group_ids=torch.randint(0, draw(st.integers(1, 3)), (sequences,), generator=gen),
         temperature=0.5 + torch.rand(sequences, length, generator=gen, dtype=torch.float64),
-    )  # fmt: skip
+    )
 
 
 def run(loss, batch, **more):
@@ -52,9 +62,11 @@ def run(loss, batch, **more):
 
 
 def faces(config):
-    return (linear_lad_loss, reference.linear_lad_loss) if isinstance(config, LADConfig) else (
-        linear_grpo_loss, reference.linear_grpo_loss
-    )  # fmt: skip
+    return (
+        (linear_lad_loss, reference.linear_lad_loss)
+        if isinstance(config, LADConfig)
+        else (linear_grpo_loss, reference.linear_grpo_loss)
+    )
 
 
 def close(a, b):
@@ -122,9 +134,12 @@ def test_masked_tokens_have_no_influence(batch, config):
 
 @many
 @given(
-    st.sampled_from(DIVERGENCES), st.floats(-5, 5), st.floats(-3, 3), st.floats(-3, 3),
+    st.sampled_from(DIVERGENCES),
+    st.floats(-5, 5),
+    st.floats(-3, 3),
+    st.floats(-3, 3),
     st.sampled_from(LEVELS),
-)  # fmt: skip
+)
 def test_loss_on_logprobs_has_the_gradient_of_its_value(divergence, advantage, logp, old, level):
     """Central differences of the value itself, in float64: one sequence of two tokens."""
     config = LADConfig(divergence, eta=2.0, importance_sampling_level=level)

@@ -55,9 +55,16 @@ def test_gradient_is_the_derivative_of_the_value(level):
 
         def value(h, w, config=config, loss=loss):
             return loss(
-                h, w, y, old, advantages=torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64), loss_mask=mask,
-                config=config, ref_logprobs=old - 0.2, softcap=4.0,
-            ).loss  # fmt: skip
+                h,
+                w,
+                y,
+                old,
+                advantages=torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64),
+                loss_mask=mask,
+                config=config,
+                ref_logprobs=old - 0.2,
+                softcap=4.0,
+            ).loss
 
         assert torch.autograd.gradcheck(value, (h, w))
 

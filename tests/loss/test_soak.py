@@ -99,10 +99,17 @@ def train(*flags: str) -> subprocess.Popen:
 def test_a_trainer_that_is_killed_again_and_again(tmp_path):
     """SIGKILL after every few steps, then --resume: the log and the weights of a run that nobody killed."""
     small = (
-        f"--steps={TRAINER_STEPS}", f"--save-every={max(1, KILL_EVERY // 2)}", "--prompts-per-step=4", "--group-size=8",
-        "--warm-batch=32", "--train-size=200", "--held-out-size=2", "--hidden-size=64", "--layers=1",
+        f"--steps={TRAINER_STEPS}",
+        f"--save-every={max(1, KILL_EVERY // 2)}",
+        "--prompts-per-step=4",
+        "--group-size=8",
+        "--warm-batch=32",
+        "--train-size=200",
+        "--held-out-size=2",
+        "--hidden-size=64",
+        "--layers=1",
         "--warm-steps=120",
-    )  # fmt: skip
+    )
     whole = train(*small, f"--out={tmp_path / 'whole'}")
     told, _ = whole.communicate()
     assert whole.returncode == 0, told
@@ -137,10 +144,15 @@ def world(folder: Path, ranks: int, module: str) -> list[subprocess.Popen]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(WORKER)]
     return [
-        subprocess.Popen([*command, str(r), str(ranks), str(folder / "store"), module], stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT, text=True, env=environment | {"SOAK_FOLDER": str(folder)})
+        subprocess.Popen(
+            [*command, str(r), str(ranks), str(folder / "store"), module],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment | {"SOAK_FOLDER": str(folder)},
+        )
         for r in range(ranks)
-    ]  # fmt: skip
+    ]
 
 
 def test_a_killed_rank_ends_the_others(tmp_path):

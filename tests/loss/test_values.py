@@ -17,8 +17,11 @@ IMPLS = ("reference", "torch", "triton")
 
 def tokens(**changes):
     """Arguments of lad_loss for two sequences of two tokens, with changes."""
-    kw = dict(logprobs=torch.tensor([[-1.0, -2.0], [-0.5, -3.0]]), old_logprobs=torch.tensor([[-1.1, -2.0], [-0.7, -2.5]]),
-              advantages=torch.tensor([1.0, -1.0]))  # fmt: skip
+    kw = dict(
+        logprobs=torch.tensor([[-1.0, -2.0], [-0.5, -3.0]]),
+        old_logprobs=torch.tensor([[-1.1, -2.0], [-0.7, -2.5]]),
+        advantages=torch.tensor([1.0, -1.0]),
+    )
     return {**kw, **changes}
 
 
@@ -130,8 +133,15 @@ NUMBERS = (np.float32, np.float64, np.float16, np.int64, np.int32)
 @pytest.mark.parametrize("kind", NUMBERS, ids=lambda k: k.__name__)
 def test_numpy_scalars_are_numbers(kind):
     one = kind(1)
-    config = LADConfig(eta=one, log_ratio_clamp=kind(3), target_clamp=kind(2), kl_coef=one, kl_clamp=kind(2), entropy_coef=one,
-                       tail_mass=kind(0))  # fmt: skip
+    config = LADConfig(
+        eta=one,
+        log_ratio_clamp=kind(3),
+        target_clamp=kind(2),
+        kl_coef=one,
+        kl_clamp=kind(2),
+        entropy_coef=one,
+        tail_mass=kind(0),
+    )
     plain = LADConfig(eta=1, log_ratio_clamp=3, target_clamp=2, kl_coef=1, kl_clamp=2, entropy_coef=1, tail_mass=0)
     assert config == plain and type(config.eta) in (int, float)
     assert GRPOConfig(epsilon_low=one, epsilon_high=one, dual_clip=kind(2)) == GRPOConfig(
@@ -148,8 +158,10 @@ def test_numpy_scalars_are_numbers(kind):
         assert torch.equal(a.loss, b.loss)
     size = np.int64(2)
     eps = kind(1) if kind is not np.float16 else kind(0.5)
-    assert torch.equal(group_advantages(torch.arange(4.0), group_size=size, eps=eps),
-                       group_advantages(torch.arange(4.0), group_size=2, eps=float(eps)))  # fmt: skip
+    assert torch.equal(
+        group_advantages(torch.arange(4.0), group_size=size, eps=eps),
+        group_advantages(torch.arange(4.0), group_size=2, eps=float(eps)),
+    )
     with pytest.raises(TypeError, match="eta: expected a number"):
         LADConfig(eta=np.bool_(True))
 

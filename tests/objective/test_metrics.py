@@ -22,8 +22,13 @@ def batch() -> dict[str, torch.Tensor]:
     noise = lambda: 0.3 * torch.randn(6, 8, generator=gen, dtype=torch.float64)  # noqa: E731
     old = (logp - noise()).clamp(max=0)
     old.view(-1)[::5] = torch.nan
-    return {"logprobs": logp, "old_logprobs": old, "ref_logprobs": (logp + noise()).clamp(max=0),
-            "entropy": noise().abs(), "advantages": noise()[:, 0]}  # fmt: skip
+    return {
+        "logprobs": logp,
+        "old_logprobs": old,
+        "ref_logprobs": (logp + noise()).clamp(max=0),
+        "entropy": noise().abs(),
+        "advantages": noise()[:, 0],
+    }
 
 
 def combined(name: str, parts: list[tuple[dict, dict]]) -> torch.Tensor:
@@ -34,8 +39,12 @@ def combined(name: str, parts: list[tuple[dict, dict]]) -> torch.Tensor:
     counts = []
     for given, _ in parts:
         finite, sign = given["old_logprobs"].isfinite(), given["advantages"][:, None].sign()
-        chosen = {"tokens": finite, "positive tokens": finite & (sign > 0), "negative tokens": finite & (sign < 0),
-                  "loss tokens": torch.ones_like(finite)}[how]  # fmt: skip
+        chosen = {
+            "tokens": finite,
+            "positive tokens": finite & (sign > 0),
+            "negative tokens": finite & (sign < 0),
+            "loss tokens": torch.ones_like(finite),
+        }[how]
         counts.append(chosen.sum())
     return (values * torch.stack(counts)).sum() / sum(counts)
 

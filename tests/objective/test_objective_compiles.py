@@ -25,8 +25,9 @@ def compile_everything(arch: str) -> list[dict]:
 
     given = inputs("cpu")
     rewards, ids, weights = torch.ones(6), torch.tensor(GROUPS), torch.ones(len(given["logprobs"]))
-    everything = dict(rewards=rewards, group_ids=ids, rollout_is_weights=weights, weights_by_token=True,
-                      usable=weights > 0)  # fmt: skip
+    everything = dict(
+        rewards=rewards, group_ids=ids, rollout_is_weights=weights, weights_by_token=True, usable=weights > 0
+    )
     shared = dict(advantage_scale="batch", kl_coef=0.1, entropy_coef=0.1, loss_agg_mode="seq-mean-token-mean")
     lad = dict(importance_sampling_level="sequence", target_norm="group", centered=True)
     plain = given | {"old_logprobs": None, "cu_seqlens": None}

@@ -31,8 +31,13 @@ def inputs(device, lengths=LENGTHS, seed=0, spread=0.5):
     logp = -3 * torch.rand(n, generator=gen) - 0.1
     noise = lambda scale: scale * torch.randn(n, generator=gen)  # noqa: E731
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    given = dict(logprobs=logp, old_logprobs=logp - noise(spread), ref_logprobs=logp + noise(spread),
-                 entropy=noise(1.0).abs(), cu_seqlens=cu_seqlens)  # fmt: skip
+    given = dict(
+        logprobs=logp,
+        old_logprobs=logp - noise(spread),
+        ref_logprobs=logp + noise(spread),
+        entropy=noise(1.0).abs(),
+        cu_seqlens=cu_seqlens,
+    )
     return {k: v.to(device) for k, v in given.items()}
 
 
@@ -199,7 +204,7 @@ CONFIGS = {
         policy_loss="luspo", importance_sampling_level="sequence", loss_agg_mode="seq-mean-token-sum", epsilon_low=0.02
     ),
     "everything": GRPOConfig(kl_coef=0.1, entropy_coef=0.1, log_ratio_clamp=0.7, advantage_scale="batch"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

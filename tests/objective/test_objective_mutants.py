@@ -33,15 +33,19 @@ POLICY = {
 GRPO = {
     "sapo: slope of the plain sigmoid": ("slope = 4 * (d - x.abs())", "slope = (d - x.abs())"),
     "sapo: r forgotten": ("4 * (d - x.abs()).exp()", "4 * (-x.abs()).exp()"),
-    "sapo: one temperature": ("torch.where(a > 0, config.sapo_temperature_pos, config.sapo_temperature_neg)",
-                              "torch.where(a > 0, config.sapo_temperature_pos, config.sapo_temperature_pos)"),
+    "sapo: one temperature": (
+        "torch.where(a > 0, config.sapo_temperature_pos, config.sapo_temperature_neg)",
+        "torch.where(a > 0, config.sapo_temperature_pos, config.sapo_temperature_pos)",
+    ),
     "sapo: loss not scaled": ("torch.sigmoid(x) * (4 / tau)", "torch.sigmoid(x) * 4"),
     "vespo: k of the other sign": ("torch.where(a >= 0, config.vespo_k_pos,", "torch.where(a < 0, config.vespo_k_pos,"),
-    "vespo: lambda of the other sign": ("torch.where(a >= 0, config.vespo_lambda_pos,",
-                                        "torch.where(a < 0, config.vespo_lambda_pos,"),
+    "vespo: lambda of the other sign": (
+        "torch.where(a >= 0, config.vespo_lambda_pos,",
+        "torch.where(a < 0, config.vespo_lambda_pos,",
+    ),
     "vespo: not 1 at ratio 1": ("rate * log_ratio.expm1()", "rate * log_ratio.exp()"),
     "cispo: not clipped": ("bounded = r.clamp(low, high)", "bounded = r.clamp(low - 1, high + 9)"),
-}  # fmt: skip
+}
 GRPO_CONFIGS = (
     GRPOConfig(policy_loss="sapo", sapo_temperature_pos=2.0, sapo_temperature_neg=0.7),
     GRPOConfig(policy_loss="vespo", importance_sampling_level="sequence_sum"),

@@ -30,9 +30,16 @@ from lad_kernels.preflight import Refused, claim_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = TrainConfig(
-    steps=2, prompts_per_step=4, group_size=4, train_size=60, held_out_size=2, hidden_size=32, layers=1, warm_steps=2,
+    steps=2,
+    prompts_per_step=4,
+    group_size=4,
+    train_size=60,
+    held_out_size=2,
+    hidden_size=32,
+    layers=1,
+    warm_steps=2,
     warm_batch=4,
-)  # fmt: skip
+)
 FLAGS = [
     "--steps=2", "--prompts-per-step=4", "--group-size=4", "--train-size=60", "--held-out-size=2", "--hidden-size=32",
     "--layers=1", "--warm-steps=2", "--warm-batch=4", "--out",
@@ -184,9 +191,14 @@ def test_a_failed_write_of_any_file_leaves_the_previous_checkpoint_whole(run, mo
 
 @pytest.mark.parametrize(
     ("tail", "warned"),
-    [(b'{"step": 2, "re', "half a line after step 1"), (b"\0\0\0\n", "half a line after step 1"), (b"", None),
-     (b'{"step": 2}\n{"step": 3}\n', None), (b'{"step": 2}', "half a line after step 1")],
-)  # fmt: skip
+    [
+        (b'{"step": 2, "re', "half a line after step 1"),
+        (b"\0\0\0\n", "half a line after step 1"),
+        (b"", None),
+        (b'{"step": 2}\n{"step": 3}\n', None),
+        (b'{"step": 2}', "half a line after step 1"),
+    ],
+)
 def test_the_log_is_cut_after_the_checkpoint(tmp_path, caplog, tail, warned):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + tail)
     cut_log(tmp_path, 1)

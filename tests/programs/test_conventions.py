@@ -86,9 +86,16 @@ def test_a_completion_ends_at_the_first_of_three_ids_and_that_one_is_trained(tmp
 
 @pytest.mark.parametrize(
     ("own", "named"),
-    [({"top_k": 1}, "top_k=1"), ({"top_p": 0.1, "temperature": 0.2}, "temperature=0.2, top_p=0.1"), ({}, None),
-     ({"min_p": 0.9}, ""), ({"repetition_penalty": 50.0}, ""), ({"typical_p": 0.1}, ""), ({"epsilon_cutoff": 0.5}, "")],
-)  # fmt: skip
+    [
+        ({"top_k": 1}, "top_k=1"),
+        ({"top_p": 0.1, "temperature": 0.2}, "temperature=0.2, top_p=0.1"),
+        ({}, None),
+        ({"min_p": 0.9}, ""),
+        ({"repetition_penalty": 50.0}, ""),
+        ({"typical_p": 0.1}, ""),
+        ({"epsilon_cutoff": 0.5}, ""),
+    ],
+)
 def test_samples_follow_the_distribution_that_is_scored(tmp_path, own, named):
     policy, prompt, draws = policy_of(tmp_path, own), [6, 7, 8, 9], 20_000
     rows = sample(policy, [prompt], draws, max_new_tokens=1, temperature=0.7, generator=seeded())

@@ -118,10 +118,14 @@ def test_measured_bandit_table_can_be_had_again():
 
 
 PUBLISHED = {  # parameters in all, as the models' files count them
-    "Qwen2.5-0.5B": 494_032_768, "Qwen2.5-1.5B": 1_543_714_304, "Qwen2.5-3B": 3_085_938_688,
-    "Qwen2.5-7B": 7_615_616_512, "Llama-3-8B": 8_030_261_248, "Qwen2.5-32B": 32_763_876_352,
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen2.5-3B": 3_085_938_688,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Llama-3-8B": 8_030_261_248,
+    "Qwen2.5-32B": 32_763_876_352,
     "Llama-3-70B": 70_553_706_496,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("shape", head_share.SHAPES, ids=lambda s: s.name)
@@ -136,10 +140,14 @@ def test_model_shapes_count_the_matrix_products_of_transformers():
     transformers = pytest.importorskip("transformers", reason="needs the train extra; lost: an outside count")
     shape = head_share.SHAPES[0]
     config = transformers.Qwen2Config(
-        vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, tie_word_embeddings=True,
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=True,
         intermediate_size=shape.intermediate_size,
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         model = transformers.Qwen2ForCausalLM(config)
     products = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))

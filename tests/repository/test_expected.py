@@ -27,10 +27,15 @@ CPU = "AMD EPYC, 2 cores"
 
 def entry(quantity: str = "of_three_products", predicted: float | None = 1.0, **changed) -> dict:
     return {
-        "experiment": "one_pass", "table": "one pass", "match": {"shape": "s", "path": "one_pass", "rows": 32},
-        "quantity": quantity, "predicted": predicted, "source": "a model",
-        "published": [{"value": 0.9, "what": "a peer", "device": "H100", "source": "https://peer"}], **changed,
-    }  # fmt: skip
+        "experiment": "one_pass",
+        "table": "one pass",
+        "match": {"shape": "s", "path": "one_pass", "rows": 32},
+        "quantity": quantity,
+        "predicted": predicted,
+        "source": "a model",
+        "published": [{"value": 0.9, "what": "a peer", "device": "H100", "source": "https://peer"}],
+        **changed,
+    }
 
 
 def results(device: str = H100, **measured) -> Results:
@@ -170,14 +175,21 @@ def test_the_beginning_of_a_text():
 
 def test_order_and_counts():
     entries = [
-        entry("of_three_products", 1.0), entry("kept_share", None), entry("flops_of_ndv", 6),
-        entry("beyond_gradients_mib", 100.0), entry("ms", 30.0, device="H200"), entry("tflops", 700.0, device="H100"),
-    ]  # fmt: skip
+        entry("of_three_products", 1.0),
+        entry("kept_share", None),
+        entry("flops_of_ndv", 6),
+        entry("beyond_gradients_mib", 100.0),
+        entry("ms", 30.0, device="H200"),
+        entry("tflops", 700.0, device="H100"),
+    ]
     run = results(of_three_products=1.01, kept_share=0.05, flops_of_ndv=2.0, beyond_gradients_mib=120.0, ms=30.0)
     found = expected.compare(entries, [run])
     assert [row.entry["quantity"] for row in found.rows] == [
-        "flops_of_ndv", "beyond_gradients_mib", "of_three_products", "kept_share"
-    ]  # fmt: skip
+        "flops_of_ndv",
+        "beyond_gradients_mib",
+        "of_three_products",
+        "kept_share",
+    ]
     assert found.counts() == "Off by more than 15 %: 2 of 4 compared; not measured: 1; of another card: 1."
 
 

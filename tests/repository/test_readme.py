@@ -22,9 +22,13 @@ NEAR = 5e-6  # relative error in float32; 5e-7 was measured
 def tiny_model(device: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
         initializer_range=0.3,
-    )  # fmt: skip
+    )
     return LlamaForCausalLM(config).to(device)
 
 

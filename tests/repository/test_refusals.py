@@ -37,9 +37,14 @@ def names(tmp_path_factory):
 
 def build(names: dict, tmp_path, options: dict, **given) -> None:
     config = names["LADConfig"](
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, num_generations=4, per_device_train_batch_size=4,
-        report_to="none", **options,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        num_generations=4,
+        per_device_train_batch_size=4,
+        report_to="none",
+        **options,
+    )
     data = {"train_dataset": names["dataset"], "processing_class": names["tokenizer"]}
     names["LADTrainer"](names["model"], names["digits"], args=config, **data, **given)
 

@@ -226,9 +226,13 @@ def test_commands_exist(snippet: Snippet):
 
 
 GHOSTS = (
-    "pip install '.[trx]'", "make tset", "lad-kernels profile --modle x", "lad-kernels prof",
-    "python -m integration.x", "benchmarks/cpu.sh",
-)  # fmt: skip
+    "pip install '.[trx]'",
+    "make tset",
+    "lad-kernels profile --modle x",
+    "lad-kernels prof",
+    "python -m integration.x",
+    "benchmarks/cpu.sh",
+)
 
 
 @pytest.mark.parametrize("line", GHOSTS)

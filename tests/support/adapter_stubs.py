@@ -55,9 +55,11 @@ def get_log_probs_and_entropy(logits, *, args, unconcat_tokens, total_lengths, r
 
 def stub_slime(monkeypatch: pytest.MonkeyPatch) -> None:
     put(
-        monkeypatch, "slime.backends.megatron_utils.loss", get_log_probs_and_entropy=get_log_probs_and_entropy,
+        monkeypatch,
+        "slime.backends.megatron_utils.loss",
+        get_log_probs_and_entropy=get_log_probs_and_entropy,
         get_rollout_top_p_logprob_kwargs=lambda args, batch: {},
-    )  # fmt: skip
+    )
 
 
 def slime_case(**more) -> tuple[SimpleNamespace, dict, Tensor, Callable[[Tensor], Tensor], Tensor]:

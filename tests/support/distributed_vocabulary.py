@@ -134,9 +134,14 @@ def policy_batch(dtype: torch.dtype) -> tuple[dict, dict]:
     mask = torch.rand(6, 7, generator=gen) < 0.8
     mask[4] = False
     kw = dict(
-        target_ids=ids, old_logprobs=(logp + 0.3 * rand(6, 7)), rewards=torch.tensor([1.0, 0, 1, 0, 0, 0]),
-        group_size=3, loss_mask=mask, ref_logprobs=logp + 0.2 * rand(6, 7), rollout_is_weights=rand(6, 7).exp(),
-    )  # fmt: skip
+        target_ids=ids,
+        old_logprobs=(logp + 0.3 * rand(6, 7)),
+        rewards=torch.tensor([1.0, 0, 1, 0, 0, 0]),
+        group_size=3,
+        loss_mask=mask,
+        ref_logprobs=logp + 0.2 * rand(6, 7),
+        rollout_is_weights=rand(6, 7).exp(),
+    )
     return cast(head, dtype), cast(kw, dtype) | {"temperature": 0.7}
 
 
@@ -156,7 +161,7 @@ POLICIES = {
     "gspo, sum": GRPOConfig(importance_sampling_level="sequence_sum", log_ratio_clamp=0.4, dual_clip=1.2),
     "cispo": GRPOConfig(policy_loss="cispo", loss_agg_mode="seq-mean-token-sum"),
     "reinforce": GRPOConfig(policy_loss="reinforce", loss_agg_mode="seq-mean-token-mean", kl_coef=0.3),
-}  # fmt: skip
+}
 
 
 def losses_of(config: LADConfig | GRPOConfig) -> tuple:
@@ -250,9 +255,16 @@ def refusals() -> None:
 
 
 SETTINGS = {
-    "temperature": 1.3, "softcap": 20.0, "logit_scale": 0.5, "config": LADConfig(eta=0.3), "return_entropy": True,
-    "return_logprobs": False, "normalizer": 3.0, "old_logprobs": None, "impl": "torch",
-}  # fmt: skip
+    "temperature": 1.3,
+    "softcap": 20.0,
+    "logit_scale": 0.5,
+    "config": LADConfig(eta=0.3),
+    "return_entropy": True,
+    "return_logprobs": False,
+    "normalizer": 3.0,
+    "old_logprobs": None,
+    "impl": "torch",
+}
 
 
 def disagreements() -> None:
@@ -273,8 +285,10 @@ def disagreements() -> None:
         with pytest.raises(ValueError, match=named.format(name)):
             call(**{name: other})
     shifted = {
-        "hidden_states": h + 1e-6 * mask[:, None], "advantages": given["advantages"].flip(0), "old_logprobs": old - 1,
-    }  # fmt: skip
+        "hidden_states": h + 1e-6 * mask[:, None],
+        "advantages": given["advantages"].flip(0),
+        "old_logprobs": old - 1,
+    }
     for name, other in shifted.items():
         with pytest.raises(ValueError, match=named.format(f"values of {name}")):
             call(**{name: other})
@@ -284,6 +298,13 @@ def disagreements() -> None:
 
 
 CASES = [
-    disagreements, heads_exact, heads_rounded, heads_in_triton, heads_in_chunks, ranks_agree_bitwise, everything_masked,
-    vocabulary_parallel_losses, refusals,
-]  # fmt: skip
+    disagreements,
+    heads_exact,
+    heads_rounded,
+    heads_in_triton,
+    heads_in_chunks,
+    ranks_agree_bitwise,
+    everything_masked,
+    vocabulary_parallel_losses,
+    refusals,
+]

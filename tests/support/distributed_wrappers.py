@@ -76,9 +76,13 @@ def plain_step(model: nn.Module, normalizer: Tensor) -> dict[str, Tensor]:
         for micro in range(MICRO_BATCHES):
             data = batch(rank, micro)
             reference.lad_loss(
-                plain_logprobs(model, data["ids"]), data["old"].double(), data["advantages"].double(),
-                loss_mask=data["mask"], normalizer=normalizer, config=CONFIG,
-            ).loss.backward()  # fmt: skip
+                plain_logprobs(model, data["ids"]),
+                data["old"].double(),
+                data["advantages"].double(),
+                loss_mask=data["mask"],
+                normalizer=normalizer,
+                config=CONFIG,
+            ).loss.backward()
     return grads_and_step(model, torch.optim.SGD(model.parameters(), lr=LEARNING_RATE))
 
 
@@ -166,8 +170,12 @@ def run_fsdp(shard: Callable, tied: bool, bfloat16: bool) -> None:
 
 def fsdp2() -> None:
     for shard, tied in (
-        (own_unit, False), (with_its_norm, False), (with_its_norm, True), (root_only, False), (root_only, True)
-    ):  # fmt: skip
+        (own_unit, False),
+        (with_its_norm, False),
+        (with_its_norm, True),
+        (root_only, False),
+        (root_only, True),
+    ):
         run_fsdp(shard, tied, bfloat16=False)
 
 

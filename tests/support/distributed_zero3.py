@@ -36,10 +36,12 @@ def zero3() -> None:
         truth = copy.deepcopy(model).double()
         attach_fused_head(model)
         config = {
-            "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": MICRO_BATCHES,
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": MICRO_BATCHES,
             "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-            "zero_allow_untested_optimizer": True, "gradient_clipping": 0.0,  # its default clips at 1
-        }  # fmt: skip
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,  # its default clips at 1
+        }
         optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         for _ in range(STEPS):

@@ -68,8 +68,14 @@ TEXT = {
 }  # fmt: skip
 TEXT_EXPERTS = TEXT | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 ROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
-TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-         "image_size": 8, "patch_size": 4}  # fmt: skip
+TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
 QWEN_TOWER = {"depth": 1, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 1, "spatial_merge_size": 2}
 TOKENS = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
 WIDE_TOWER = {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": HIDDEN}

@@ -332,9 +332,18 @@ def choose(
         given = (block_lse, lse, prob, entropy, target_norm, targets, threshold, bits)
         _mark_kernel[(groups, block_groups)](*given, expected, A, blocks, stride, words, UNBIASED=unbiased, **tile)
         _count_kernel[list_grid](
-            bits, expected, dense, counts, A, blocks, words, block_groups, dense_share * float(blocks), SUMS=_SUMS,
+            bits,
+            expected,
+            dense,
+            counts,
+            A,
+            blocks,
+            words,
+            block_groups,
+            dense_share * float(blocks),
+            SUMS=_SUMS,
             **tile,
-        )  # fmt: skip
+        )
         ends = counts.flatten().cumsum(0)  # [(blocks + 1) * token groups]
         *per_block, whole = counts.sum(1).tolist()
         pairs, overflow = sum(per_block), False

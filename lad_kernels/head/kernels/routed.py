@@ -145,12 +145,19 @@ def _dense(
         transform = dataclasses.replace(transform, temperature=transform.temperature[rows])
     fits = dense.split(Nd, D, V, hidden.element_size(), workspace_bytes, staged=False)[0] == Nd
     return dense.backward(
-        hidden, call.weight, call.targets[rows], call.bias, transform, call.lse[rows],
+        hidden,
+        call.weight,
+        call.targets[rows],
+        call.bias,
+        transform,
+        call.lse[rows],
         LogitGradient(gradient.onehot[rows], gradient.prob[rows], part),
         needs=Needs(call.need_hidden, call.need_weight, pairs.db is not None),
-        workspace_bytes=workspace_bytes, then=then if len(call.tokens) else None,
-        leave_weight=len(call.tokens) > 0 and Nd <= _JOINT and fits, sums=sums,
-    )  # fmt: skip
+        workspace_bytes=workspace_bytes,
+        then=then if len(call.tokens) else None,
+        leave_weight=len(call.tokens) > 0 and Nd <= _JOINT and fits,
+        sums=sums,
+    )
 
 
 class _Pairs:

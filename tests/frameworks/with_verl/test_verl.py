@@ -113,8 +113,10 @@ def test_gradient_does_not_depend_on_micro_batches_or_ranks(mode):
     data = batch()
     counts = everything(data, mode)
     _, whole, _ = through_verl(data, mode, actor(**counts, dp_size=1))
-    pieces = [through_verl(part(data, rows), mode, actor(**counts, dp_size=1))[1] for rows in (
-        slice(0, 1), slice(1, 2), slice(2, 5), slice(5, 8))]  # fmt: skip
+    pieces = [
+        through_verl(part(data, rows), mode, actor(**counts, dp_size=1))[1]
+        for rows in (slice(0, 1), slice(1, 2), slice(2, 5), slice(5, 8))
+    ]
     assert relative(torch.cat(pieces), whole) < 1e-6
     ranks = [through_verl(part(data, rows), mode, actor(**counts, dp_size=2))[1] for rows in (slice(0, 3), slice(3, 8))]
     assert relative(torch.cat(ranks) / 2, whole) < 1e-6  # FSDP averages over the ranks
@@ -125,9 +127,13 @@ def test_is_lad_loss():
     data = batch()
     settings = LADConfig(divergence="hd", eta=0.5)
     ours = lad_loss(
-        data["log_prob"], data["old_log_prob"], data["advantages"], loss_mask=data["response_mask"], config=settings,
+        data["log_prob"],
+        data["old_log_prob"],
+        data["advantages"],
+        loss_mask=data["response_mask"],
+        config=settings,
         rollout_is_weights=data["rollout_is_weights"],
-    )  # fmt: skip
+    )
     for info in ({}, {"dp_size": 2, "batch_num_tokens": 1000}):
         loss, _, metrics = through_verl(data, "token-mean", actor(divergence="hd", eta=0.5, **info))
         assert metrics["actor/lad/loss_above_start"] == pytest.approx(ours.metrics["loss_above_start"].item(), rel=1e-5)
@@ -212,8 +218,10 @@ def test_through_verls_ppo_loss():
 
     def micro_batch(rows: slice):
         n, m = prompts[rows], lengths[rows]
-        logp = [torch.cat([torch.zeros(int(p) - 1), row[: int(r)], torch.zeros(1)])
-                for p, r, row in zip(n, m, data["log_prob"][rows])]  # fmt: skip
+        logp = [
+            torch.cat([torch.zeros(int(p) - 1), row[: int(r)], torch.zeros(1)])
+            for p, r, row in zip(n, m, data["log_prob"][rows])
+        ]
         leaf = torch.cat(logp).requires_grad_()  # [N]
 
         def jagged(x):  # [B, T]

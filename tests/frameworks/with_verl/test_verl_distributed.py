@@ -96,9 +96,16 @@ def fsdp2(rank: int) -> None:
     mesh = init_device_mesh("cpu", (2,))
     for tied in (False, True):
         config = Qwen2Config(
-            vocab_size=33, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=1, tie_word_embeddings=tied, dtype="float64", attn_implementation="eager",
-        )  # fmt: skip
+            vocab_size=33,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=tied,
+            dtype="float64",
+            attn_implementation="eager",
+        )
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
         whole = AutoModelForCausalLM.from_config(config)
@@ -123,10 +130,15 @@ def fsdp2(rank: int) -> None:
 
 def run(case: str, tmp_path: Path) -> None:
     processes = [
-        subprocess.Popen([sys.executable, __file__, case, str(rank), str(tmp_path / "rendezvous")], cwd=ROOT,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, __file__, case, str(rank), str(tmp_path / "rendezvous")],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     for process in processes:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0 and out.endswith("passed\n"), err[-3000:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from lad_kernels import checks
@@ -52,24 +52,23 @@ def check_number(name: str, value: Any, low: float = -math.inf, *, strict: bool 
     return value if type(value) in (int, float) else float(value)
 
 
-@dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
     """What every objective has: how ratios are formed, how tokens are averaged, KL, entropy, and how the head runs.
 
-    The fields are described in `LADConfig`. Everything past a public function takes any config and asks it for its
-    `objective`, never for its class.
+    The fields are described in `LADConfig`; each config lists them itself, in the order of its positional arguments.
+    Everything past a public function takes any config and asks it for its `objective`, never for its class.
     """
 
-    importance_sampling_level: str = "token"
-    loss_agg_mode: str = "token-mean"
-    advantage_scale: str = "group"
-    log_ratio_clamp: float | None = None
-    kl_coef: float = 0.0
-    kl_clamp: float | None = None
-    entropy_coef: float = 0.0
-    backward: str = "auto"
-    tail_mass: float | None = None
-    tail: str = "unbiased"
+    importance_sampling_level: str
+    loss_agg_mode: str
+    advantage_scale: str
+    log_ratio_clamp: float | None
+    kl_coef: float
+    kl_clamp: float | None
+    entropy_coef: float
+    backward: str
+    tail_mass: float | None
+    tail: str
 
     def __post_init__(self) -> None:
         check_choice("importance_sampling_level", self.importance_sampling_level, LEVELS)
@@ -133,10 +132,19 @@ class LADConfig(PolicyConfig):
 
     divergence: str = "js"
     eta: float = 0.25
-    _: KW_ONLY
+    importance_sampling_level: str = "token"
+    loss_agg_mode: str = "token-mean"
+    advantage_scale: str = "group"
     centered: bool = False
     target_norm: str | None = None
+    log_ratio_clamp: float | None = None
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+    backward: str = "auto"
+    tail_mass: float | None = None
+    tail: str = "unbiased"
     target_clamp: float | None = None
+    kl_clamp: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("divergence", self.divergence, DIVERGENCES)
@@ -202,7 +210,16 @@ class GRPOConfig(PolicyConfig):
     epsilon_high: float = 0.2
     dual_clip: float | None = None
     policy_loss: str = "ppo"
-    _: KW_ONLY
+    importance_sampling_level: str = "token"
+    loss_agg_mode: str = "token-mean"
+    advantage_scale: str = "group"
+    log_ratio_clamp: float | None = None
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+    backward: str = "auto"
+    tail_mass: float | None = None
+    tail: str = "unbiased"
+    kl_clamp: float | None = None
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
     vespo_k_pos: float = 2.0

@@ -201,7 +201,7 @@ def _padded_loss(
         normalizer=normalizer,
         rollout_is_weights=weights * share,
     )
-    out = policy_loss(seen, given, replace(config, **local), impl)
+    out = policy_loss(seen, given, replace(config, **local), impl)  # type: ignore[type-var]
     loss, metrics, many = out.loss, out.metrics, keep.sum().clamp(min=1)
     metrics["nonfinite_share"] = (chosen & ~keep).sum() / chosen.sum().clamp(min=1)
     each = (share / normalizer).expand_as(logp)[keep]  # [M] weight of a token

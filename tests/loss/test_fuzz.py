@@ -24,6 +24,7 @@ from unittest import mock
 
 import pytest
 import torch
+from conditions import WIDENING, rounded_inside
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -37,7 +38,6 @@ from lad_kernels.testing import CONTRACT_MARGIN, FP32_TOLERANCE
 CASES = int(os.environ.get("FUZZ_CASES", "500"))
 SEED = int(os.environ.get("FUZZ_SEED") or random.SystemRandom().randrange(1 << 30))
 SLOWER = 50  # a case in Triton's interpreter costs as much as so many in PyTorch
-WIDENING = 16.0  # roundings of a result for one of each input; 6.4 used at most in 4,000 cases
 MOVES = 4  # random movements of the inputs, of which the largest effect counts
 EXACT = 2e-14  # float64: relative, beside its condition
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -207,29 +207,6 @@ def _floating(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dtype.is_floating_point
 
 
-def rounded_inside(rounding: float, units: float, gen: torch.Generator) -> Any:
-    """A patch for the specification: the log-sum-exp of each token is off by up to one rounding of itself.
-
-    So then is its log-prob, and every probability that the gradient holds, relatively: where a policy is certain,
-    z_y - lse and 1 - p_y cancel. dZ is off by `units`, the rounding of 16-bit matrix units (0 without).
-    """
-    right = Tensor.logsumexp
-
-    def logsumexp(z: Tensor, dim: int) -> Tensor:
-        lse = right(z, dim)
-        if dim != -1:
-            return lse
-        if z.requires_grad and units:
-            z.register_hook(
-                lambda dz: dz * (1 + units * (2 * torch.randint(2, dz.shape, generator=gen) - 1).to(DEVICE))
-            )
-        off = (2 * torch.rand(lse.shape, generator=gen, dtype=lse.dtype) - 1).to(DEVICE)  # [M]
-        off = rounding * off * lse.detach().abs()
-        return lse * (1 - off) + (lse.detach() * off + off)  # lse + off, with the gradient p (1 - off)
-
-    return mock.patch.object(Tensor, "logsumexp", logsumexp)
-
-
 def outputs(functions: Any, case: dict[str, Any], call: dict[str, Any], **options: Any) -> dict[str, Tensor]:
     """What `linear_logprobs` or a linear loss of `functions` returns, and gradients, by name."""
     call = dict(call)
@@ -278,7 +255,7 @@ def run_case(case: dict[str, Any]) -> None:
     units = torch.finfo(DTYPES[case["dtype"]]).eps / 2 if case["impl"] == "triton" and "16" in case["dtype"] else 0.0
     near, exact, contracts = [moved(call, step, gen) for _ in range(MOVES)], [], []
     for x in near:
-        with rounded_inside(step, units, gen):
+        with rounded_inside(step, gen, units):
             exact.append(outputs(reference, case, x))
         x = single(x)
         contracts.append((outputs(reference, case, x), outputs(reference, case, double(x))))

@@ -7,20 +7,30 @@ EXTRAS_train := train
 EXTRAS_test := test,train
 EXTRAS_bench := bench
 
-.PHONY: demo test test-isa fuzz soak lint bench docs test-verl test-trl-oldest test-zero3 clean
+.PHONY: demo test test-all test-fast test-isa fuzz soak lint bench docs test-verl test-trl-oldest test-zero3 clean
 
 demo: $(VENV)/.train
 	$(BIN)/python -m integration.demo $(ARGS)
 
+# All but what tests/slow.txt names: long tests, and of long tables all but a slice.
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m 'not slow' $(ARGS)
+
+# What `make test` leaves out: every compile target, every path in the interpreter, whole programs.
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+
+# While you work, in two minutes: linters, types, and the PyTorch paths of the package without any framework.
+INTERPRETED := triton or kernel or compiles or mutants or benchmarks or gpu_session or memory or scoring or flags or checkpoints or soak
+FAST := tests/head tests/objective tests/loss tests/repository/test_architecture.py
+test-fast: $(VENV)/.test lint
+	$(BIN)/python -m pytest -n 2 -m 'not slow' -k 'not ($(INTERPRETED) or distributed or oracles or fuzz)' $(FAST) $(ARGS)
 
 # Again with the kernels of a CPU without AVX, which round otherwise: no verdict may hang on that. Without the tests whose
 # time goes into Triton's interpreter and compiler, whose numbers come from numpy or are none, and those of files and processes.
-INTERPRETED := triton or kernel or compiles or mutants or benchmarks or memory or scoring or flags or checkpoints or soak
 test-isa: $(VENV)/.test
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=1 \
-	    $(BIN)/python -m pytest -n 2 -k 'not ($(INTERPRETED))' $(ARGS)
+	    TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest -n 2 -m 'not slow' -k 'not ($(INTERPRETED))' $(ARGS)
 
 # Random legal calls against the specification: `make fuzz CASES=20000 SEED=1`. Both have defaults.
 fuzz: $(VENV)/.test

@@ -33,6 +33,16 @@ interpreter.install()
 collect_ignore = [] if importlib.util.find_spec("verl") else ["frameworks/with_verl"]  # `make test-verl`
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What slow.txt names is marked `slow`: `make test` leaves it to `make test-all`."""
+    slow = tuple(line for line in (TESTS / "slow.txt").read_text().splitlines() if not line.startswith("#"))
+    for item in items:
+        if item.path.is_relative_to(TESTS):
+            name = f"{item.path.relative_to(TESTS).as_posix()}::{item.name}"
+            if name.startswith(slow):
+                item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

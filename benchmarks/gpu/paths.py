@@ -38,7 +38,7 @@ from lad_kernels.head.records import (
 from lad_kernels.testing import relative_error
 
 if TYPE_CHECKING:
-    from lad_kernels.head.kernels.routed_work import RoutedTiles
+    from lad_kernels.head.kernels.routed.work import RoutedTiles
 
 MIB = 2**20
 TRUTH_TOKENS = 4096  # above it float64 takes too long
@@ -187,7 +187,7 @@ def forward(batch: Batch, *, want_block_lse: bool) -> HeadForward:
 def routed_backward(
     batch: Batch, lse: Tensor, gradient: LogitGradient, routing: Routing, options: dict
 ) -> HeadGradients:
-    from lad_kernels.head.kernels import routed as kernels
+    from lad_kernels.head.kernels.routed import launch as kernels
 
     return kernels.backward(batch.hidden, batch.weight, batch.targets, None, PLAIN, lse, gradient, routing, **options)
 
@@ -221,7 +221,7 @@ def routed_kernels(run: Run) -> None:
 
 def routed_tiles(dry_run: bool) -> list[RoutedTiles]:
     """The table's row, then one thing changed at a time, most promising first."""
-    from lad_kernels.head.kernels.routed_work import RoutedTiles, Schedule
+    from lad_kernels.head.kernels.routed.work import RoutedTiles, Schedule
 
     base = RoutedTiles(64, Schedule(64, 4, 3), Schedule(128, 8, 3), Schedule(128, 4, 1))
     if dry_run:

@@ -191,7 +191,8 @@ class Head:
                 needs=needs,
                 sums=sums,
             )
-        from lad_kernels.head.kernels import dense, routed
+        from lad_kernels.head.kernels import dense
+        from lad_kernels.head.kernels.routed import launch as routed
 
         operands = (self.rows(), self.weight, self.targets, self.bias, self.transform, lse, gradient)
         if routing is None:

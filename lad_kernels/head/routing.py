@@ -24,7 +24,7 @@ bits, those of a float64 lse folded, so that an accelerator needs no 64-bit prod
 
 The bound covers what is dropped, with masses as the forward computed them; the rounding of what is multiplied is that
 of the dense path. Tokens with more pairs than `dense_share` of the blocks are handed to the dense path whole.
-Here is the rule in PyTorch, the specification; kernels/route.py has it in Triton, with the same lists.
+Here is the rule in PyTorch, the specification; kernels/routed/route.py has it in Triton, with the same lists.
 Source: the rule and its bound are this package's own.
 """
 
@@ -165,7 +165,7 @@ def route(
     reach = (reach if tokens is None else reach[tokens]) * slope  # [A]
     choice: Any = choose
     if triton:
-        from lad_kernels.head.kernels.route import choose as choice
+        from lad_kernels.head.kernels.routed.route import choose as choice
     routing, lost = choice(
         targets, lse, logprobs, block_lse, gradient, theta, block_norms(weight), reach, dense_share=dense_share,
         unbiased=unbiased, most_pairs=most_pairs,

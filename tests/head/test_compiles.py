@@ -42,7 +42,8 @@ def compile_all(arch: str, cases: list[tuple[str, str, str]]) -> None:
     import aot
     import torch
 
-    from lad_kernels.head.kernels import dense, forward, routed
+    from lad_kernels.head.kernels import dense, forward
+    from lad_kernels.head.kernels.routed import launch as routed
     from lad_kernels.head.records import BLOCK, LogitGradient, LogitTransform, Needs, Routing
 
     dense.accumulate = lambda *arguments, **options: None  # the library's product of what was never computed
@@ -78,7 +79,7 @@ def compile_choice(arch: str) -> None:
     import aot
     import torch
 
-    from lad_kernels.head.kernels import route
+    from lad_kernels.head.kernels.routed import route
     from lad_kernels.head.records import LogitGradient
 
     numbers, tolist = torch.ones(256), torch.Tensor.tolist

@@ -17,7 +17,8 @@ import torch
 
 from lad_kernels import checks, linear_logprobs, reference
 from lad_kernels.head import head, kernels, memory, pytorch
-from lad_kernels.head.kernels import dense, forward, routed_runs, routed_work  # noqa: F401  (bound in the folder)
+from lad_kernels.head.kernels import dense, forward  # noqa: F401  (bound in the folder)
+from lad_kernels.head.kernels.routed import runs, work
 from lad_kernels.testing import check_head, make_inputs
 
 PACKAGE = Path(pytorch.__file__).parent.parent
@@ -229,17 +230,17 @@ def test_bug_in_the_pieces_is_caught(bug, monkeypatch, tmp_path, device):
 
 
 ROUTED_KERNELS = {
-    "a lost pair": ("routed_kernels.py", "in_n, in_v = places < count, ", "in_n, in_v = places < count - 1, "),
-    "the wrong tokens": ("routed_kernels.py", "rows = tl.load(tokens + pairs)  # [BLOCK_N]\n\n    w +=",
+    "a lost pair": ("kernels.py", "in_n, in_v = places < count, ", "in_n, in_v = places < count - 1, "),
+    "the wrong tokens": ("kernels.py", "rows = tl.load(tokens + pairs)  # [BLOCK_N]\n\n    w +=",
                          "rows = tl.load(tokens + first + 0 * pairs)\n\n    w +="),
-    "pair scale forgotten": ("routed_kernels.py", "g *= tl.load(pair_scale + pairs)[:, None]", "g *= 1.0"),
-    "dW of the wrong tokens": ("routed_kernels.py", "start = tl.maximum(tl.load(offsets + block), pair0)",
+    "pair scale forgotten": ("kernels.py", "g *= tl.load(pair_scale + pairs)[:, None]", "g *= 1.0"),
+    "dW of the wrong tokens": ("kernels.py", "start = tl.maximum(tl.load(offsets + block), pair0)",
                                "start = tl.maximum(tl.load(offsets + block), pair0) + 1"),
-    "a token's first pair left out": ("routed_kernels.py", "for place in range(start, stop, _READ):",
+    "a token's first pair left out": ("kernels.py", "for place in range(start, stop, _READ):",
                                        "for place in range(start + 1, stop, _READ):"),
-    "a token's last pair left out": ("routed_kernels.py", "there = place + i < stop", "there = place + i < stop - 1"),
-    "an item short": ("routed_kernels.py", "tl.minimum(stop - pair, BLOCK_N)", "tl.minimum(stop - pair - 1, BLOCK_N)"),
-    "a whole token left out of dW": ("routed_kernels.py", "for row in range(0, wholes, BLOCK_N):",
+    "a token's last pair left out": ("kernels.py", "there = place + i < stop", "there = place + i < stop - 1"),
+    "an item short": ("kernels.py", "tl.minimum(stop - pair, BLOCK_N)", "tl.minimum(stop - pair - 1, BLOCK_N)"),
+    "a whole token left out of dW": ("kernels.py", "for row in range(0, wholes, BLOCK_N):",
                                      "for row in range(1, wholes, BLOCK_N):"),
 }  # fmt: skip
 
@@ -252,10 +253,10 @@ def test_bug_in_the_routed_kernels_is_caught(bug, monkeypatch, tmp_path, device)
         test_routed_kernels.check(inputs, routing)
         return
     source, old, new = ROUTED_KERNELS[bug]
-    mutant = mutate(f"head/kernels/{source}", old, new, tmp_path)
+    mutant = mutate(f"head/kernels/routed/{source}", old, new, tmp_path)
     for name in [n for n in vars(mutant) if n.endswith("_kernel")]:
-        place = routed_work if name == "items_kernel" else routed_runs
-        monkeypatch.setattr(place, name, getattr(mutant, name))
+        module = work if name == "items_kernel" else runs
+        monkeypatch.setattr(module, name, getattr(mutant, name))
     with pytest.raises(AssertionError):
         test_routed_kernels.check(inputs, routing)
 
@@ -289,6 +290,6 @@ def test_bug_in_the_choice_of_pairs_is_caught(bug, tmp_path, device):
     if bug is None:
         check_choice(test_route_kernels.kernels, device)
         return
-    mutant = mutate("head/kernels/route.py", *ROUTE_KERNELS[bug], tmp_path)
+    mutant = mutate("head/kernels/routed/route.py", *ROUTE_KERNELS[bug], tmp_path)
     with pytest.raises((AssertionError, IndexError, RuntimeError)):
         check_choice(mutant, device)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lad_kernels.head import routing
-from lad_kernels.head.kernels import route as kernels
+from lad_kernels.head.kernels.routed import route as kernels
 from lad_kernels.head.records import BLOCK, Dropped, LogitGradient, LogitTransform, Routing
 
 EPS = torch.finfo(torch.float32).eps

@@ -29,8 +29,9 @@ from head_formula import (
 from torch import Tensor
 
 from lad_kernels.head import flops
-from lad_kernels.head.kernels import dense, routed
-from lad_kernels.head.kernels.routed_work import RoutedTiles, Schedule, Work
+from lad_kernels.head.kernels import dense
+from lad_kernels.head.kernels.routed import launch as routed
+from lad_kernels.head.kernels.routed.work import RoutedTiles, Schedule, Work
 from lad_kernels.head.records import BLOCK, GradientSums, HeadGradients, LogitGradient, Needs, Routing
 
 N, D, V = 70, 48, 521

@@ -9,7 +9,9 @@ import pytest
 from test_routed_kernels import NEEDS, coefficients, inputs_of, route
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lad_kernels.head.kernels import dense, routed, routed_runs, routed_work
+from lad_kernels.head.kernels import dense
+from lad_kernels.head.kernels.routed import launch as routed
+from lad_kernels.head.kernels.routed import runs, work
 
 
 class Operations(TorchDispatchMode):
@@ -18,8 +20,8 @@ class Operations(TorchDispatchMode):
     FREE = ("alias", "as_strided", "detach", "empty", "lift_fresh", "new_empty", "select", "slice", "t", "unbind",
             "unsqueeze", "view")  # fmt: skip
     KERNELS = (
-        *((routed_runs, name) for name in ("pairs", "weight", "bias", "hidden", "token")),
-        (routed_work, "items"),
+        *((runs, name) for name in ("pairs", "weight", "bias", "hidden", "token")),
+        (work, "items"),
         (dense, "_logit_gradient"),
     )
 

@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from lad_kernels.head.kernels import tile_table
-from lad_kernels.head.kernels.routed_kernels import items_kernel
+from lad_kernels.head.kernels.routed.kernels import items_kernel
 
 
 class Schedule(NamedTuple):

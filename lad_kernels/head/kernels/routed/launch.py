@@ -37,7 +37,7 @@ from torch import Tensor
 
 from lad_kernels.head import flops
 from lad_kernels.head.kernels import dense, tile_table
-from lad_kernels.head.kernels.routed_runs import (
+from lad_kernels.head.kernels.routed.runs import (
     Call,
     Whole,
     add_bias,
@@ -46,7 +46,7 @@ from lad_kernels.head.kernels.routed_runs import (
     pair_gradients,
     weight_gradient,
 )
-from lad_kernels.head.kernels.routed_work import ByToken, RoutedTiles, Run, Work, by_token, tiles_for
+from lad_kernels.head.kernels.routed.work import ByToken, RoutedTiles, Run, Work, by_token, tiles_for
 from lad_kernels.head.records import (
     BLOCK,
     GradientSums,
@@ -77,7 +77,7 @@ def backward(
     tiles: RoutedTiles | None = None,
     sums: GradientSums | None = None,
 ) -> HeadGradients:
-    """Gradients with respect to hidden, weight and bias. `tiles` overrides the table of routed_work.py.
+    """Gradients with respect to hidden, weight and bias. `tiles` overrides the table of work.py.
 
     With `sums` dW and db are added to it, and dH stays float32.
     """

@@ -1,6 +1,6 @@
 """What the runs of the routed backward launch: dR of the pairs of a run, and their part of dW, db and dH.
 
-A `Call` holds what does not change from run to run, and cuts the call into runs; routed.py puts the runs in order.
+A `Call` holds what does not change from run to run, and cuts the call into runs; launch.py puts the runs in order.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 from lad_kernels.head import flops
 from lad_kernels.head.kernels import tile_table
 from lad_kernels.head.kernels.forward import inverse_temperature
-from lad_kernels.head.kernels.routed_kernels import (
+from lad_kernels.head.kernels.routed.kernels import (
     bias_kernel,
     hidden_kernel,
     pairs_kernel,
     token_kernel,
     weight_kernel,
 )
-from lad_kernels.head.kernels.routed_work import ByToken, RoutedTiles, Run, Work
+from lad_kernels.head.kernels.routed.work import ByToken, RoutedTiles, Run, Work
 from lad_kernels.head.records import BLOCK, LogitGradient, LogitTransform
 
 _SLICE = 128  # the workspace holds slices of D's columns that are multiples of this wide

@@ -1,4 +1,4 @@
-"""Kernels of the routed backward; routed.py says how they fit together.
+"""Kernels of the routed backward; launch.py says how they fit together.
 
 A pair is a token and a vocabulary block of 128 columns; pairs are numbered by block, then token. `items` cuts the pairs
 of each block into tiles of up to BLOCK_N. dR of the pairs that pass together starts at `pair0`.

@@ -310,7 +310,7 @@ def step_parts(run: Run) -> None:
     @torch.no_grad()
     def choose(i: int) -> Routing:
         b, out = batches[i % len(batches)], outs[i % len(batches)]
-        share = cost.SPEEDS[cost.kind(b.hidden.device, True)].gathered
+        share = cost.SPEEDS[cost.architecture(b.hidden.device, True), 2].gathered
         return route(
             b.hidden, b.weight, b.targets, PLAIN, out.lse, out.logprobs, out.block_lse, gradient, sparse.TAIL_MASS,
             dense_share=share, unbiased=sparse.SPARSE.tail == "unbiased", triton=True,

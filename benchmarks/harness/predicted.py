@@ -27,8 +27,8 @@ MiB. `tests/head/test_memory.py` holds the same paths to a small budget by count
 def row(shape: Shape) -> list[str]:
     """One shape's cells: times over the three products, memory in MiB."""
     n, d, v = shape.tokens, shape.hidden_size, shape.vocab_size
-    work = memory.Work(n, d, v, 2, "cuda")
-    products = 3 * shape.flops / cost.SPEEDS["cuda"].flops
+    work = memory.Work(n, d, v, 2, "sm_90")
+    products = 3 * shape.flops / cost.SPEEDS["sm_90", 2].flops
     routed = [cost.score(work) + cost.routed(work, kept * n * work.blocks) for kept in KEPT]
     times = [cost.one_pass(work), cost.score(work) + cost.dense(work, n), *routed]
     pairs = int(KEPT[-1] * n * work.blocks)
@@ -45,7 +45,7 @@ def row(shape: Shape) -> list[str]:
 
 def lines() -> list[str]:
     """The section of RESULTS.md."""
-    speeds = cost.SPEEDS["cuda"]
+    speeds = cost.SPEEDS["sm_90", 2]
     note = NOTE.format(
         flops=speeds.flops / 1e12,
         bytes=speeds.bytes / 1e12,

@@ -84,7 +84,7 @@ def memory_table() -> Sheet:
     for shape in (SHAPES[0], SHAPES[4]):
         for tokens in (4096, 16_384, 32_768):
             logits = 4 * tokens * shape.vocab_size
-            work = memory.Work(tokens, shape.hidden_size, shape.vocab_size, 2, "cuda")
+            work = memory.Work(tokens, shape.hidden_size, shape.vocab_size, 2, "sm_90")
             found = [logits, EAGER_COPIES * logits]
             for path in ("two_pass", "routed", "one_pass"):
                 size, float32_dw = memory.peak_bytes(work, path, int(ROUTED_KEPT * tokens * work.blocks))

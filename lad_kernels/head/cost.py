@@ -34,22 +34,57 @@ class Speeds:
     waiting: float = 0.0  # seconds for which the device waits for the host while pairs are chosen
 
 
-# "cpu" was measured with one thread of the machine of benchmarks/RESULTS.md; only ratios matter. "cuda" was measured on
-# an H100 80GB HBM3 in bfloat16 (benchmarks/results): head products 600 to 741 Tflop/s, a copy 3.03 TB/s, the tiles'
-# epilogues 2e-13 to 4e-13 s a logit, routed products 27 to 43 ns a pair at D = 4,096.
+# Measured: "cpu" (any dtype, PyTorch) with one thread of the machine of benchmarks/RESULTS.md, of which only ratios
+# matter; ("sm_90", 2) on an H100 80GB HBM3 in bfloat16 (benchmarks/results): head products 600 to 741 Tflop/s, a copy
+# 3.03 TB/s, the tiles' epilogues 2e-13 to 4e-13 s a logit, routed products 27 to 43 ns a pair at D = 4,096.
+_CPU = Speeds(8e10, 8e9, 1.2e-9, 0.4, 3.5e-4)
+_H100 = Speeds(7e14, 3.0e12, 3e-13, 0.13, 1e-7, 7e-11, 3e-3)
+
+
+def _scaled(flops: float, bytes: float, exponentials: float) -> Speeds:
+    """The H100's row for a card whose data sheet has `flops`, `bytes` and `exponentials` times an H100's."""
+    return Speeds(
+        flops=_H100.flops * flops,
+        bytes=_H100.bytes * bytes,
+        element=_H100.element / exponentials,
+        gathered=_H100.gathered,
+        block=_H100.block,
+        pair=_H100.pair / bytes,
+        waiting=_H100.waiting,
+    )
+
+
+# (architecture, bytes of an element). The others are not measured: data sheets, over an H100 SXM's 989 Tflop/s in 16
+# bits, 67 in float32, 3.35 TB/s and 132 processors of 16 exponentials a clock at 1.83 GHz. A100: 312, 19.5, 2.04, 108
+# at 1.41. A10: 125, 31, 0.6, 72 at 1.70. B200: 2,250, 75, 8.0, 148 at 1.97. MI300X: 1,307, 163, 5.3, 304 at 2.10.
 SPEEDS = {
-    "cpu": Speeds(8e10, 8e9, 1.2e-9, 0.4, 3.5e-4),
-    "cuda": Speeds(7e14, 3.0e12, 3e-13, 0.13, 1e-7, 7e-11, 3e-3),
+    **{("cpu", itemsize): _CPU for itemsize in (2, 4, 8)},
+    ("sm_80", 2): _scaled(312 / 989, 2.04 / 3.35, 0.63),
+    ("sm_80", 4): _scaled(19.5 / 989, 2.04 / 3.35, 0.63),
+    ("sm_86", 2): _scaled(125 / 989, 0.6 / 3.35, 0.51),
+    ("sm_86", 4): _scaled(31 / 989, 0.6 / 3.35, 0.51),
+    ("sm_90", 2): _H100,
+    ("sm_90", 4): _scaled(67 / 989, 1.0, 1.0),
+    ("sm_100", 2): _scaled(2250 / 989, 8.0 / 3.35, 1.21),
+    ("sm_100", 4): _scaled(75 / 989, 8.0 / 3.35, 1.21),
+    ("gfx942", 2): _scaled(1307 / 989, 5.3 / 3.35, 2.64),
+    ("gfx942", 4): _scaled(163 / 989, 5.3 / 3.35, 2.64),
 }
 
 
-def kind(device: torch.device, triton: bool) -> str:
-    """The key of SPEEDS."""
-    return "cuda" if triton and device.type == "cuda" else "cpu"
+def architecture(device: torch.device, triton: bool) -> str:
+    """Whose row of SPEEDS counts: the device's own, sm_90 for a GPU that is not there, "cpu" for PyTorch's paths."""
+    if not triton or device.type != "cuda":
+        return "cpu"
+    if not torch.cuda.is_available():
+        return "sm_90"
+    from lad_kernels.head.kernels import tile_table
+
+    return tile_table.probe(device).arch
 
 
 def speeds(work: Work) -> Speeds:
-    return SPEEDS[work.device]
+    return SPEEDS[work.architecture, work.itemsize]
 
 
 def _product(work: Work, tokens: float) -> float:
@@ -71,11 +106,11 @@ def dense(work: Work, active: float) -> float:
     """Seconds of the dense backward of the `active` tokens, those with a gradient."""
     s, tokens = speeds(work), math.ceil(active)
     slabs, chunks = 0, _chunk_sums(work, tokens)
-    if work.device != "cpu" and tokens:  # each slab of the vocabulary reads and writes a float32 dH
+    if work.architecture != "cpu" and tokens:  # each slab of the vocabulary reads and writes a float32 dH
         rows, workspace = work.token_chunk(tokens)
         slabs = math.ceil(work.vocab_size * work.itemsize * rows / workspace)
     traffic = 8 * active * work.hidden_size * slabs * work.need_hidden / s.bytes
-    if work.device != "cpu" and tokens and work.itemsize == 2:  # dW passes through float32
+    if work.architecture != "cpu" and tokens and work.itemsize == 2:  # dW passes through float32
         traffic += 10 * work.vocab_size * work.hidden_size * work.need_weight / s.bytes
     return (1 + work.products) * _product(work, active) + s.element * active * work.vocab_size + traffic + chunks
 
@@ -97,7 +132,7 @@ def one_pass(work: Work, active: float | None = None) -> float:
     Each of several chunks reads and writes a float32 dW, rounded last. PyTorch drops the tokens without a gradient
     from the products.
     """
-    active = work.tokens if active is None or work.device != "cpu" else active
+    active = work.tokens if active is None or work.architecture != "cpu" else active
     s = speeds(work)
     chunks = -(-work.tokens // work.chunk_rows())
     each = 0 if chunks == 1 and work.itemsize == 2 else 8 * chunks + work.itemsize * (work.itemsize == 2)
@@ -108,6 +143,6 @@ def one_pass(work: Work, active: float | None = None) -> float:
 
 def _chunk_sums(work: Work, tokens: int, **listed: int) -> float:
     """Seconds that a float32 dW takes, read and written by every token chunk; 0 for one chunk."""
-    count = 1 if work.device == "cpu" or not tokens else -(-tokens // work.token_chunk(tokens, **listed)[0])
+    count = 1 if work.architecture == "cpu" or not tokens else -(-tokens // work.token_chunk(tokens, **listed)[0])
     traffic = (8 * count + work.itemsize) * work.vocab_size * work.hidden_size
     return traffic / speeds(work).bytes if count > 1 and work.need_weight else 0.0

@@ -91,7 +91,7 @@ def needs_sample(work: Work, sparsity: Sparsity, *, all_active: bool) -> bool:
     if _forced.get() is not None or sparsity.backward == "routed" or work.tokens == 0:
         return False
     routable = sparsity.threshold > 0 and sparsity.backward == "auto"
-    if not routable and (all_active or work.device == "cpu"):
+    if not routable and (all_active or work.architecture == "cpu"):
         return False  # where no token is routed, PyTorch's one pass drops what its two passes drop
     one_pass = cost.one_pass(work)
     worth = cost.sample(work) <= SAMPLE_COST * one_pass
@@ -161,7 +161,7 @@ def why(
         unavailable = checks.triton_unavailable(device, dtype)
         path, reason = "chunked PyTorch", "impl='torch'" if impl == "torch" else unavailable
     triton = impl != "reference" and checks.use_triton(impl, device, dtype)
-    work = Work(tokens, hidden_size, vocab_size, dtype.itemsize, cost.kind(device, triton))
+    work = Work(tokens, hidden_size, vocab_size, dtype.itemsize, cost.architecture(device, triton))
     how, passes = _fastest(work, threshold(tail, dtype), Shares(live_share, kept_share), one_pass)
     if not grad or impl == "reference":
         how, passes = ("stored logits", 6.0) if grad else ("score only", 2.0)

@@ -70,8 +70,8 @@ class Head:
     def work(self, needs: Needs) -> memory.Work:
         """Shapes and dtype, as far as time and memory depend on them."""
         vocab, hidden_size = self.weight.shape
-        device, itemsize = cost.kind(self.hidden.device, self.triton), self.hidden.dtype.itemsize
-        return memory.Work(len(self.targets), hidden_size, vocab, itemsize, device, needs.hidden, needs.weight)
+        architecture, itemsize = cost.architecture(self.hidden.device, self.triton), self.hidden.dtype.itemsize
+        return memory.Work(len(self.targets), hidden_size, vocab, itemsize, architecture, needs.hidden, needs.weight)
 
     def forward(self, *, want_entropy: bool, want_block_lse: bool = False) -> HeadForward:
         """Log-probs, lse, entropy and block masses of the M tokens."""

@@ -27,7 +27,7 @@ class Work:
     hidden_size: int
     vocab_size: int
     itemsize: int
-    device: str  # a key of cost.SPEEDS
+    architecture: str  # of cost.SPEEDS
     need_hidden: bool = True  # whether dH is asked for
     need_weight: bool = True  # whether dW is
 
@@ -64,7 +64,7 @@ class Work:
         made when the logits are gone: about 2,048 tokens or more from D = 896 at V = 152,064 and from D = 1,152 at
         V = 262,144. With fewer the float32 dW, read and written once a chunk, is dear.
         """
-        if self.device == "cpu":
+        if self.architecture == "cpu":
             return max(64, CPU_LOGITS // (self.itemsize * self.vocab_size) // 8 * 8)
         budget = BUDGET - TOKEN_BYTES * self.tokens
         rounded = self.itemsize * self.vocab_size * self.hidden_size if self.itemsize == 2 and self.need_weight else 0
@@ -82,7 +82,7 @@ class Work:
 
 def most_pairs(work: Work) -> int:
     """Kept pairs that a routing has room for; block masses and marks are there at the same time."""
-    if work.device == "cpu":
+    if work.architecture == "cpu":
         return work.tokens * work.blocks
     room = BUDGET + work.gradient_bytes - MASS_BYTES * work.tokens * work.blocks
     return min(room // LIST_BYTES, BUDGET // 4 // PAIR_BYTES)

@@ -10,6 +10,7 @@ import torch
 
 from lad_kernels.head import cost, dispatch, memory
 from lad_kernels.head.dispatch import Shares, Sparsity
+from lad_kernels.head.kernels import tile_table
 from lad_kernels.head.memory import Work
 
 SHAPES = [(512, 896, 151_936), (4096, 4096, 131_072), (16_384, 4096, 151_936), (64, 64, 50_257), (2048, 896, 151_936)]
@@ -19,7 +20,7 @@ ROUTABLE = Sparsity(3e-4, unbiased=True, backward="auto")
 
 
 def works() -> list[Work]:
-    return [Work(*shape, 4 if d == "cpu" else 2, d) for shape, d in itertools.product(SHAPES, cost.SPEEDS)]
+    return [Work(*shape, itemsize, arch) for shape, (arch, itemsize) in itertools.product(SHAPES, cost.SPEEDS)]
 
 
 @pytest.mark.parametrize("work", works(), ids=str)
@@ -46,10 +47,10 @@ def test_the_call_looks_where_it_matters_and_costs_little():
 
     for tokens in (4096, 8192, 32_768):
         for d, v in ((896, 151_936), (4096, 131_072), (1152, 262_144)):
-            work = Work(tokens, d, v, 2, "cuda")
+            work = Work(tokens, d, v, 2, "sm_90")
             assert looks(work) == (cost.one_pass(work) < cost.score(work) + cost.dense(work, tokens))
             assert cost.sample(work) <= dispatch.SAMPLE_COST * cost.one_pass(work)
-    work = Work(8192, 4096, 151_936, 2, "cuda")
+    work = Work(8192, 4096, 151_936, 2, "sm_90")
     assert looks(work)
     assert cost.sample(work) < 0.012 * cost.one_pass(work)
     assert looks(work, 0.0, known=False)  # how many tokens have a gradient
@@ -88,25 +89,25 @@ def test_default_tail_mass():
 
 def test_chunks_of_the_one_pass():
     """As few as fit the budget and the room of a 16-bit dW, of one size."""
-    assert Work(16_384, 4096, 131_072, 2, "cuda").chunk_rows() == 4096
-    assert Work(16_384, 896, 151_936, 2, "cuda").chunk_rows() == 2432
-    assert min(Work(2048, d, v, 2, "cuda").chunk_rows() for d, v in ((896, 152_064), (1152, 262_144))) == 2048
-    assert Work(100, 4096, 131_072, 2, "cuda").chunk_rows() == 128
-    assert Work(0, 4096, 131_072, 2, "cuda").chunk_rows() == 128
+    assert Work(16_384, 4096, 131_072, 2, "sm_90").chunk_rows() == 4096
+    assert Work(16_384, 896, 151_936, 2, "sm_90").chunk_rows() == 2432
+    assert min(Work(2048, d, v, 2, "sm_90").chunk_rows() for d, v in ((896, 152_064), (1152, 262_144))) == 2048
+    assert Work(100, 4096, 131_072, 2, "sm_90").chunk_rows() == 128
+    assert Work(0, 4096, 131_072, 2, "sm_90").chunk_rows() == 128
     assert Work(2048, 896, 151_936, 4, "cpu").chunk_rows() * 151_936 * 4 <= 128 << 20
-    for work in (Work(1 << 20, d, v, 2, "cuda") for d in (896, 4096, 8192) for v in (32_000, 151_936)):
+    for work in (Work(1 << 20, d, v, 2, "sm_90") for d in (896, 4096, 8192) for v in (32_000, 151_936)):
         assert 2 * work.chunk_rows() * work.vocab_size <= memory.BUDGET + 2 * work.vocab_size * work.hidden_size
 
 
 def test_masses_and_pairs_that_do_not_fit_are_not_kept():
     """On an accelerator what routing needs must fit the budget and the room of gradients that do not exist yet."""
-    sizes = (896, 151_936, 2, "cuda")
+    sizes = (896, 151_936, 2, "sm_90")
     assert dispatch.may_route(Work(16_384, *sizes), ROUTABLE)
     assert not dispatch.may_route(Work(1 << 20, *sizes), ROUTABLE)
     assert dispatch.may_route(Work(170_000, *sizes), ROUTABLE)
     assert not dispatch.may_route(Work(170_000, *sizes, need_hidden=False), ROUTABLE)
     for tokens in (4096, 100_000, 1 << 20):
-        work = Work(tokens, 4096, 131_072, 2, "cuda")
+        work = Work(tokens, 4096, 131_072, 2, "sm_90")
         most, masses = memory.most_pairs(work), memory.MASS_BYTES * tokens * work.blocks
         assert masses + memory.LIST_BYTES * most <= memory.BUDGET + work.gradient_bytes
         assert memory.PAIR_BYTES * most <= memory.BUDGET // 4
@@ -126,7 +127,7 @@ def test_pieces_and_chunks_fit_the_budget_at_any_n(gathered, item, needs):
         each = d * (4 * need_hidden * (item == 2 or several) + item * gathered)
         late = 2 * v * d if several and item == 2 and need_weight else 0
         assert rows * each + workspace + memory.TOKEN_BYTES * n <= memory.BUDGET + late, (n, d, v)
-        work = Work(n, d, v, item, "cuda", *needs)
+        work = Work(n, d, v, item, "sm_90", *needs)
         logits, room = work.chunk_rows() * item * v, 2 * v * d if item == 2 and need_weight else 0
         room *= 1 + (work.chunk_rows() >= n)  # of the float32 dW that one chunk does not need, or of the rounded dW
         assert logits <= memory.BUDGET + room or work.chunk_rows() == 128
@@ -142,3 +143,20 @@ def test_why_names_the_path_and_its_cost():
     exact = dispatch.why(*shape, device="cpu", dtype=torch.float32, live_share=0.4)
     assert "two passes" in exact
     assert "4.4 N D V" in exact
+
+
+def test_every_card_has_its_own_speeds(monkeypatch):
+    """An A100 is bound by its products sooner than a B200, and float32 by its arithmetic; a card that is not there is
+    taken for an H100."""
+    for (arch, itemsize), tiles in tile_table._TABLE.items():
+        assert cost.SPEEDS[arch, itemsize].flops > 0, tiles
+    seconds = {arch: cost.one_pass(Work(8192, 4096, 151_936, 2, arch)) for arch in ("sm_80", "sm_90", "sm_100")}
+    assert seconds["sm_80"] > 1.5 * seconds["sm_90"] > 2 * seconds["sm_100"]
+    assert cost.one_pass(Work(8192, 4096, 151_936, 4, "sm_90")) > 5 * seconds["sm_90"]
+    cuda = torch.device("cuda", 0)
+    if not torch.cuda.is_available():
+        assert cost.architecture(cuda, triton=True) == "sm_90"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tile_table, "probe", lambda device: tile_table.Device("sm_80", 0))
+    assert cost.architecture(cuda, triton=True) == "sm_80"
+    assert cost.architecture(cuda, triton=False) == "cpu"

@@ -59,7 +59,7 @@ class Allocations(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def small_budget(monkeypatch):
     monkeypatch.setattr(memory, "BUDGET", BUDGET)
-    monkeypatch.setattr(cost, "kind", lambda device, triton: "cuda")
+    monkeypatch.setattr(cost, "architecture", lambda device, triton: "sm_90")
     monkeypatch.setattr("lad_kernels.head.kernels.forward._PARTIAL_BYTES", BUDGET // 4)
     monkeypatch.setattr(dense, "_MIN_COLUMNS", 128)
     library = dense.accumulate
@@ -169,7 +169,7 @@ def test_what_two_passes_take_is_predicted(kind, n, d, frozen, device, monkeypat
         out = linear_grpo_loss(*leaves, x.targets, advantages=torch.ones(n), config=config, impl="triton")
         found = torch.autograd.grad(out.loss, leaves[: 2 - frozen])
     taken = meter.peak - sum(g.nbytes for g in found)
-    work = memory.Work(n, d, V, x.hidden.element_size(), "cuda", need_weight=not frozen)
+    work = memory.Work(n, d, V, x.hidden.element_size(), "sm_90", need_weight=not frozen)
     predicted, float32_dw = memory.peak_bytes(work, "two_pass")
     print(f"{kind}, N {n}, D {d}: {taken / predicted:.2f} of the prediction")
     assert not float32_dw

@@ -193,7 +193,7 @@ def test_committed_results_are_rendered():
 def test_predicted_memory_is_within_the_budget():
     """Beyond inputs, gradients and one float32 dW, or what has its room, at every shape of the table."""
     for shape in predicted.SHAPES:
-        work = memory.Work(shape.tokens, shape.hidden_size, shape.vocab_size, 2, "cuda")
+        work = memory.Work(shape.tokens, shape.hidden_size, shape.vocab_size, 2, "sm_90")
         for path in dispatch.PATHS:
             for kept in predicted.KEPT:
                 size, float32_dw = memory.peak_bytes(work, path, int(kept * work.tokens * work.blocks))

@@ -118,7 +118,7 @@ def test_memory_is_what_the_cost_model_says():
             continue
         m = e["match"]
         shape: Shape = SHAPES[m["shape"]]
-        work = memory.Work(shape.tokens, shape.hidden_size, shape.vocab_size, 2, "cuda")
+        work = memory.Work(shape.tokens, shape.hidden_size, shape.vocab_size, 2, "sm_90")
         path = m.get("path", "two_pass" if m.get("job") == "ce" else "as chosen")
         if path == "as chosen":
             path = "routed" if m["data"] == "peaked" else "one_pass"

@@ -1,7 +1,8 @@
 """Every kernel that the head's host functions launch compiles for every target, without a GPU and without spills.
 
 Run as a script this file compiles for one architecture and prints one JSON row per kernel; the tests run it so, since
-a process that interprets kernels cannot compile them. `python tests/head/test_compiles.py sm_90` prints the same rows.
+a process that interprets kernels cannot compile them. `PYTHONPATH=tests/support python
+tests/head/test_compiles.py sm_90` prints the same rows.
 
 Layouts: `aligned` is Qwen's 151,936 x 2,048; `odd V` is GPT-2's 50,257 words at a D that tiles evenly; `unaligned` has
 rows of odd length, which neither TMA nor wide copies can read; `ragged` has rows of whole 16 bytes that are no multiple
@@ -21,14 +22,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from aot import FULLEST, TARGETS, compiling, resources
 
 LAYOUTS = {"aligned": (2048, 151936), "odd V": (896, 50257), "unaligned": (897, 50257), "ragged": (1000, 50257)}
 PLAIN, RICH, ALL = "plain", "entropy+temperature", "bias+softcap+entropy+temperature"
 CASES = [("bfloat16", "aligned", features) for features in (PLAIN, RICH, ALL)]
 CASES += [("bfloat16", "odd V", PLAIN), ("bfloat16", "unaligned", PLAIN), ("bfloat16", "unaligned", ALL)]
 CASES += [("bfloat16", "ragged", ALL), ("float32", "aligned", ALL), ("float32", "unaligned", PLAIN)]
-EXTRA = {"sm_90": [("float16", "aligned", RICH), ("float16", "unaligned", ALL), ("float32", "aligned", PLAIN)]}
-ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+EXTRA = {FULLEST: [("float16", "aligned", RICH), ("float16", "unaligned", ALL), ("float32", "aligned", PLAIN)]}
 # Tiles are chosen for triton 3.6, which torch 2.11 brings. Measured on 3.9.0: 24 bytes in the richest ragged backward
 # on sm_90 and sm_100, 32 bytes in the forward with entropy and temperatures on sm_100, none elsewhere.
 SPILLED = 0 if version("triton").startswith("3.6.") else 32
@@ -39,7 +40,6 @@ CHOICE = ("_token_kernel", "_mark_kernel", "_count_kernel", "_list_kernel")
 
 def compile_all(arch: str, cases: list[tuple[str, str, str]]) -> None:
     """Print one JSON row per compiled kernel."""
-    import aot
     import torch
 
     from lad_kernels.head.kernels import dense, forward
@@ -56,7 +56,7 @@ def compile_all(arch: str, cases: list[tuple[str, str, str]]) -> None:
         transform = LogitTransform(
             softcap=30.0 if "softcap" in features else None, temperature=numbers if "temperature" in features else 0.9
         )
-        with aot.compiling(arch) as compiled:
+        with compiling(arch) as compiled:
             forward.forward(hidden, weight, targets, bias, transform, want_entropy=entropy, want_block_lse=True)
             gradient = LogitGradient(numbers, numbers, numbers if entropy else None)
             needs = Needs(True, False, bias is not None)
@@ -70,13 +70,12 @@ def compile_all(arch: str, cases: list[tuple[str, str, str]]) -> None:
                 for atomics, workspace in ((False, 512 << 20), (True, 1)):  # and a block in pieces
                     routed.backward(*arguments, routing, needs=needs, atomics=atomics, workspace_bytes=workspace)
         for name, kernel in compiled.values():
-            found = vars(aot.resources(name, kernel, arch))
+            found = vars(resources(name, kernel, arch))
             print(json.dumps({"dtype": dtype, "layout": layout, "features": features, **found}), flush=True)
 
 
 def compile_choice(arch: str) -> None:
     """Print the rows of the kernels that choose pairs, in all their forms: with 0 pairs allowed only sums are left."""
-    import aot
     import torch
 
     from lad_kernels.head.kernels.routed import route
@@ -88,12 +87,12 @@ def compile_choice(arch: str) -> None:
         gradient, masses = LogitGradient(numbers, numbers, numbers if entropy else None), torch.ones(1187, 256)
         targets, longest = torch.zeros(256, dtype=torch.int64), torch.ones(1187)
         given = (targets, numbers, numbers, masses, gradient, 0.1, longest, numbers)
-        with aot.compiling(arch) as compiled:
+        with compiling(arch) as compiled:
             for most in (None, 0):
                 route.choose(*given, dense_share=0.3, unbiased=unbiased, most_pairs=most)
         features = "+".join(n for n, on in (("entropy", entropy), ("unbiased", unbiased)) if on) or PLAIN
         for name, kernel in compiled.values():
-            found = vars(aot.resources(name, kernel, arch))
+            found = vars(resources(name, kernel, arch))
             print(json.dumps({"dtype": "float32", "layout": "choice", "features": features, **found}), flush=True)
     torch.Tensor.tolist = tolist
 
@@ -124,16 +123,15 @@ def tiled(arch: str, names=TILED, **wanted: str) -> list[dict]:
 
 def test_one_case_compiles_for_hopper():
     """Of what the tests below compile for every target: neither spills nor a product outside the tensor cores."""
-    found = rows("sm_90", "slice")
+    found = rows(FULLEST, "slice")
     assert {row["name"] for row in found} > {*TILED, *ROUTED}
     for row in found:
         assert row["spilled"] <= SPILLED, row
-        assert row["name"] not in TILED + ROUTED or row["instructions"]["wgmma"] > 0, row
+        assert row["name"] not in TILED + ROUTED or row["instructions"][TARGETS[FULLEST].tensor_core] > 0, row
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", TARGETS)
 def test_no_spills_and_shared_memory_within_the_device(arch):
-    limit = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}[arch] << 10
     assert {r["name"] for r in rows(arch)} == {
         *TILED,
         "_target_kernel",
@@ -146,30 +144,27 @@ def test_no_spills_and_shared_memory_within_the_device(arch):
     }
     for row in rows(arch):
         assert row["spilled"] <= SPILLED, row
-        assert row["shared"] <= limit, row
+        assert row["shared"] <= TARGETS[arch].shared, row
 
 
-@pytest.mark.parametrize(
-    ("arch", "instruction"),
-    [("sm_80", "mma.sync"), ("sm_86", "mma.sync"), ("sm_90", "wgmma"), ("sm_100", "tcgen05"), ("gfx942", "v_mfma")],
-)
-def test_tensor_cores(arch, instruction):
+@pytest.mark.parametrize("arch", TARGETS)
+def test_tensor_cores(arch):
     """16-bit products run on the tensor cores in every layout; aligned float32 never becomes tf32."""
     for row in tiled(arch, TILED + ROUTED, dtype="bfloat16"):
-        assert row["instructions"][instruction] > 0, row
-    if arch.startswith("sm_"):
+        assert row["instructions"][TARGETS[arch].tensor_core] > 0, row
+    if TARGETS[arch].is_cuda:
         for row in tiled(arch, TILED + ROUTED, dtype="float32"):
             assert not any(row["instructions"][name] for name in ("mma.sync", "wgmma", "tcgen05")), row
 
 
-@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("arch", [a for a, target in TARGETS.items() if target.copies == "tma"])
 @pytest.mark.parametrize("layout", ["aligned", "odd V", "ragged"])
 def test_bulk_copies(arch, layout):
     for row in tiled(arch, dtype="bfloat16", layout=layout):
         assert row["instructions"]["tma"] > 0, row
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86"])
+@pytest.mark.parametrize("arch", [a for a, target in TARGETS.items() if target.copies == "cp.async"])
 def test_asynchronous_copies(arch):
     for row in tiled(arch, TILED + ROUTED[:2], dtype="bfloat16", layout="aligned"):
         assert row["instructions"]["cp.async"] > 0, row

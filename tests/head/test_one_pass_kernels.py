@@ -25,6 +25,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from aot import FULLEST, TARGETS, compiling, resources
 from torch import Tensor
 
 from lad_kernels import reference, testing
@@ -48,8 +49,6 @@ LAYOUTS = {"aligned": (2048, 151936), "odd V": (896, 50257), "unaligned": (897, 
 RICH = "bias+softcap+entropy+temperature"
 COMPILED = [("bfloat16", layout, features) for layout in LAYOUTS for features in ("plain", RICH)]
 COMPILED += [("bfloat16", "aligned", "entropy"), ("float32", "aligned", RICH), ("float32", "unaligned", RICH)]
-TENSOR_CORE = {"sm_80": "mma.sync", "sm_86": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "v_mfma"}
-SHARED = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -307,8 +306,6 @@ def test_float16_is_refused(device):
 
 def compile_all(arch: str, cases: list[tuple[str, str, str]]) -> None:
     """Print one JSON row per compiled kernel."""
-    import aot
-
     dense.accumulate = lambda *arguments, **options: None  # the library's product of what was never computed
     for dtype, layout, features in cases:
         (d, v), n, kind = LAYOUTS[layout], 256, DTYPES[dtype]
@@ -318,7 +315,7 @@ def compile_all(arch: str, cases: list[tuple[str, str, str]]) -> None:
         transform = LogitTransform(
             softcap=30.0 if "softcap" in features else None, temperature=numbers if "temperature" in features else 0.9
         )
-        with aot.compiling(arch) as compiled:
+        with compiling(arch) as compiled:
             one_pass.one_pass(
                 hidden,
                 weight,
@@ -332,7 +329,7 @@ def compile_all(arch: str, cases: list[tuple[str, str, str]]) -> None:
                 needs=Needs(True, False, bias is not None),
             )
         for name, kernel in compiled.values():
-            found = vars(aot.resources(name, kernel, arch))
+            found = vars(resources(name, kernel, arch))
             found["wide stores"] = kernel.asm.get("ptx", "").count("st.global.v4")
             print(json.dumps({"dtype": dtype, "layout": layout, "features": features, **found}), flush=True)
 
@@ -348,10 +345,10 @@ def compiled_rows(arch: str, cases: list[tuple[str, str, str]]) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-TARGETS = {"one case": ("sm_90", COMPILED[:1]), **{arch: (arch, COMPILED) for arch in TENSOR_CORE}}
+COMPILES = {"one case": (FULLEST, COMPILED[:1]), **{arch: (arch, COMPILED) for arch in TARGETS}}
 
 
-@pytest.mark.parametrize(("arch", "cases"), TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize(("arch", "cases"), COMPILES.values(), ids=COMPILES)
 def test_compiles(arch, cases):
     """No spills; tensor cores for 16 bits only; bulk copies where rows allow them; F stored 16 bytes at a time."""
     found = compiled_rows(arch, cases)
@@ -359,15 +356,15 @@ def test_compiles(arch, cases):
     assert len(tiled) == len(cases)
     for row in found:
         print(*(row[key] for key in ("dtype", "layout", "features", "name", "registers", "spilled", "shared")))
-        assert row["spilled"] == 0 and row["shared"] <= SHARED[arch] << 10, row
+        assert row["spilled"] == 0 and row["shared"] <= TARGETS[arch].shared, row
     for row in tiled:
         used = row["instructions"]
         if row["dtype"] == "bfloat16":
-            assert used[TENSOR_CORE[arch]] > 0, row
-            assert (used.get("tma", 0) > 0) == (arch in ("sm_90", "sm_100") and row["layout"] != "unaligned"), row
-        elif arch != "gfx942":
+            assert used[TARGETS[arch].tensor_core] > 0, row
+            assert (used.get("tma", 0) > 0) == (TARGETS[arch].copies == "tma" and row["layout"] != "unaligned"), row
+        elif TARGETS[arch].is_cuda:
             assert not any(used[name] for name in ("mma.sync", "wgmma", "tcgen05")), row
-        assert arch == "gfx942" or row["wide stores"] > 0, row
+        assert not TARGETS[arch].is_cuda or row["wide stores"] > 0, row
 
 
 if __name__ == "__main__":

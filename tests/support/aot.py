@@ -26,19 +26,35 @@ from triton.runtime.jit import JITFunction
 
 from lad_kernels.head.kernels import tile_table
 
+
+@dataclass(frozen=True)
+class Target:
+    """One architecture that kernels are compiled for, and what the tests expect of it."""
+
+    gpu: GPUTarget
+    processors: int  # as tile_table.probe would answer
+    shared: int  # bytes of shared memory that a kernel may take
+    tensor_core: str  # a key of Resources.instructions
+    copies: str = ""  # the same of copies into shared memory
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.gpu.backend == "cuda"
+
+
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_86": GPUTarget("cuda", 86, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 0, 163 << 10, "mma.sync", "cp.async"),
+    "sm_86": Target(GPUTarget("cuda", 86, 32), 0, 99 << 10, "mma.sync", "cp.async"),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 132, 227 << 10, "wgmma", "tma"),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 148, 227 << 10, "tcgen05", "tma"),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 0, 64 << 10, "v_mfma"),
 }
-PROCESSORS = {"sm_80": 0, "sm_86": 0, "sm_90": 132, "sm_100": 148, "gfx942": 0}  # as tile_table.probe would answer
+FULLEST = "sm_90"  # what is compiled for one target alone is compiled for this one
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel costs. On gfx942 `registers` counts VGPRs and `spilled` spilled VGPRs."""
+    """What one compiled kernel costs. On AMD `registers` counts VGPRs and `spilled` spilled VGPRs."""
 
     name: str
     registers: int
@@ -81,8 +97,8 @@ def compiling(arch: str) -> Iterator[dict]:
         compiled[kernel.hash] = (self.__name__, kernel)
         return kernel
 
-    driver.set_active(_Driver(TARGETS[arch]))
-    tile_table.probe = lambda device: tile_table.Device(arch, PROCESSORS[arch])
+    driver.set_active(_Driver(TARGETS[arch].gpu))
+    tile_table.probe = lambda device: tile_table.Device(arch, TARGETS[arch].processors)
     JITFunction.run = compile_only
     try:
         yield compiled
@@ -96,7 +112,7 @@ def _tool(name: str) -> str:
 
 def resources(name: str, kernel, arch: str) -> Resources:
     """Registers, spills, shared memory and counts of tensor-core and bulk-copy instructions."""
-    if arch == "gfx942":
+    if not TARGETS[arch].is_cuda:
         text = kernel.asm["amdgcn"]
         registers, spilled = (
             int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")

@@ -1,4 +1,4 @@
-"""The head in one pass against `reference` in float64, and what its kernels compile to.
+"""The head in one pass against `reference` in float64.
 
 Coefficients are an advantage times the ratio to an old policy, so they depend on the log-probabilities that the pass
 itself finds; the truth takes them from the float64 log-probabilities.
@@ -7,30 +7,20 @@ Rule, per region of lad_kernels/testing.py: float32 as there, log-probs included
 of 3.9e-6); 16-bit gradients at most PROMISE_MARGIN times the error of `rounded`, the formula in float64 with the
 roundings that the pass promises. That is 1.75 times the contract's error on most data, and up to 2.4 (5.5 for the bias)
 where coefficients of both signs cancel in a sum over tokens whose probabilities are alike, as in a flat policy.
-
-Run as a script this file compiles the kernels for one architecture and prints one JSON row per kernel, as
-test_compiles.py does for the other kernels.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-from aot import FULLEST, TARGETS, compiling, resources
 from torch import Tensor
 
 from lad_kernels import reference, testing
 from lad_kernels.head import flops
-from lad_kernels.head.kernels import dense, one_pass
+from lad_kernels.head.kernels import one_pass
 from lad_kernels.head.kernels.tile_table import Tiles
 from lad_kernels.head.records import LogitTransform, Needs
 
@@ -45,10 +35,6 @@ FEATURES = {
     "softcap": {"softcap": 4.0},
     "all": {"bias": True, "logit_scale": 0.7, "softcap": 9.0, "temperature": torch.linspace(0.5, 1.5, N)},
 }
-LAYOUTS = {"aligned": (2048, 151936), "odd V": (896, 50257), "unaligned": (897, 50257), "ragged": (1000, 50257)}
-RICH = "bias+softcap+entropy+temperature"
-COMPILED = [("bfloat16", layout, features) for layout in LAYOUTS for features in ("plain", RICH)]
-COMPILED += [("bfloat16", "aligned", "entropy"), ("float32", "aligned", RICH), ("float32", "unaligned", RICH)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -302,70 +288,3 @@ def test_float16_is_refused(device):
     case = make(device)
     with pytest.raises(ValueError, match="float16"):
         run(replaced(case, hidden=case.inputs.hidden.half(), weight=case.inputs.weight.half()))
-
-
-def compile_all(arch: str, cases: list[tuple[str, str, str]]) -> None:
-    """Print one JSON row per compiled kernel."""
-    dense.accumulate = lambda *arguments, **options: None  # the library's product of what was never computed
-    for dtype, layout, features in cases:
-        (d, v), n, kind = LAYOUTS[layout], 256, DTYPES[dtype]
-        hidden, weight = torch.empty(n, d, dtype=kind), torch.empty(v, d, dtype=kind)  # [N, D], [V, D]
-        targets, numbers = torch.zeros(n, dtype=torch.int64), torch.ones(n)  # [N], [N]
-        bias = torch.zeros(v, dtype=kind) if "bias" in features else None  # [V]
-        transform = LogitTransform(
-            softcap=30.0 if "softcap" in features else None, temperature=numbers if "temperature" in features else 0.9
-        )
-        with compiling(arch) as compiled:
-            one_pass.one_pass(
-                hidden,
-                weight,
-                targets,
-                bias,
-                transform,
-                numbers,
-                lambda rows, logprobs: logprobs[rows],
-                chunks=[slice(0, n)],
-                want_entropy="entropy" in features,
-                needs=Needs(True, False, bias is not None),
-            )
-        for name, kernel in compiled.values():
-            found = vars(resources(name, kernel, arch))
-            found["wide stores"] = kernel.asm.get("ptx", "").count("st.global.v4")
-            print(json.dumps({"dtype": dtype, "layout": layout, "features": features, **found}), flush=True)
-
-
-def compiled_rows(arch: str, cases: list[tuple[str, str, str]]) -> list[dict]:
-    """What `compile_all` prints, in a process of its own."""
-    root = Path(__file__).resolve().parents[2]
-    with tempfile.TemporaryDirectory() as cache:  # an empty cache: a hit would hide a compiler's complaint
-        environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
-        command = [sys.executable, __file__, arch, json.dumps(cases)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return [json.loads(line) for line in result.stdout.splitlines()]
-
-
-COMPILES = {"one case": (FULLEST, COMPILED[:1]), **{arch: (arch, COMPILED) for arch in TARGETS}}
-
-
-@pytest.mark.parametrize(("arch", "cases"), COMPILES.values(), ids=COMPILES)
-def test_compiles(arch, cases):
-    """No spills; tensor cores for 16 bits only; bulk copies where rows allow them; F stored 16 bytes at a time."""
-    found = compiled_rows(arch, cases)
-    tiled = [row for row in found if row["name"] == "_exponentials_kernel"]
-    assert len(tiled) == len(cases)
-    for row in found:
-        print(*(row[key] for key in ("dtype", "layout", "features", "name", "registers", "spilled", "shared")))
-        assert row["spilled"] == 0 and row["shared"] <= TARGETS[arch].shared, row
-    for row in tiled:
-        used = row["instructions"]
-        if row["dtype"] == "bfloat16":
-            assert used[TARGETS[arch].tensor_core] > 0, row
-            assert (used.get("tma", 0) > 0) == (TARGETS[arch].copies == "tma" and row["layout"] != "unaligned"), row
-        elif TARGETS[arch].is_cuda:
-            assert not any(used[name] for name in ("mma.sync", "wgmma", "tcgen05")), row
-        assert not TARGETS[arch].is_cuda or row["wide stores"] > 0, row
-
-
-if __name__ == "__main__":
-    compile_all(sys.argv[1], json.loads(sys.argv[2]) if sys.argv[2:] else COMPILED)

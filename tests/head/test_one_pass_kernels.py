@@ -165,12 +165,42 @@ def test_tiles(device, dtype):
     check(make(device, dtype, "bias", n=17, d=45), chunks=one)
 
 
+def test_more_tiles_than_are_added_at_once(device, monkeypatch):
+    """521 words are five tiles of 128, whose sums are added up two at a time."""
+    monkeypatch.setattr(one_pass, "_FINAL_TILES", 2)
+    check(make(device, "float32", n=17), tiles=Tiles(16, 128, 32, 2, 4, 2), chunks=[slice(0, 17)])
+
+
+def test_some_tokens_of_the_hidden_states(device):
+    """As a head on these tokens alone, bit for bit; the others get a gradient of zero."""
+    case, tokens = make(device, "bfloat16", "all", n=17), torch.arange(17, device=device).flip(0) * 2  # [M]
+    hidden = torch.full((40, D), float("nan"), dtype=torch.bfloat16, device=device)  # [N, D]
+    hidden[tokens] = case.inputs.hidden
+    chunks = [slice(0, 9), slice(9, 17)]
+    outputs, gradients = run(case, chunks=chunks)
+    everywhere = torch.zeros_like(hidden)
+    everywhere[tokens] = gradients.hidden
+    found = run(replaced(case, hidden=hidden), chunks=chunks, tokens=tokens)
+    same(found, (outputs, gradients._replace(hidden=everywhere)))
+
+
 @pytest.mark.parametrize("size", [1e-2, 30.0])
 def test_softcap_far_from_and_in_saturation(device, size):
     case, ones = make(device, "float32", "softcap", n=70), torch.ones(70, device=device)
     case = replaced(case, weight=case.inputs.weight * size, upstream=ones)
     case = dataclasses.replace(case, lse=truth_lse(case))
     check(case, chunks=[slice(0, 70)], prior=None, coefficients=lambda rows, logprobs: ones[rows])
+
+
+def test_a_common_part_of_all_logits_cancels(device):
+    """Logits about 3,000 that float32 holds exactly: results as about 0, since only differences are rounded."""
+    case = make(device, "float32", "bias", n=17)
+    grid = {name: (16 * getattr(case.inputs, name)).round() / 16 for name in ("hidden", "weight", "bias")}
+    options = dict(prior=None, chunks=[slice(0, 17)], coefficients=lambda rows, logprobs: case.advantages[rows])
+    near = run(replaced(case, **grid), **options)
+    far = run(replaced(case, **grid | {"bias": grid["bias"] + 3000}), **options)
+    for name in ("logprobs", "entropy", "dhidden", "dweight", "dbias"):
+        assert testing.relative_error(flat(far)[name], flat(near)[name]) <= testing.FP32_TOLERANCE, name
 
 
 def truth_lse(case: Case) -> Tensor:

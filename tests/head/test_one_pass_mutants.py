@@ -1,0 +1,122 @@
+"""Planted bugs of the one pass in Triton: each edits one line of real source and must be caught."""
+
+from __future__ import annotations
+
+import pytest
+import test_one_pass_kernels as tests
+from test_mutants import mutate
+from test_one_pass_kernels import Tiles, check, make
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy under the interpreter: NaN of a bug
+CHUNKS = (slice(0, 16), slice(16, 21))
+
+
+def check_features(device, dtype, features="all", **options) -> None:
+    check(make(device, dtype, features, n=21), chunks=CHUNKS, **options)
+
+
+def check_peaked(device, dtype) -> None:
+    check(make(device, dtype, "bias", n=21, d=80, v=600, entropy=0.4), chunks=CHUNKS)
+
+
+def check_whole_blocks(device) -> None:
+    """Three blocks in tiles of two, so that the last block of the last tile lies beyond V."""
+    check(make(device, "bfloat16", n=17, d=33, v=384), tiles=Tiles(16, 256, 32, 2, 4, 2), chunks=[slice(0, 17)])
+
+
+CHECKS = {
+    "float32": lambda device, _: check_features(device, "float32"),
+    "bfloat16": lambda device, _: check_features(device, "bfloat16"),
+    "no prior": lambda device, _: check_features(device, "bfloat16", "plain", prior=None),
+    "peaked": lambda device, _: check_peaked(device, "float32"),
+    "whole blocks": lambda device, _: check_whole_blocks(device),
+    "many tiles": tests.test_more_tiles_than_are_added_at_once,
+    "some tokens": lambda device, _: tests.test_some_tokens_of_the_hidden_states(device),
+    "common part": lambda device, _: tests.test_a_common_part_of_all_logits_cancels(device),
+    "range": lambda device, _: tests.test_out_of_range(device, "bfloat16"),
+    "absent target": lambda device, _: tests.test_absent_target(device, "softcap"),
+    "NaN": lambda device, _: tests.test_nan_stays_with_its_token(device),
+    "chunks": lambda device, _: tests.test_a_token_does_not_depend_on_its_chunk(device, "bfloat16"),
+}
+KERNELS = {  # bug: check that shows it, source, mutant
+    "bias forgotten": ("float32", "raw += biases(", "raw += 0.0 * biases("),
+    "columns beyond V counted": ("no prior", "d = tl.where(in_v[None, :], d, -1e30)", "d = d"),
+    "blocks beyond V counted": ("whole blocks", "* _BLOCK < V  # [parts]", "* _BLOCK < 2 * V  # [parts]"),
+    "rows' own scaling forgotten in F": ("common part", "(e * (slope * scaling))", "(e * slope)"),
+    "rows' own scaling forgotten in the sums": (
+        "common part",
+        "total * tl.reshape(scaling, (BLOCK_N,)), mask",
+        "total, mask",
+    ),
+    "slope forgotten": ("float32", "(e * (slope * scaling))", "(e * scaling)"),
+    "rounding of the level in the entropy": ("common part", "- total * tl.reshape(r, (BLOCK_N,))", "- total * 0.0"),
+    "natural and binary logarithms mixed": (
+        "float32",
+        "* tl.reshape(scaling, (BLOCK_N,)) * LN_2",
+        "* tl.reshape(scaling, (BLOCK_N,))",
+    ),
+    "last tile left out": ("no prior", "(at[:, None] < tiles) & inside", "(at[:, None] < tiles - 1) & inside"),
+    "sums of the last tiles alone": ("many tiles", "total += tl.load(sums", "total = tl.load(sums"),
+    "entropy of the last tiles alone": ("many tiles", "moment += tl.load(moments", "moment = tl.load(moments"),
+    "entropy's sign": ("no prior", "log_total - tl.sum(moment, axis=0)", "log_total + tl.sum(moment, axis=0)"),
+    "shift missing in lse": ("no prior", "tl.store(lse + rows, s + log_total", "tl.store(lse + rows, log_total"),
+    "NaN becomes zero": ("NaN", "tl.where(logp > 0, 0.0, logp)", "tl.where(logp < 0, logp, 0.0)"),
+}
+HOST = {
+    "prior of the first chunk": ("range", "z_y - prior[rows].float()", "z_y - prior[: len(z_y)].float()"),
+    "temperature of the first chunk": (
+        "float32",
+        "self.transform, self.rows.start, self.rows.stop",
+        "self.transform, 0, self.rows.stop - self.rows.start",
+    ),
+    "targets of the first chunk": ("no prior", "weight, targets[rows], bias", "weight, targets[: len(states)], bias"),
+    "coefficients one chunk late": (
+        "no prior",
+        "c = coefficients(rows, outputs.logprobs)  # [C]",
+        "c = coefficients(slice(0, len(f)), outputs.logprobs)",
+    ),
+    "coefficients from log-probs that move": (
+        "chunks",
+        "coefficients(rows, outputs.logprobs)",
+        "coefficients(rows, outputs.logprobs[rows])",
+    ),
+    "sum of exponentials forgotten": ("no prior", "r = -c / row_sums[rows]", "r = -c"),
+    "dW of the last chunk": ("no prior", "scaled, first=rows.start == 0", "scaled, first=True"),
+    "dbias of the last chunk": ("float32", "pair, first=False", "pair, first=True"),
+    "dbias from coefficients of 8 bits": ("bfloat16", "(r - high).to(f.dtype)]", "0 * high]"),
+    "dH not scaled": ("no prior", "dh_chunk.mul_(r[:, None])", "dh_chunk"),
+    "hidden states of the first tokens": ("some tokens", "at = rows if tokens is None else tokens[rows]", "at = rows"),
+    "confidence forgotten": (
+        "no prior",
+        "row_sums[rows] * torch.expm1(outputs.logprobs[rows]) * slope",
+        "-row_sums[rows] * slope",
+    ),
+    "slope forgotten at the target, 16 bits": (
+        "bfloat16",
+        "torch.expm1(outputs.logprobs[rows]) * slope",
+        "torch.expm1(outputs.logprobs[rows])",
+    ),
+    "slope forgotten at the target": (
+        "float32",
+        "f.gather(1, column)[:, 0] - row_sums[rows] * slope",
+        "f.gather(1, column)[:, 0] - row_sums[rows]",
+    ),
+    "one-hot added": ("no prior", "f.scatter_(1, column,", "f.scatter_add_(1, column,"),
+    "softcap's slope": ("float32", "factor / x.cosh().square()", "factor / x.cosh()"),
+    "absent target": ("absent target", "torch.where(raw > -torch.inf, z, raw), factor", "z, factor"),
+    "too large sums accepted": ("range", " | (row_sums > _LARGEST_SUM)", ""),
+    "too small sums accepted": ("range", "(row_sums < 1 / _LARGEST_SUM) | ", ""),
+}
+
+
+@pytest.mark.parametrize("bug", [*KERNELS, *HOST])
+def test_bug_in_the_one_pass_is_caught(bug, monkeypatch, tmp_path, device):
+    name, old, new = (KERNELS | HOST)[bug]
+    monkeypatch.setattr(tests, "one_pass", mutate("head/kernels/one_pass.py", old, new, tmp_path))
+    with pytest.raises((AssertionError, TypeError)):
+        CHECKS[name](device, monkeypatch)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_one_pass_without_a_bug_passes(name, device, monkeypatch):
+    CHECKS[name](device, monkeypatch)

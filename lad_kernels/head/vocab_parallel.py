@@ -154,13 +154,14 @@ class ShardedHead(Head):
         ends = torch.tensor(list(itertools.accumulate(self.shard.rows)), device=lse_r.device)  # [R]
         owner = torch.bucketize(self.targets, ends, right=True)[None]  # [1, M]
         top = lse_r.amax(0)  # [M]
-        log_mass = ((lse_r - top) + rest_r).logsumexp(0)  # [M]
+        above = (lse_r - top) + rest_r  # [R, M] lse_r over the largest one
+        log_mass = above.logsumexp(0)  # [M]
         lse = top + log_mass  # [M]
         beyond = ((lse_r - lse_r.gather(0, owner)) + (rest_r - rest_r.gather(0, owner))).logsumexp(0)  # lse - lse_owner
         logprobs = (logprobs_r.gather(0, owner)[0] - beyond).clamp(max=0.0)
         entropy = None
         if want_entropy:
-            log_share = (lse_r - top) - log_mass  # [R, M]
+            log_share = above - log_mass  # [R, M]
             share = log_share.exp()
             entropy = torch.where(share > 0, share * (parts[:, 3] - log_share), 0.0).sum(0)  # [M]
         return HeadForward(logprobs, lse, entropy, None, log_mass - (lse - top))

@@ -117,6 +117,17 @@ def ranks_agree_bitwise() -> None:
         assert all(torch.equal(x, other) for other in whole(x[None]))
 
 
+def a_common_part_of_all_logits_cancels() -> None:
+    """Logits about 3,000 that float32 holds exactly: results as about 0, since no large numbers are subtracted."""
+    inputs = make_inputs(20, 16, 40, bias=True)
+    grid = {name: (16 * getattr(inputs, name)).round() / 16 for name in ("hidden", "weight", "bias")}
+    near = replace(inputs, **grid)
+    far = replace(near, bias=near.bias + 3000)
+    near, far = (sharded_run(x, splits(40)[0], inputs.upstream, "torch") for x in (near, far))
+    for name in ("logprobs", "entropy", "dhidden", "dweight", "dbias"):
+        assert relative_error(getattr(far, name), getattr(near, name)) <= FP32_TOLERANCE, name
+
+
 def everything_masked() -> None:
     inputs = make_inputs(20, 16, 40, bias=True)
     inputs = replace(inputs, loss_mask=torch.zeros(20, dtype=torch.bool))
@@ -245,6 +256,8 @@ def refusals() -> None:
         call(h[: 8 - rank], w, y[: 8 - rank])
     with pytest.raises(ValueError, match=r"the same target_ids on every rank, got .* on ranks \[0\] and \[1"):
         call(h, w, (y + rank) % 10)
+    with pytest.raises(ValueError, match="the same target_ids"):  # in another order
+        call(h, w, y.flip(0) if rank == 0 else y)
     with pytest.raises(ValueError, match="the same arguments that need a gradient"):
         call(h, w.clone().requires_grad_(rank == 0), y)
     with pytest.raises(ValueError, match="the same dtype"):
@@ -313,6 +326,7 @@ CASES = [
     heads_in_triton,
     heads_in_chunks,
     ranks_agree_bitwise,
+    a_common_part_of_all_logits_cancels,
     everything_masked,
     vocabulary_parallel_losses,
     refusals,

@@ -41,6 +41,15 @@ def test_the_cheapest_path_is_taken(work):
         assert times[picked] <= 1.01 * min(times.values())
 
 
+def test_whole_tokens_cost_what_they_cost_in_the_dense_backward():
+    """Nine tokens of ten are whole: as pairs they would be dearer than the dense backward of all."""
+    work = Work(2048, 896, 151_936, 4, "cpu")
+    dense = 9 * work.tokens // 10
+    pairs = dense * work.blocks + work.tokens
+    assert dispatch.takes_routed(work, work.tokens, pairs, dense, backward="auto")
+    assert not dispatch.takes_routed(work, work.tokens, pairs, 0, backward="auto")
+
+
 def test_the_call_looks_where_it_matters_and_costs_little():
     def looks(work: Work, theta: float = 3e-4, backward: str = "auto", known: bool = True) -> bool:
         return dispatch.needs_sample(work, Sparsity(theta, True, backward), all_active=known)
@@ -59,6 +68,9 @@ def test_the_call_looks_where_it_matters_and_costs_little():
     assert not looks(work, 3e-4, "routed")
     assert not looks(dataclasses.replace(work, tokens=512))  # reading W alone costs more than it may
     assert not looks(dataclasses.replace(work, tokens=0))
+    chunked = Work(8192, 4096, 262_144, 4, "cuda")  # whose one pass adds up a float32 dW over many chunks
+    assert cost.sample(chunked) <= dispatch.SAMPLE_COST * cost.one_pass(chunked)
+    assert not looks(chunked)  # two passes are faster whatever a sample says
     exact = Work(2048, 896, 151_936, 4, "cpu")
     assert not looks(exact, 0.0, known=False)  # one pass drops what two passes drop
     assert looks(exact, 3e-4, known=False)
@@ -77,6 +89,7 @@ def test_what_is_asked_for_is_done():
         with dispatch.force(path):
             assert dispatch.takes_one_pass(work, ROUTABLE) == (path == "one_pass")
             assert may_route(3e-4, "auto") == (path == "routed")
+    assert not dispatch.takes_routed(work, 100, 100 * work.blocks, 0, backward="auto")  # as before `force`
     with pytest.raises(ValueError, match="'two_pass'"), dispatch.force("two-pass"):
         pass
 
@@ -138,6 +151,8 @@ def test_why_names_the_path_and_its_cost():
     routed = dispatch.why(*shape, device="cpu", dtype=torch.bfloat16, kept_share=0.01)
     assert "routed, 1.0% of pairs kept" in routed
     assert "2.06 N D V" in routed
+    half = dispatch.why(*shape, device="cpu", dtype=torch.bfloat16, kept_share=0.01, live_share=0.5)
+    assert "2.03 N D V" in half
     flat = dispatch.why(*shape, device="cpu", dtype=torch.bfloat16, kept_share=0.9, one_pass=True)
     assert "one pass" in flat
     exact = dispatch.why(*shape, device="cpu", dtype=torch.float32, live_share=0.4)

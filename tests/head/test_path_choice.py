@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from contextlib import nullcontext
 
 import pytest
 import torch
-from test_paths import B, D, M, T, V, batch, fresh, run  # noqa: F401  (fresh is a fixture)
+from test_paths import LIVE, B, D, M, T, V, batch, fresh, run  # noqa: F401  (fresh is a fixture)
 from torch import Tensor
 
 from lad_kernels import GRPOConfig, LADConfig, linear_grpo_loss, linear_lad_loss
-from lad_kernels.head import cost, dispatch, flops, memory
+from lad_kernels.head import cost, dispatch, flops, memory, plan
+from lad_kernels.head.head import Head
+from lad_kernels.head.records import LogitTransform, Needs
+from lad_kernels.testing import make_inputs
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -51,6 +55,43 @@ def test_looking_tells_what_routing_keeps(impl, tail, device, monkeypatch):
     assert shares.active == pytest.approx(live)
     assert 0.05 < routed / live < 0.9
     assert shares.density * live == pytest.approx(routed.item(), rel=0.1)
+
+
+def test_the_sample_is_spread_over_the_tokens(monkeypatch):
+    """The second half of the tokens has a gradient, and so has half of a sample."""
+    inputs, told = batch(0.5), []
+    inputs |= {"advantages": (torch.arange(B) >= B // 2).double(), "loss_mask": None}
+    monkeypatch.setattr(dispatch, "needs_sample", lambda *arguments, **options: True)
+    monkeypatch.setattr(dispatch, "takes_one_pass", lambda work, sparsity, shares: told.append(shares))
+    run(linear_grpo_loss, inputs, torch.float32, config=GRPOConfig(tail_mass=0.0, epsilon_low=9, epsilon_high=9))
+    assert [shares.active for shares in told] == [0.5]
+
+
+def test_chunks_of_whole_sequences():
+    """As few as may be of at most 30 tokens (`fresh`); no chunks where a sequence alone is longer."""
+    x = make_inputs(100, D, V)
+    whole = Head(x.hidden, x.weight, x.targets, None, LogitTransform(), triton=False)
+    needs = Needs(True, True, False)
+    for bounds, expected in (
+        ([0, 20, 30, 40, 69, 70, 100], [0, 30, 40, 70, 100]),
+        ([0, 30, 60, 90, 100], [0, 30, 60, 90, 100]),
+        ([0, 20, 51, 80, 100], None),
+        (None, [0, 30, 60, 90, 100]),
+    ):
+        chunks = plan.one_pass_chunks(whole, needs, None if bounds is None else torch.tensor(bounds))
+        assert chunks == (expected and [slice(*pair) for pair in itertools.pairwise(expected)])
+
+
+@pytest.mark.parametrize("frozen", ["hidden_states", "lm_head_weight"])
+def test_products_of_what_is_frozen_are_not_counted(frozen):
+    inputs = batch() | {"bias": None}
+    inputs = {
+        k: v.requires_grad_() if k in {"hidden_states", "lm_head_weight"} - {frozen} else v for k, v in inputs.items()
+    }
+    with dispatch.force("two_pass"), flops.counting() as tally:
+        out = linear_grpo_loss(**inputs, config=GRPOConfig(epsilon_low=9, epsilon_high=9))
+        out.loss.backward()
+    assert out.metrics["head_flops"] == tally[0] == (2 * (M - 3) + 4 * LIVE) * D * V
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

@@ -6,8 +6,9 @@ have twice the error of the same formula in float32 cast once to the promised dt
 float32 this counts where products cancel, PTX for sm_90: 2.3e-6 of 4.8e-6), per region, so that no region hides behind
 another: dH, rows of dW that are targets, rows that are not, db. What must not round is compared bitwise.
 
-Shapes cross what they must at the default tiles: 261 tokens = two tiles of 128 + 5; 521 words, a prime, = two tiles of
-256 + 9; 80 features = two steps of 32 + 16. Smaller tiles appear where the edge is the point.
+Shapes cross what they must at the default tiles: two full tiles of tokens, two of the vocabulary and a step of
+features, each with a remainder (CROSSES; test_tile_edges.py compares it with the tables). Smaller tiles appear where
+the edge is the point.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from head_formula import (
     FLOAT32_LIMIT,
     D,
     Inputs,
-    N,
     V,
     error,
     formula,
@@ -110,11 +110,8 @@ def check(inputs: Inputs, tiles=None, **options) -> None:
 
 @pytest.mark.parametrize(("dtype", "features"), FEATURE_CASES)
 def test_forward_and_backward_match_float64(device, dtype, features):
-    """Default tiles, two full tiles and a remainder along every axis."""
-    inputs = make(device, DTYPES[dtype], features)
-    tiles = tile_table.tiles_for(inputs.hidden, inputs.weight, inputs.bias, inputs.transform)
-    assert min(N / tiles.block_n, V / tiles.block_v) > 2, "the shape no longer crosses two full tiles"
-    check(inputs)
+    """Default tiles, whose edges are crossed along every axis."""
+    check(make(device, DTYPES[dtype], features))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -27,7 +27,10 @@ from lad_kernels.head.records import LogitTransform, Needs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROMISE_MARGIN = 1.05
 N, D, V = 150, 48, 521
-CHUNKS = (slice(0, 37), slice(37, 133), slice(133, 150))
+CHUNKS = (slice(0, 133), slice(133, 150))
+SMALL_CHUNKS = (slice(0, 6), slice(6, 11), slice(11, 17))
+# Full default tiles in front of a remainder, at least; N in the longest chunk. See test_tile_edges.py.
+CROSSES = dict(N=1, V=2)
 FEATURES = {
     "plain": {},
     "bias": {"bias": True},
@@ -166,9 +169,9 @@ def test_tiles(device, dtype):
 
 
 def test_more_tiles_than_are_added_at_once(device, monkeypatch):
-    """521 words are five tiles of 128, whose sums are added up two at a time."""
+    """521 words are five tiles of 128, whose sums are added up two at a time; the tokens are three chunks."""
     monkeypatch.setattr(one_pass, "_FINAL_TILES", 2)
-    check(make(device, "float32", n=17), tiles=Tiles(16, 128, 32, 2, 4, 2), chunks=[slice(0, 17)])
+    check(make(device, "float32", n=17), tiles=Tiles(16, 128, 32, 2, 4, 2), chunks=SMALL_CHUNKS)
 
 
 def test_some_tokens_of_the_hidden_states(device):

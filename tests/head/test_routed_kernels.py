@@ -1,9 +1,9 @@
 """The routed backward's kernels against the formula in float64 with the pieces of dropped pairs set to zero.
 
 Allowances are those of head_formula.py, per region: in float32 2e-6 (measured: 1e-7 to 8e-7, with a single feature
-1.4e-6) or, as in 16 bits, twice the error of the same formula in float32 cast once (measured: up to 1.9 times). 70
-tokens = an item of 64 pairs and 6 more of every block; 521 words = four blocks and one of 9; 67 features = a step of 64
-and 3.
+1.4e-6) or, as in 16 bits, twice the error of the same formula in float32 cast once (measured: up to 1.9 times). Shapes
+cross a full item of pairs, two blocks of the vocabulary and, but for D, a tile of features, each with a remainder
+(CROSSES; test_tile_edges.py compares it with the tables).
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ from lad_kernels.head.kernels.routed.work import RoutedTiles, Schedule, Work
 from lad_kernels.head.records import BLOCK, GradientSums, HeadGradients, LogitGradient, Needs, Routing
 
 N, D, V = 70, 48, 521
+UNALIGNED, ALIGNED = 67, 144  # other hidden sizes: 16-bit rows read element by element, and 16 bytes at a time
+# By hidden size: full default tiles in front of a remainder, at least. See test_tile_edges.py.
+CROSSES = {D: dict(N=1, V=2), UNALIGNED: dict(N=1, D=1, V=2), ALIGNED: dict(N=1, D=1, V=2)}
 SMALL = RoutedTiles(16, Schedule(64, 4, 1), Schedule(64, 4, 1), Schedule(64, 4, 1))
 NEEDS = Needs(True, True, True)
 
@@ -133,11 +136,17 @@ def test_all_pairs_give_the_whole_gradient(device, dtype, features):
     check(inputs, route(inputs))
 
 
+def test_several_steps_of_features(device):
+    """Rows that are read 16 bytes at a time, longer than a tile of any product."""
+    inputs = inputs_of(device, "bfloat16", d=ALIGNED)
+    check(inputs, route(inputs, 0.6))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dense", [0.0, 0.3])
 def test_some_pairs_and_some_whole_tokens(device, dtype, dense):
     """Pairs with a scale of their own; some tokens take all blocks, some none."""
-    inputs = inputs_of(device, dtype, FEATURES, d=67)
+    inputs = inputs_of(device, dtype, FEATURES, d=UNALIGNED)
     routing = route(inputs, 0.4, dense, scaled=True)
     assert (factors(routing, N, V) == 0).all(1).any(), "every token has a pair"
     assert bool(len(routing.dense)) == bool(dense)
@@ -148,7 +157,7 @@ def test_some_pairs_and_some_whole_tokens(device, dtype, dense):
 def test_the_library_multiplies_many_whole_tokens(device, dtype, monkeypatch):
     """Their float32 dW is what the pairs' is added to, before it is rounded once."""
     monkeypatch.setattr(routed, "_JOINT", 0)
-    inputs = inputs_of(device, dtype, FEATURES, d=67)
+    inputs = inputs_of(device, dtype, FEATURES, d=UNALIGNED)
     check(inputs, route(inputs, 0.4, 0.3, scaled=True))
 
 
@@ -280,7 +289,7 @@ def test_only_what_is_needed_is_computed(device, dense, atomics):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dense", [0.0, 0.3])
 def test_atomics(device, dtype, dense):
-    inputs = inputs_of(device, dtype, FEATURES, d=67)
+    inputs = inputs_of(device, dtype, FEATURES, d=UNALIGNED)
     for workspace in (512 << 20, 1):
         check(inputs, route(inputs, 0.5, dense), atomics=True, workspace_bytes=workspace)
 

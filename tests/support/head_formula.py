@@ -13,11 +13,8 @@ from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitTra
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOAT32_LIMIT = 2e-6
 CONTRACT_FACTOR = 2.0
-N, D, V = (
-    261,
-    80,
-    521,
-)  # two tiles of 128 tokens and 5, two of 256 vocabulary entries and 9, two steps of 32 features and 16
+N, D, V = 261, 80, 521
+CROSSES = dict(N=2, D=1, V=2)  # full default tiles in front of a remainder, at least: see test_tile_edges.py
 FEATURES = ("bias", "scale", "softcap", "temperature")
 FEATURE_CASES = [(dtype, features) for dtype in DTYPES for features in ((), FEATURES)]
 FEATURE_CASES += [("bfloat16", (feature,)) for feature in FEATURES]

@@ -93,9 +93,7 @@ def needs_sample(work: Work, sparsity: Sparsity, *, all_active: bool) -> bool:
     routable = sparsity.threshold > 0 and sparsity.backward == "auto"
     if not routable and (all_active or work.architecture == "cpu"):
         return False  # where no token is routed, PyTorch's one pass drops what its two passes drop
-    one_pass = cost.one_pass(work)
-    worth = cost.sample(work) <= SAMPLE_COST * one_pass
-    return worth and one_pass < cost.score(work) + cost.dense(work, work.tokens)
+    return cost.sample(work) <= SAMPLE_COST * cost.one_pass(work)
 
 
 def takes_one_pass(work: Work, sparsity: Sparsity, shares: Shares = Shares()) -> bool:

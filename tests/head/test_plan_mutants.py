@@ -113,12 +113,15 @@ DISPATCH = {
     "dead tokens counted": ("model", "active = work.tokens * shares.active", "active = work.tokens"),
     "density assumed, not seen": ("model", "work.blocks * shares.density", "work.blocks * DENSITY"),
     "whole tokens as pairs": ("whole tokens", "pairs - dense * work.blocks, dense, active)", "pairs, 0, active)"),
-    "a sample that is too dear": ("worth", "return worth and one_pass", "return one_pass"),
-    "a sample where nothing depends on it": ("worth", 'and (all_active or work.device == "cpu")', "and all_active"),
-    "a sample where one pass cannot win": (
+    "a sample that is too dear": (
         "worth",
-        "return worth and one_pass < cost.score(work) + cost.dense(work, work.tokens)",
-        "return worth",
+        "return cost.sample(work) <= SAMPLE_COST * cost.one_pass(work)",
+        "return True",
+    ),
+    "a sample where nothing depends on it": (
+        "worth",
+        'and (all_active or work.architecture == "cpu")',
+        "and all_active",
     ),
     "one pass whatever is forced": ("asked", '_forced.get() == "one_pass"', '_forced.get() != "two_pass"'),
     "force does not end": ("asked", "_forced.reset(token)", "pass"),

@@ -22,7 +22,7 @@ test-all: $(VENV)/.test
 
 # While you work, in two minutes: linters, types, and the PyTorch paths of the package without any framework.
 INTERPRETED := triton or kernel or compiles or mutants or benchmarks or gpu_session or memory or scoring or flags or checkpoints or soak
-FAST := tests/head tests/objective tests/loss tests/repository/test_architecture.py
+FAST := tests/head tests/objective tests/loss tests/repository/test_architecture.py tests/repository/test_extensions.py
 test-fast: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n 2 -m 'not slow' -k 'not ($(INTERPRETED) or distributed or oracles or fuzz)' $(FAST) $(ARGS)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from divergence_facts import COEFFICIENT_AT_ZERO
@@ -118,42 +115,3 @@ def test_ppo_coefficients(config):
         start = grpo_terms(config, d, torch.zeros_like(d), adv)[0].loss
         torch.testing.assert_close(terms.above_start, terms.loss - start, rtol=1e-10, atol=1e-12)
         assert not (clipped & (terms.coef != 0)).any()
-
-
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = DIVERGENCES[5]  # one that no test, program or page takes as its example
-TOUCHED = {
-    "lad_kernels/objective/config.py",  # the key
-    "lad_kernels/objective/divergences.py",
-    "lad_kernels/objective/kernels/divergences.py",
-    "lad_kernels/reference_objective.py",
-    "tests/support/divergence_facts.py",
-}
-
-
-def files_naming(key: str, root: Path) -> set[str]:
-    """Files of code and prose in which `key` stands as a word; measurements and history do not count."""
-    folders = [root / name for name in ("lad_kernels", "integration", "benchmarks", "tests", "docs")]
-    files = [p for folder in folders for p in folder.rglob("*") if p.suffix in (".py", ".md", ".sh")] + [
-        *root.glob("*.md")
-    ]
-    files = [
-        p
-        for p in files
-        if p.name not in ("RESULTS.md", "results.md", "LOG.md", "CHANGELOG.md") and "runs" not in p.parts
-    ]
-    return {p.relative_to(root).as_posix() for p in files if re.search(rf"\b{key}\b", p.read_text())}
-
-
-def test_a_divergence_is_named_in_five_files_of_code_and_at_most_two_of_prose():
-    """CONTRIBUTING says which; a list of names elsewhere derives from DIVERGENCES."""
-    found = files_naming(EXAMPLE, ROOT)
-    assert {name for name in found if not name.endswith(".md")} == TOUCHED
-    assert len(found) <= 7, found
-
-
-def test_a_list_of_names_elsewhere_is_found(tmp_path):
-    planted = tmp_path / "benchmarks" / "more.py"
-    planted.parent.mkdir()
-    planted.write_text(f'NAMES = ("js", "{EXAMPLE}")')
-    assert files_naming(EXAMPLE, tmp_path) == {"benchmarks/more.py"}

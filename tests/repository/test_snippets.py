@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import tomllib
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
 
@@ -22,11 +21,11 @@ from pages import PAGES, ROOT, Snippet, section, snippets, snippets_of
 pytest.importorskip("transformers", reason="needs the train extra: transformers; lost: the snippets of all pages")
 pytest.importorskip("jsonargparse", reason="needs the cli extra: jsonargparse; lost: the snippets of all pages")
 
-from adapter_stubs import put, stub_torchtitan
+from adapter_checks import put
+from test_torchtitan import stub
 
 import lad_kernels
 from lad_kernels import GRPOConfig, LADConfig, cli, doctor, linear_grpo_loss, linear_lad_loss
-from lad_kernels.frameworks.prime_rl import prime_rl_lad_loss
 from lad_kernels.frameworks.transformers import attach_fused_head
 
 CODE = snippets("python")
@@ -130,7 +129,7 @@ def test_snippet_runs_as_it_stands(snippet: Snippet, tmp_path, monkeypatch):
             num_chunks: int
             loss_fn: object
 
-        stub_torchtitan(monkeypatch)
+        stub(monkeypatch)
         stubs = importlib.import_module("torchtitan.components.loss")
         put(monkeypatch, stubs.__name__, **vars(stubs) | {"ChunkedLossWrapper": SimpleNamespace(Config=Config)})
     needed = set(packages_of(snippet.source))
@@ -151,19 +150,6 @@ def test_snippet_runs_as_it_stands(snippet: Snippet, tmp_path, monkeypatch):
 def test_a_name_that_nobody_defined_is_caught():
     with pytest.raises(NameError, match="hidden"):
         Snippet("docs/losses.md", 1, "python", "loss = hidden.sum()\n").run()
-
-
-def test_prime_rl_configuration():
-    (snippet,) = snippets_of("docs/frameworks/others.md", "toml")
-    loss = tomllib.loads(snippet.source)["trainer"]["loss"]
-    assert loss["import_path"] == f"{prime_rl_lad_loss.__module__}.{prime_rl_lad_loss.__name__}"
-    assert LADConfig(**loss["kwargs"]).eta == 0.25
-
-
-def test_slime_configuration():
-    (snippet,) = snippets_of("docs/frameworks/others.md", "yaml")
-    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed; lost: slime's configuration on its page")
-    assert LADConfig(**yaml.safe_load(snippet.source)["lad"]).eta == 0.25
 
 
 def commands(source: str) -> list[list[str]]:

@@ -40,11 +40,11 @@ docs/cli
 ```{toctree}
 :hidden:
 :caption: Frameworks
+:glob:
 docs/frameworks/transformers
 docs/frameworks/trl
 docs/frameworks/verl
-docs/frameworks/others
-docs/frameworks/distributed
+docs/frameworks/*
 ```
 ```{toctree}
 :hidden:

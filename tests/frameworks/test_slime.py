@@ -105,7 +105,7 @@ def test_says_what_is_missing_without_its_framework(monkeypatch):
 
 
 def test_configuration_of_the_page():
-    (snippet,) = snippets_of("docs/frameworks/others.md", "yaml")
+    (snippet,) = snippets_of("docs/frameworks/slime.md", "yaml")
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed; lost: slime's configuration on its page")
     assert LADConfig(**yaml.safe_load(snippet.source)["lad"]).eta == 0.25
 

@@ -32,6 +32,12 @@ from lad_kernels.objective.config import DIVERGENCES
 ADAPTER = "lad_kernels.frameworks.torchtitan"
 
 
+@dataclass
+class WrapperConfig:
+    num_chunks: int
+    loss_fn: object
+
+
 def stub(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The adapter beside the stub."""
 
@@ -40,11 +46,20 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         class Config:
             pass
 
+    class ChunkedLossWrapper:
+        Config = WrapperConfig
+
     def compute_logprobs(logits, labels):
         return logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
 
-    put(monkeypatch, "torchtitan.components.loss", BaseLoss=BaseLoss, compute_logprobs=compute_logprobs)
+    members = {"BaseLoss": BaseLoss, "ChunkedLossWrapper": ChunkedLossWrapper, "compute_logprobs": compute_logprobs}
+    put(monkeypatch, "torchtitan.components.loss", **members)
     return fresh(monkeypatch, ADAPTER)
+
+
+def check_snippet(names: dict) -> None:
+    """What the snippet of the page has to have done."""
+    assert names["LADLoss"](names["loss"].loss_fn).config == LADConfig(eta=0.25)
 
 
 @pytest.fixture

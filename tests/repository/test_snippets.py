@@ -10,8 +10,10 @@ import re
 import shlex
 import shutil
 import subprocess
-from dataclasses import dataclass, fields
-from types import SimpleNamespace
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -20,9 +22,6 @@ from pages import PAGES, ROOT, Snippet, section, snippets, snippets_of
 
 pytest.importorskip("transformers", reason="needs the train extra: transformers; lost: the snippets of all pages")
 pytest.importorskip("jsonargparse", reason="needs the cli extra: jsonargparse; lost: the snippets of all pages")
-
-from adapter_checks import put
-from test_torchtitan import stub
 
 import lad_kernels
 from lad_kernels import GRPOConfig, LADConfig, cli, doctor, linear_grpo_loss, linear_lad_loss
@@ -87,29 +86,39 @@ def check_vocabulary(names: dict) -> None:
     assert near(names["rows"].grad, rows.grad)
 
 
-def check_torchtitan(names: dict) -> None:
-    assert names["LADLoss"](names["loss"].loss_fn).config == LADConfig(eta=0.25)
-
-
 def check_readme(names: dict) -> None:
     assert callable(names["grpo_step"])  # test_readme.py calls it
 
 
-CHECKS = {  # what each snippet has to have done, page by page in the order of its snippets
+# What each snippet has to have done, page by page in the order of its snippets. The page of an adapter that is tested
+# beside a stub of its framework has one snippet at most, and its test file the stub and the check.
+CHECKS = {
     "README.md": [check_readme, check_readme],
     "docs/losses.md": [check_losses],
     "docs/sparsity.md": [check_sparsity],
     "docs/frameworks/transformers.md": [check_transformers],
     "docs/frameworks/trl.md": [check_trl],
     "docs/frameworks/distributed.md": [check_fsdp2, check_vocabulary],
-    "docs/frameworks/others.md": [check_torchtitan],
 }
 
 
+def adapter_tests(page: str) -> ModuleType:
+    """tests/frameworks/test_NAME.py of docs/frameworks/NAME.md."""
+    assert Path(page).parent == Path("docs/frameworks"), f"CHECKS lacks {page}"
+    return importlib.import_module(f"test_{Path(page).stem}")
+
+
+def checks_of(page: str) -> list[Callable[[dict], None]]:
+    return CHECKS.get(page) or [adapter_tests(page).check_snippet]
+
+
 def test_every_snippet_has_a_check():
-    assert {page: len(checks) for page, checks in CHECKS.items()} == {
-        page: len(snippets_of(page, "python")) for page in dict.fromkeys(s.page for s in CODE)
-    }
+    pages = {snippet.page for snippet in CODE}
+    assert CHECKS.keys() <= pages
+    for page in pages:
+        assert len(checks_of(page)) == len(snippets_of(page, "python")), page
+    with pytest.raises(ModuleNotFoundError, match="test_planted"):
+        checks_of("docs/frameworks/planted.md")
 
 
 def packages_of(source: str) -> set[str]:
@@ -122,20 +131,12 @@ def packages_of(source: str) -> set[str]:
 
 @pytest.mark.parametrize("snippet", CODE, ids=str)
 def test_snippet_runs_as_it_stands(snippet: Snippet, tmp_path, monkeypatch):
-    if snippet.page.endswith("others.md"):
-
-        @dataclass
-        class Config:
-            num_chunks: int
-            loss_fn: object
-
-        stub(monkeypatch)
-        stubs = importlib.import_module("torchtitan.components.loss")
-        put(monkeypatch, stubs.__name__, **vars(stubs) | {"ChunkedLossWrapper": SimpleNamespace(Config=Config)})
+    if snippet.page not in CHECKS:
+        adapter_tests(snippet.page).stub(monkeypatch)
     needed = set(packages_of(snippet.source))
     if "lad_kernels.frameworks.trl" in snippet.source:
         needed.add("trl")
-    for package in needed - {"torchtitan"}:
+    for package in needed:
         pytest.importorskip(package, reason=f"{package} is not installed; lost: the snippet at {snippet}")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -144,7 +145,7 @@ def test_snippet_runs_as_it_stands(snippet: Snippet, tmp_path, monkeypatch):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    CHECKS[snippet.page][snippets_of(snippet.page, "python").index(snippet)](names)
+    checks_of(snippet.page)[snippets_of(snippet.page, "python").index(snippet)](names)
 
 
 def test_a_name_that_nobody_defined_is_caught():

@@ -67,11 +67,28 @@ SECURITY
 ```
 """
 
+MODULES = "<!-- docs/conf.py: the modules of lad_kernels/frameworks/ that have a page in docs/frameworks/ -->"
+MODULE = """
+### {name}
+
+```{{eval-rst}}
+.. automodule:: lad_kernels.frameworks.{name}
+   :members:
+```
+"""
+
 
 def add_contents(app: Any, page: str, source: list[str]) -> None:
     """The README is the first page; its table of contents is the site's business."""
     if page == root_doc:
         source[0] += CONTENTS
+
+
+def add_modules(app: Any, page: str, source: list[str]) -> None:
+    """The API reference has a section for every framework that has a page."""
+    if page == "docs/api":
+        names = sorted(path.stem for path in (ROOT / "docs" / "frameworks").glob("*.md"))
+        source[0] = source[0].replace(MODULES, "".join(MODULE.format(name=name) for name in names))
 
 
 def markdown(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
@@ -99,5 +116,6 @@ def copy_first_page(app: Any, error: Exception | None) -> None:
 
 def setup(app: Any) -> None:
     app.connect("source-read", add_contents)
+    app.connect("source-read", add_modules)
     app.connect("autodoc-process-docstring", markdown, priority=400)  # before napoleon
     app.connect("build-finished", copy_first_page)

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+from extensions import FRAMEWORKS, MODULES, SHARED, framework_of
 
 import lad_kernels
 from lad_kernels import head
@@ -172,8 +173,6 @@ PROGRAMS_MAY_IMPORT = {
     "benchmarks.studies": {"benchmarks.harness", "benchmarks.report", "lad_kernels"},
     "integration": {"integration", "lad_kernels"},
 }
-# The adapter of one of these imports nothing of another's; what several share imports nothing of any.
-FRAMEWORKS = ("prime_rl", "slime", "torchtitan", "trl", "verl")
 
 
 def repository() -> dict[str, str]:
@@ -206,13 +205,8 @@ def program_violations(name: str, source: str) -> list[str]:
     return [f"{name} imports {t}" for t in ours if not any(belongs(t, p) for p in PROGRAMS_MAY_IMPORT[part])]
 
 
-def framework_of(module: str) -> str | None:
-    """Whose adapter a module of lad_kernels/frameworks is; None for what several share, and for other modules."""
-    found = re.match(rf"lad_kernels\.frameworks\.({'|'.join(FRAMEWORKS)})(?![a-z])", module)
-    return found and found[1]
-
-
 def adapter_violations(name: str, source: str) -> list[str]:
+    """An adapter imports nothing of another framework's; what several share imports nothing of any."""
     return [f"{name} imports {t}" for t, _ in imported(source) if framework_of(t) not in (None, framework_of(name))]
 
 
@@ -240,6 +234,8 @@ def test_programs_and_adapters_import_in_one_direction():
     assert [v for n, s in programs.items() for v in program_violations(n, s)] == []
     assert [v for n, s in adapters.items() for v in adapter_violations(n, s)] == []
     assert {framework_of(n) for n in adapters} == {None, *FRAMEWORKS}
+    assert {"trl", "verl"} < set(FRAMEWORKS)
+    assert set(SHARED) <= MODULES
     assert all(any(belongs(n, p) for n in programs) for p in PROGRAMS_MAY_IMPORT)
 
 
@@ -259,13 +255,21 @@ def test_directions_of_programs_can_fail(part, form):
     ("name", "source"),
     [
         ("trl", "from lad_kernels.frameworks.verl import LADLoss"),
-        ("slime", "from lad_kernels.frameworks import prime_rl"),
+        ("planted", "from lad_kernels.frameworks import verl"),
+        ("planted_options", "from lad_kernels.frameworks import trl_options"),
         ("verl_megatron", "def f():\n    import lad_kernels.frameworks.trl_options"),
-        ("head_call", "from lad_kernels.frameworks.torchtitan import LADLoss"),
+        ("head_call", "from lad_kernels.frameworks.planted import LADLoss"),
+        ("trl", "from lad_kernels.frameworks.trloptions import x"),
     ],
 )
 def test_directions_of_adapters_can_fail(name, source):
     assert adapter_violations(f"lad_kernels.frameworks.{name}", source)
+
+
+def test_an_adapter_may_have_several_files():
+    assert framework_of("lad_kernels.frameworks.verl_megatron.x") == "verl"
+    assert adapter_violations("lad_kernels.frameworks.trl", "from lad_kernels.frameworks.trl_options import x") == []
+    assert adapter_violations("lad_kernels.frameworks.planted", "from lad_kernels.frameworks.options import x") == []
 
 
 @pytest.mark.parametrize("top", ["benchmarks", "integration", "lad_kernels"])

@@ -25,15 +25,11 @@ def framework_of(module: str) -> str | None:
 FRAMEWORKS = sorted({framework_of(f"lad_kernels.frameworks.{name}") for name in MODULES} - {None})
 
 
-def files_naming(key: str, root: Path) -> set[str]:
-    """Files of code and prose in which `key` stands as a word; measurements and history do not count."""
+def files_naming(pattern: str, root: Path) -> set[str]:
+    """Files of code and prose in which `pattern` is found, in any case; measurements and history do not count."""
     folders = [root / name for name in ("lad_kernels", "integration", "benchmarks", "tests", "docs")]
-    files = [p for folder in folders for p in folder.rglob("*") if p.suffix in (".py", ".md", ".sh")] + [
-        *root.glob("*.md")
-    ]
-    files = [
-        p
-        for p in files
-        if p.name not in ("RESULTS.md", "results.md", "LOG.md", "CHANGELOG.md") and "runs" not in p.parts
-    ]
-    return {p.relative_to(root).as_posix() for p in files if re.search(rf"\b{key}\b", p.read_text())}
+    files = [p for folder in folders for p in folder.rglob("*") if p.suffix in (".py", ".md", ".sh")]
+    files += [p for p in root.iterdir() if p.suffix in (".py", ".md", ".toml") or p.name == "Makefile"]
+    history = ("RESULTS.md", "results.md", "LOG.md", "CHANGELOG.md")
+    files = [p for p in files if p.name not in history and "runs" not in p.parts]
+    return {p.relative_to(root).as_posix() for p in files if re.search(pattern, p.read_text(), re.IGNORECASE)}

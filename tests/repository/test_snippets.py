@@ -18,6 +18,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.distributed as dist
+from extensions import FRAMEWORKS
 from pages import PAGES, ROOT, Snippet, section, snippets, snippets_of
 
 pytest.importorskip("transformers", reason="needs the train extra: transformers; lost: the snippets of all pages")
@@ -131,11 +132,11 @@ def packages_of(source: str) -> set[str]:
 
 @pytest.mark.parametrize("snippet", CODE, ids=str)
 def test_snippet_runs_as_it_stands(snippet: Snippet, tmp_path, monkeypatch):
-    if snippet.page not in CHECKS:
+    needed = packages_of(snippet.source)
+    if snippet.page in CHECKS:
+        needed |= {name for name in FRAMEWORKS if f"lad_kernels.frameworks.{name}" in snippet.source}
+    else:
         adapter_tests(snippet.page).stub(monkeypatch)
-    needed = set(packages_of(snippet.source))
-    if "lad_kernels.frameworks.trl" in snippet.source:
-        needed.add("trl")
     for package in needed:
         pytest.importorskip(package, reason=f"{package} is not installed; lost: the snippet at {snippet}")
     monkeypatch.chdir(tmp_path)

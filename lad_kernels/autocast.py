@@ -1,6 +1,6 @@
-"""torch.autocast ends at our door: it decides in which dtype inputs come, and each operation inside has its own dtype.
+"""torch.autocast ends at the public functions: it casts their inputs, and inside each operation has its own dtype.
 
-Under it products and some sums would be rounded to 16 bits, also in a backward that is called inside the block.
+Under autocast products and some sums would be rounded to 16 bits, also in a backward that is called inside the block.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def may_read(x: Tensor) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """A real number of Python or numpy; a truth value is none."""
+    """A real number of Python or numpy; booleans do not count."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -99,7 +99,7 @@ def floating_dtype(name: str, x: Tensor) -> None:
 
 
 def vocab_group(group: object, impl: str, backward: str = "auto") -> None:
-    """None, or a process group that this rank belongs to and a path that knows of it."""
+    """None, or a process group that this rank belongs to, with a path that supports it."""
     if group is None:
         return
     from torch import distributed
@@ -176,7 +176,7 @@ def transform(temperature: float | Tensor, logit_scale: float, softcap: float | 
         plain_tensor("temperature", temperature)
         if temperature.requires_grad:
             raise ValueError("temperature: expected a constant, got a tensor that requires grad; detach it")
-        by_sequence = targets.ndim == 2 and temperature.shape == (len(targets), 1)  # is spread over the tokens
+        by_sequence = targets.ndim == 2 and temperature.shape == (len(targets), 1)  # is expanded to the tokens
         if temperature.ndim and temperature.shape != targets.shape and not by_sequence:
             hint = f" or one per sequence [{len(targets)}, 1]" if targets.ndim == 2 else ""
             raise ValueError(
@@ -210,7 +210,7 @@ def per_token(name: str, x: Tensor | None, like: Tensor, like_name: str, *, floa
 def layout(like: Tensor, like_name: str, cu_seqlens: Tensor | None) -> int | None:
     """Number of sequences B of a packed [N] or padded [B, T] batch; None for packed tokens without sequences.
 
-    Packed tokens beyond the last bound are legal, as padding at the end: they do not count.
+    Packed tokens beyond the last bound are allowed, as padding at the end: they do not count.
     """
     if like.ndim == 2:
         if cu_seqlens is not None:
@@ -255,7 +255,7 @@ def mask(x: Tensor | None, like: Tensor, like_name: str) -> None:
 
 
 def config(x: object, kind: type, other: str) -> None:
-    """The config of the function that was called, not of its sibling."""
+    """The config belongs to the function that was called, not to the other loss."""
     if not isinstance(x, kind):
         raise TypeError(f"config: expected {kind.__name__}, got {type(x).__name__}; the other objective is {other}")
 
@@ -273,7 +273,7 @@ def per_sequence(name: str, x: Tensor, count: int | None, like: Tensor, like_nam
     raise ValueError(f"{name}: expected {sequences}{_shape(like)} (one per token), got {_shape(x)}{hint}")
 
 
-POSITIVE = 0.5  # a log-prob above is no rounding of 0: 16-bit logits of 50 may leave 0.25
+POSITIVE = 0.5  # a log-prob above this is not a rounding error: 16-bit logits of 50 may give 0.25
 
 
 def log_probs(name: str, x: Tensor | None, counts: Tensor | None) -> None:

@@ -1,11 +1,11 @@
-"""One entry to the programs of this package.
+"""The command line of this package.
 
     lad-kernels doctor                              # versions, devices, and the path that typical shapes take
     lad-kernels profile --model PATH_OR_ID          # how sparse a policy's logit gradient is
     lad-kernels train --algorithm lad --steps 100   # in a checkout: LAD or GRPO on verifiable problems, one process
     lad-kernels bench --one-thread                  # in a checkout: the benchmarks
 
-`--config FILE.yaml` stands for the flags that the file names; flags after it win; `--print-config` prints such a file.
+`--config FILE.yaml` sets the flags that the file names; later flags win; `--print-config` prints such a file.
 They fill a dataclass, `doctor.Asked`, `ProfileConfig` or the trainer's `TrainConfig`; the flags of `bench` are
 pytest's. Training on several GPUs goes through TRL: `accelerate launch -m integration.train_trl` in a checkout.
 """
@@ -129,9 +129,9 @@ def profile(arguments: list[str]) -> int:
         if asked.ids is not None
         else _own_samples(model, tokenizer, asked)
     )
-    found = profile_sparsity(model, **given, temperature=asked.temperature, tail_mass=asked.tail_mass)
-    print(found)
-    print(f"written: {found.save_png(asked.out)}")
+    result = profile_sparsity(model, **given, temperature=asked.temperature, tail_mass=asked.tail_mass)
+    print(result)
+    print(f"written: {result.save_png(asked.out)}")
     return 0
 
 
@@ -163,7 +163,7 @@ def _own_samples(model: Any, tokenizer: Any, asked: ProfileConfig) -> dict[str, 
         texts = prompts
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    # A template prints its own beginning of sequence.
+    # A template adds its own beginning-of-sequence token.
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not tokenizer.chat_template)
     batch = batch.to(model.device)
     ids = model.generate(

@@ -1,4 +1,4 @@
-"""What is installed, what works on this machine, and which path through the head given shapes take, in words.
+"""What is installed, what works on this machine, and which path through the head a shape takes, and why.
 
 Supported versions and extras are those of the installed package's own metadata, so nothing here repeats `setup.py`.
 """
@@ -60,7 +60,7 @@ class Asked:
 
 
 class Installed(NamedTuple):
-    """A package as found here."""
+    """A package and its installed version."""
 
     name: str
     version: str | None  # None: not installed
@@ -92,7 +92,7 @@ def requirements() -> tuple[dict[str, Requirement], dict[str, str]]:
         )
     except metadata.PackageNotFoundError:
         return {}, {}
-    found: dict[str, Requirement] = {}
+    needed: dict[str, Requirement] = {}
     brought: dict[str, str] = {}
     for requirement in map(Requirement, lines):
         marker = requirement.marker
@@ -101,22 +101,22 @@ def requirements() -> tuple[dict[str, Requirement], dict[str, str]]:
         for extra in extras:
             if marker is not None and marker.evaluate({"extra": extra}):
                 brought.setdefault(requirement.name, extra)
-        found.setdefault(requirement.name, requirement)
-    return found, brought
+        needed.setdefault(requirement.name, requirement)
+    return needed, brought
 
 
 def packages() -> list[Installed]:
     """The packages of PACKAGES on this machine."""
     needed, brought = requirements()
-    found = []
+    installed = []
     for name in PACKAGES:
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
             version = None
         specifier = str(needed[name].specifier) if name in needed else ""
-        found.append(Installed(name, version, specifier, brought.get(name, ""), brought.get(name) == ""))
-    return found
+        installed.append(Installed(name, version, specifier, brought.get(name, ""), brought.get(name) == ""))
+    return installed
 
 
 def driver() -> str | None:
@@ -126,7 +126,7 @@ def driver() -> str | None:
 
 
 def machine(device: torch.device, triton: str | None) -> list[tuple[str, str]]:
-    """(what, found) of interpreter, devices, driver, Triton and switches."""
+    """(what, value) of interpreter, devices, driver, Triton and switches."""
     build = "CPU only"
     if torch.version.cuda or torch.version.hip:
         build = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
@@ -138,9 +138,9 @@ def machine(device: torch.device, triton: str | None) -> list[tuple[str, str]]:
         ("NVIDIA driver", driver() or "none"),
     ]
     for i in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(i)
-        kind = found.gcnArchName if torch.version.hip else f"compute capability {found.major}.{found.minor}"
-        rows.append((f"cuda:{i}", f"{found.name}, {kind}, {found.total_memory / 2**30:.0f} GiB"))
+        gpu = torch.cuda.get_device_properties(i)
+        kind = gpu.gcnArchName if torch.version.hip else f"compute capability {gpu.major}.{gpu.minor}"
+        rows.append((f"cuda:{i}", f"{gpu.name}, {kind}, {gpu.total_memory / 2**30:.0f} GiB"))
     rows.append(("device used here", f"{device}, {torch.get_num_threads()} CPU threads"))
     rows.append(("Triton kernels", "usable" if triton is None else f"not used: {triton}"))
     for name, meaning in SWITCHES.items():
@@ -151,7 +151,7 @@ def machine(device: torch.device, triton: str | None) -> list[tuple[str, str]]:
 
 
 def paths(asked: Asked, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str]]:
-    """(shape, call, path in words) of the default shapes, or of the one asked for."""
+    """(shape, call, path and why) of the default shapes, or of the one asked for."""
     shapes = SHAPES
     if asked.hidden_size or asked.vocab_size:
         shapes = {"yours": (asked.hidden_size or 4096, asked.vocab_size or 151_936)}
@@ -176,13 +176,13 @@ def self_check(device: torch.device, impl: str) -> float:
     targets = torch.randint(600, (48,), generator=generator).to(device)  # [N]
     old = -3 - torch.rand(48, generator=generator)  # [N]
     advantages = torch.randn(48, generator=generator)  # [N]
-    found = []
+    results = []
     for kind, dtype in ((impl, torch.float32), ("reference", torch.float64)):
         h, w = (x.to(device, dtype).requires_grad_() for x in (hidden, weight))
         given = {"old_logprobs": old.to(device, dtype), "advantages": advantages.to(device, dtype)}
         loss = linear_lad_loss(h, w, targets, **given, impl=kind).loss
-        found.append((loss.detach(), *torch.autograd.grad(loss, (h, w))))
-    return max(((ours - truth).norm() / truth.norm()).item() for ours, truth in zip(*found))
+        results.append((loss.detach(), *torch.autograd.grad(loss, (h, w))))
+    return max(((ours - truth).norm() / truth.norm()).item() for ours, truth in zip(*results))
 
 
 def import_error(name: str) -> str | None:
@@ -195,7 +195,7 @@ def import_error(name: str) -> str | None:
 
 
 def verl_plugin() -> str:
-    """What a worker of verl finds of ours, as one line; verl itself hides a plugin that fails to load."""
+    """One line on our plugin in a worker of verl; verl itself hides a plugin that fails to load."""
     from lad_kernels.frameworks import verl
 
     return verl.status()
@@ -203,25 +203,25 @@ def verl_plugin() -> str:
 
 def package_problems(installed: list[Installed], wanted: tuple[str, ...], triton_needed: bool) -> list[str]:
     """What is wrong with packages that have to work: ours and those in `wanted`."""
-    found = []
+    problems = []
     for part in installed:
         ours = part.required and (part.name != "triton" or triton_needed or part.version is not None)
         if (ours or part.name in wanted) and not part.fits:
-            words = (part.name, part.version, part.verdict, part.supported)
-            found.append(" ".join(word for word in words if word))
+            fields = (part.name, part.version, part.verdict, part.supported)
+            problems.append(" ".join(field for field in fields if field))
         elif part.name in wanted and (reason := import_error(part.name)):
-            found.append(reason)
+            problems.append(reason)
         elif part.name == "verl" and "verl" in wanted and not (line := verl_plugin()).endswith("are registered"):
-            found.append(line)
+            problems.append(line)
     known = [part.name for part in installed]
-    return found + [f"{name}: expected one of {', '.join(known)}" for name in wanted if name not in known]
+    return problems + [f"{name}: expected one of {', '.join(known)}" for name in wanted if name not in known]
 
 
 def table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
-    found = Table(*columns, title=title, title_justify="left")
+    out = Table(*columns, title=title, title_justify="left")
     for row in rows:
-        found.add_row(*map(escape, row))
-    return found
+        out.add_row(*map(escape, row))
+    return out
 
 
 def main(asked: Asked, console: Console | None = None) -> int:
@@ -242,8 +242,8 @@ def main(asked: Asked, console: Console | None = None) -> int:
     else:
         title = f"Path of {asked.tokens:,} tokens, {str(dtype).removeprefix('torch.')}, on {device}"
         console.print(f"[italic]{title}[/]")
-        for shape, call, words in paths(asked, device, dtype):
-            console.print(f"- [bold]{shape}, {call}[/]: {escape(words)}", highlight=False)
+        for shape, call, reason in paths(asked, device, dtype):
+            console.print(f"- [bold]{shape}, {call}[/]: {escape(reason)}", highlight=False)
         problems += check(device, asked.impl, console)
     for problem in problems:
         console.print(f"[red]broken[/] {escape(problem)}", highlight=False)

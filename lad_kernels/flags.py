@@ -15,7 +15,7 @@ set_parsing_settings(unset_sentinel=True)  # null in a file is checked like any 
 
 
 class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Types and defaults of flags; descriptions as they are written."""
+    """Shows types and defaults of flags, and descriptions unwrapped."""
 
 
 class FlagParser(ArgumentParser):
@@ -41,9 +41,9 @@ def parse_flags(
 
     Args:
         kind: a dataclass whose fields all have defaults; every field is a flag, and a key of the file.
-        arguments: flags and values; None takes those of the process.
+        arguments: flags and values; None: those of the process.
         program, description: for the help.
-        defaults: in place of those of `kind`.
+        defaults: replace those of `kind`.
         special: options of `add_argument` by field, for fields whose type does not say everything.
 
     Raises:
@@ -57,7 +57,7 @@ def parse_flags(
         print_config="--print-config",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file that stands for the flags it names")
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file with values of flags")
     special = special or {}
     for name, options in special.items():
         parser.add_argument(f"--{name}", **options)

@@ -246,5 +246,5 @@ class _LinearLoss(torch.autograd.Function):
             return (None,) * 7
         hidden, weight, bias, targets, temperatures = ctx.saved_tensors
         head = ctx.layout.head(hidden, weight, bias, targets, temperatures)
-        found = ctx.plan.run(head, grad).shaped(hidden)
-        return found.hidden, found.weight, found.bias, None, None, None, None
+        gradients = ctx.plan.run(head, grad).shaped(hidden)
+        return gradients.hidden, gradients.weight, gradients.bias, None, None, None, None

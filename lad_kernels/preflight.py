@@ -1,4 +1,4 @@
-"""What a program refuses before any work: a device that is not there, no such model, a folder it may not write to."""
+"""Checks before a program starts: the device exists, the model exists, the folder can be written to."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ class Refused(ValueError):
     """A flag, file or folder that cannot be used; the message begins with the flag's name and ends with the cure."""
 
 
-def complain(program: str, words: str, status: int) -> int:
+def complain(program: str, message: str, status: int) -> int:
     """One line on stderr; returns the status."""
-    print(f"{program}: error: {' '.join(words.split())}", file=sys.stderr)
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 
 def claim_folder(
     out: str | None, prefix: str = "", *, used: bool = False, flag: str = "out", cure: str = "name another folder"
 ) -> Path:
-    """The folder of a run, made and tried: a file, its flush to the disk, a link and a rename.
+    """Create and test the folder of a run: a file, its flush to the disk, a link and a rename.
 
     Args:
         out: None makes a new folder `runs/<prefix><date>-<time>`.
-        used: the folder may hold something.
-        flag: the name of `out` for whoever gave it.
-        cure: what to do where it holds something and may not.
+        used: the folder may contain something.
+        flag: the name of `out` in messages.
+        cure: what the message advises if it contains something.
 
     Raises:
-        Refused: it holds something, or cannot be written.
+        Refused: it contains something, or cannot be written.
     """
     folder = Path(out) if out is not None else Path("runs") / f"{prefix}{time.strftime('%Y%m%d-%H%M%S')}"
     try:

@@ -1,4 +1,4 @@
-"""The order of head and objective in one call of a loss, which hangs on when the coefficients c_t are known.
+"""The order of head and objective in one call of a loss, which depends on when the coefficients c_t are known.
 
 before the head     ratio 1, no KL, no entropy term: tokens with c = 0 get log-probs only, the others one pass or two
 inside a chunk      one pass, if head/dispatch.py finds it cheaper than what is expected of routing
@@ -86,9 +86,9 @@ class Step:
         if not any(self.needs):
             out = self.head.forward(want_entropy=self.want_entropy)
             return StepResult(self.objective.terms(out.logprobs, out.entropy), out.logprobs, out.entropy, None)
-        found = self._one_pass(self.head)
-        if found is not None:
-            out, ready, terms = found
+        result = self._one_pass(self.head)
+        if result is not None:
+            out, ready, terms = result
             terms = terms or self.objective.terms(out.logprobs, out.entropy)
             gradient = _logit_gradient(terms, out.entropy)
             plan = plan_backward(self.head, out, gradient, None, self.needs, self.sparsity, ready)
@@ -102,17 +102,17 @@ class Step:
         return StepResult(terms, logprobs, entropy, plan)
 
     def _coefficients_first(self, outputs: bool) -> StepResult:
-        """Coefficients do not depend on log-probs: tokens with c = 0 pass only if their outputs are asked for."""
+        """Coefficients do not depend on log-probs: tokens with c = 0 are scored only if their outputs are asked for."""
         zeros = self._zeros()
         c = self.objective.coefficients(slice(0, len(zeros)), zeros)  # [M]
         gradient = LogitGradient(c, -c)
         active = gradient.active()  # [A]
         part, gradient, ready = self.head.select(active), gradient.select(active), None
-        found = self._one_pass(part, gradient.onehot)
-        if found is None:
+        result = self._one_pass(part, gradient.onehot)
+        if result is None:
             out = forward_for_backward(part, self.needs, self.sparsity, want_entropy=self.want_entropy)
         else:
-            out, ready, _ = found
+            out, ready, _ = result
         logprobs, entropy = self._of_all_tokens(out, active, outputs)
         plan = plan_backward(self.head, out, gradient, active, self.needs, self.sparsity, ready)
         return StepResult(self.objective.terms(logprobs, entropy), logprobs, entropy, plan)
@@ -148,12 +148,12 @@ class Step:
             whole.append(self.objective.terms(logprobs))
             return whole[0].dlogprobs
 
-        found = part.one_pass(
+        result = part.one_pass(
             self._old_logprobs(), coefficients, chunks=chunks, want_entropy=self.want_entropy, needs=self.needs
         )
-        if found is None:
+        if result is None:
             return None
-        out, gradients = found
+        out, gradients = result
         return out, gradients, whole[0] if whole else None
 
     def _old_logprobs(self) -> Tensor | None:  # [M]
@@ -190,7 +190,7 @@ class Step:
         return torch.promote_types(self.head.hidden.dtype, torch.float32)
 
     def _zeros(self) -> Tensor:
-        """Log-probs [M] of which nothing depends."""
+        """Placeholder log-probs [M], on which nothing depends."""
         return self.head.hidden.new_zeros(len(self.head.targets), dtype=self._dtype)
 
 

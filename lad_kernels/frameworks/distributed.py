@@ -1,8 +1,8 @@
-"""Batches that are spread over processes: context parallelism, global normalisers, groups on several ranks.
+"""Batches that are distributed over processes: context parallelism, global normalisers, groups on several ranks.
 
-The functions are those of lad_kernels/objective/context_parallel.py, which has their terms of use; all are collective.
+The functions are those of lad_kernels/objective/context_parallel.py, where their use is described; all are collective.
 
-A vocabulary spread over ranks needs nothing from here: pass `vocab_group`. In Megatron Core that is this function, as
+A vocabulary sharded over ranks needs nothing from here: pass `vocab_group`. In Megatron Core that is this function, as
 `GPTModel.forward(..., output_processor=f)`, written from its documentation and not run:
 
     def f(hidden_states, output_layer, output_weight, labels, config, **_):  # [S, B, D]
@@ -42,7 +42,7 @@ __all__ = [
 
 
 def require_sound_ranks(accelerator: Any, *, reference_model: bool) -> None:
-    """Refuse ranks that would train, or be scored against, something else than they seem to.
+    """Refuse launches whose ranks would train apart or be scored against a wrong reference model.
 
     Args:
         accelerator: accelerate's, already prepared for this launch.

@@ -1,8 +1,8 @@
 """One call of a head module in which a function runs in place of the matrix product.
 
-What belongs to a call lives in a context variable, so that threads, nested calls and copies that share a module do not
-see each other's. The module itself only gets a class that looks there: while no call is active for it, it behaves as
-its own class does, whoever patched its `forward`.
+The state of a call is kept in a context variable, so that threads, nested calls and copies that share a module do not
+share it. The module itself only gets a class that looks there: while no call is active for it, it behaves like its own
+class, even if another library patched its `forward`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _any_running = False  # in any thread; torch.compile guards on it and traces pla
 
 @contextmanager
 def current_call(call: HeadCall | None) -> Iterator[None]:
-    """Make `call` the one that this thread's modules see; None: they behave as their own."""
+    """Make `call` the active one of this thread; None: modules behave as without a call."""
     _count(1)
     token = _call.set(call)
     try:
@@ -62,7 +62,7 @@ def call_is_active() -> bool:
 
 
 class Leaves:
-    """Tensors as they were before hooks of wrappers saw them, and the tree they came from."""
+    """Tensors before hooks of wrappers run on them, and the structure of their pytree."""
 
     def __init__(self, tree: Any, tensors: tuple) -> None:
         self.tree, self.tensors = tree, tensors
@@ -73,9 +73,9 @@ class Leaves:
             "cannot; use DistributedDataParallel"
         )
 
-    def join(self, seen: tuple) -> Any:
-        """The tree of the tensors that hooks returned; where a hook only rounded one (FSDP2 does), of the original."""
-        kept = [old if old is not None and new.dtype != old.dtype else new for old, new in zip(self.tensors, seen)]
+    def join(self, returned: tuple) -> Any:
+        """The pytree of what hooks returned; where a hook only cast a tensor (FSDP2 does), with the original."""
+        kept = [old if old is not None and new.dtype != old.dtype else new for old, new in zip(self.tensors, returned)]
         return pytree.tree_unflatten(kept, self.tree)
 
 
@@ -103,14 +103,14 @@ class _Replaceable:
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         """Pickles and copies are of the original class."""
-        found = super().__reduce_ex__(protocol)
-        if found[:2] == (copyreg.__newobj__, (type(self),)):
-            return (object.__new__, (original_class(self),), *found[2:])
-        return found
+        reduced = super().__reduce_ex__(protocol)
+        if reduced[:2] == (copyreg.__newobj__, (type(self),)):
+            return (object.__new__, (original_class(self),), *reduced[2:])
+        return reduced
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any]:
-    """The forward of a head outside calls: its instance's, if somebody patched it, or else its class's."""
+    """The forward of a head outside calls: its instance's, if that was patched, or else its class's."""
     if "forward" in module.__dict__:
         return module.__dict__["forward"]
     return super(_Replaceable, module).forward if isinstance(module, _Replaceable) else module.forward
@@ -123,7 +123,7 @@ def _replaceable(cls: type) -> type:
 
 
 def original_class(module: nn.Module) -> type:
-    """The module's class without us; unchanged where a wrapper (FSDP2) derived its own from ours."""
+    """The module's class before ours; unchanged where a wrapper (FSDP2) derived its own from ours."""
     return type(module).__dict__.get("_before_fused_head", type(module))
 
 
@@ -139,11 +139,11 @@ class HeadCall:
     Args:
         outer: the head module; its class is replaced once, for good.
         function: called as `function(hidden [B, T, D], weight [V, D], bias=, logit_scale=, softcap=)`,
-            and `vocab_group=` with the local rows of a head that is spread over ranks.
+            and `vocab_group=` with the local rows of a head that is sharded over ranks.
         guess: the transform to begin with where nothing was measured yet.
-        context: what the model's treatment of its logits may depend on, beside the head itself.
-        checked: transforms by everything that they were measured for.
-        trial: a transform to measure anew, whatever is known.
+        context: what the model's treatment of its logits may depend on, besides the head itself.
+        checked: transforms that were measured, by `describe`.
+        trial: a transform to try and measure again; None: use what is known.
     """
 
     @torch.compiler.disable
@@ -182,8 +182,8 @@ class HeadCall:
             else:
                 self.check_head(hidden.detach())
             head = effective_head(self.layer, hidden)
-            found = self.function(head.hidden, head.weight, **head.options(), **self.transform._asdict())
-        tensors, tree = pytree.tree_flatten(found)
+            result = self.function(head.hidden, head.weight, **head.options(), **self.transform._asdict())
+        tensors, tree = pytree.tree_flatten(result)
         for i, x in enumerate(tensors):
             if x is not None and not isinstance(x, Tensor):
                 raise TypeError(f"fused_head: expected a function that returns tensors, got {type(x).__name__}")
@@ -215,20 +215,20 @@ class HeadCall:
 
     @torch.compiler.disable
     def stand_in_for(self, run: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Numbers [1, 1, K] in place of logits, after all hooks saw what `function` returned."""
+        """Numbers [1, 1, K] in place of logits, after all hooks ran on what `function` returned."""
         try:
-            seen = run(*args, **kwargs)
+            returned = run(*args, **kwargs)
         except (TypeError, AttributeError) as error:
             if self.leaves is not None and self.result is None:
                 raise self.refused_hooks() from error
             raise
         if self.leaves is None or self.result is not None:
-            return seen
-        if not isinstance(seen, tuple) or len(seen) != len(self.leaves.tensors):
+            return returned
+        if not isinstance(returned, tuple) or len(returned) != len(self.leaves.tensors):
             raise self.refused_hooks()
-        if not all(map(_same_or_cast, self.leaves.tensors, self.versions, seen)):
+        if not all(map(_same_or_cast, self.leaves.tensors, self.versions, returned)):
             raise self.refused_hooks()
-        self.result = (self.leaves.join(seen),)
+        self.result = (self.leaves.join(returned),)
         return self.numbers
 
     def refused_hooks(self) -> TypeError:
@@ -241,7 +241,7 @@ class HeadCall:
         )
 
     @torch.compiler.disable
-    def found_transform(self, logits: Tensor | None, owner: str) -> LogitTransform:
+    def observed_transform(self, logits: Tensor | None, owner: str) -> LogitTransform:
         """What the model, `owner`, made of our numbers [1, 1, K]: the transform of this call, or the one to try."""
         logit_transform.check_logits(self.numbers, logits, owner)
         if not self.known:
@@ -300,12 +300,12 @@ def _logits(own: Callable[..., Any], rows: Tensor, layer: nn.Module) -> Tensor:
 
 
 def _ref(x: Any) -> Any:
-    """What memory knows an object by without keeping it alive."""
+    """A weak reference, by which to recognise an object without keeping it alive."""
     return None if x is None else weakref.ref(x)
 
 
 def _version(x: Tensor | None) -> int | None:
-    """Changes with every write; inference tensors count none."""
+    """A counter of writes to the tensor; inference tensors have none."""
     return None if x is None or x.is_inference() else x._version
 
 

@@ -1,9 +1,9 @@
-"""The head module of a language model as one product, logits = hidden weight^T + bias, or a refusal that names why not.
+"""The head module of a language model as one product, logits = hidden weight^T + bias; other heads are refused.
 
-LoRA on the head is joined by rank, logits = [h, A dropout(h)] [W, s B]^T, so that it stays exact without merging. The
-joined weight is a copy of W for the time of the call, and its gradient is computed for W and B together. So is a weight
-with trained rows of PEFT's (`trainable_token_indices`). Of a head that transformers spread over ranks (`tp_plan`) the
-local rows are used, with their process group.
+LoRA on the head is concatenated along the hidden size, logits = [h, A dropout(h)] [W, s B]^T, which is exact without
+merging. The concatenated weight is a copy of W during the call, and its gradient is computed for W and B together; the
+same holds for rows trained by PEFT (`trainable_token_indices`). Of a head that transformers shards over ranks
+(`tp_plan`) the local rows are used, with their process group.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Head(NamedTuple):
     vocab_group: Any = None  # the ranks that have the other rows; weight and bias are then the local ones
 
     def options(self) -> dict[str, Any]:
-        """What the functions of `lad_kernels` take beside hidden states and weight."""
+        """Arguments of the functions of `lad_kernels` besides hidden states and weight."""
         return {"bias": self.bias} | ({} if self.vocab_group is None else {"vocab_group": self.vocab_group})
 
 
@@ -48,7 +48,7 @@ def effective_head(layer: nn.Module, hidden: Tensor) -> Head:
         weight, bias = (None if x is None else x.to_local() for x in (weight, bias))  # [V_r, D], [V_r]
     if adapters and _is(layer, *TOKENS):
         weight, bias, adapters = layer.get_merged_weights(adapters), None, ()  # as the layer's own forward does
-    # A head in float32 behind a 16-bit body computes in float32; whether it does so is checked before.
+    # A float32 head on a 16-bit body computes in float32; `HeadCall.check_head` verifies that.
     dtype = autocast_dtype(weight.device.type) or torch.promote_types(hidden.dtype, weight.dtype)
     hidden = hidden.to(weight.device)
     inputs, blocks = [hidden.to(dtype)], [weight.to(dtype)]
@@ -71,10 +71,10 @@ def without_dropout(layer: nn.Module) -> nn.Module:
     """The layer without its adapters' dropout: another object with the same weights, since threads share the layer."""
     if not hasattr(layer, "lora_dropout"):
         return layer
-    twin = object.__new__(type(layer))
+    copy = object.__new__(type(layer))
     identities = nn.ModuleDict({name: nn.Identity() for name in layer.lora_dropout})
-    twin.__dict__ |= layer.__dict__ | {"_modules": {**layer._modules, "lora_dropout": identities}}
-    return twin
+    copy.__dict__ |= layer.__dict__ | {"_modules": {**layer._modules, "lora_dropout": identities}}
+    return copy
 
 
 def head_parts(layer: nn.Module) -> tuple[nn.Linear, tuple[str, ...]]:
@@ -110,7 +110,7 @@ def _whole(base: nn.Linear) -> None:
     """Refuse a weight that is sharded otherwise than by rows through transformers, absent or quantised."""
     weight = base.weight
     if hasattr(weight, "placements"):
-        # FSDP2's is one outside its forward alone. transformers' own forward says that the rows stay spread.
+        # FSDP2's is one outside its forward alone. transformers' own forward shows that the rows stay sharded.
         own = getattr(base.__dict__.get("forward"), "__module__", None)
         by_rows = weight.device_mesh.ndim == 1 and weight.placements[0].is_shard(0)
         if by_rows and own == "transformers.distributed.tensor_parallel":

@@ -1,7 +1,7 @@
 """What a model does to its logits after the head, as a scale and a softcap: guessed from its config, then measured.
 
-In place of logits the model gets numbers that we know, and what it makes of them shows the transform: a ramp of V
-numbers when a model is new, two of them, TINY and HUGE, in every call.
+Instead of logits the model gets known numbers, and what it makes of them shows the transform: a ramp of V numbers when
+a model is new, TINY and HUGE in every later call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 DIVISORS = ("logits_scaling",)
 
 TOLERANCE = 2**-16  # relative; the model may compute the transform in float32
-TINY, HUGE = 2.0**-20, 2.0**40  # a softcap changes the one by less than rounding, and the other to itself
+TINY, HUGE = 2.0**-20, 2.0**40  # a softcap changes TINY by less than rounding, and turns HUGE into the cap
 
 
 class LogitTransform(NamedTuple):
@@ -36,8 +36,8 @@ def logit_transform(config: Any) -> LogitTransform:
     """Scale and softcap as a text config names them."""
 
     def numbers(names: tuple[str, ...]) -> list[float]:
-        found = [getattr(config, name, None) for name in names]
-        return [float(x) for x in found if isinstance(x, (int, float)) and x]
+        values = [getattr(config, name, None) for name in names]
+        return [float(x) for x in values if isinstance(x, (int, float)) and x]
 
     scale = math.prod(numbers(FACTORS)) / math.prod(numbers(DIVISORS))
     return LogitTransform(scale, next(iter(numbers(SOFTCAPS)), None))
@@ -105,13 +105,13 @@ def measured(used: LogitTransform, given: Tensor, logits: Tensor, owner: str) ->
 def unchanged(transform: LogitTransform, given: Tensor, logits: Tensor, owner: str) -> bool:
     """Whether the model still treats two numbers [1, 1, 2] as it did when it was measured.
 
-    On CUDA the answer is always True and the device stops with an assertion otherwise, so that nobody waits for it.
+    On CUDA, to avoid a host sync, the answer is always True and a change triggers an assertion on the device.
     """
-    found = agrees(transform, given, logits).all()  # []
-    if found.device.type != "cuda":
-        return bool(found)
+    same = agrees(transform, given, logits).all()  # []
+    if same.device.type != "cuda":
+        return bool(same)
     torch._assert_async(
-        found,
+        same,
         f"fused_head: {owner} scales its logits otherwise than when it was measured (by an attribute or the length of "
         f"the sequences?); attach_fused_head(model).forget() after a change",
     )

@@ -1,4 +1,4 @@
-"""What adapters refuse, by name: settings that would be ignored where the framework does that part itself."""
+"""Settings that adapters refuse by name, because the framework does that part itself and would ignore them."""
 
 from __future__ import annotations
 

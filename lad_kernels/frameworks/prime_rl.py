@@ -6,8 +6,8 @@
 
 Masks, weights and the global divisor stay prime-rl's, so micro-batches and ranks do not change the gradient. What
 masked tokens hold has no effect. A loss token without a finite old log-prob (or reference log-prob, or weight, where
-they take part) is dropped and counted in a metric; prime-rl's own losses would let it spoil the step, and its divisor
-still counts it. What a call could not honour is refused by name.
+they take part) is dropped and counted in a metric; prime-rl's own losses would make the step NaN, and its divisor
+still counts it. Settings that cannot be honoured are refused by name.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     --loss-type custom_loss --custom-loss-function-path lad_kernels.frameworks.slime.slime_lad_loss
 
 Masks and the divisor stay slime's, so micro-batches and ranks do not change the gradient. What masked tokens hold has
-no effect. A loss token without a finite old log-prob is dropped and counted in a metric; slime's own losses would let
-it spoil the step, and its divisor still counts it. What a call could not honour is refused by name.
+no effect. A loss token without a finite old log-prob is dropped and counted in a metric; slime's own losses would
+make the step NaN, and its divisor still counts it. Settings that cannot be honoured are refused by name.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def slime_lad_loss(
     if logprobs.numel() == 0:
         loss = loss + 0 * logits.sum()
     log_ratio = leaf.detach() - (leaf.detach() if old is None else old)  # [M]
-    seen = {"ppo_kl": -log_ratio, "lad/ratio": log_ratio.exp(), "lad/abs_coef": coefficients.abs()}
-    metrics = {"loss": loss.detach(), **{name: reduce(x) for name, x in seen.items()}}
+    values = {"ppo_kl": -log_ratio, "lad/ratio": log_ratio.exp(), "lad/abs_coef": coefficients.abs()}
+    metrics = {"loss": loss.detach(), **{name: reduce(x) for name, x in values.items()}}
     return loss, metrics | {"lad/nonfinite_share": sum_of_sample_mean((mask & ~keep).to(leaf.dtype))}
 
 

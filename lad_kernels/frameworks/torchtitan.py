@@ -1,4 +1,4 @@
-"""LAD as a loss of torchtitan's RL trainer, beside its GRPOLoss.
+"""LAD as a loss of torchtitan's RL trainer, next to its GRPOLoss.
 
 loss=ChunkedLossWrapper.Config(num_chunks=8, loss_fn=LADLoss.Config(eta=0.25))  # in a config registry
 """
@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
     if error.name != "torchtitan":
         raise
 
-    class BaseLoss:  # a place for Config to stand
+    class BaseLoss:  # so that LADLoss.Config can be defined
         class Config:
             def __post_init__(self) -> None:
                 raise ImportError("LADLoss: torchtitan is not installed; pip install torchtitan")
@@ -54,7 +54,7 @@ class LADLoss(BaseLoss):
         advantages: Tensor,
         loss_mask: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss [], metrics): shares that chunks, micro-batches and ranks add up to means over tokens; and maxima."""
+        """(loss [], metrics): shares that sum over chunks, micro-batches and ranks to means over tokens; and maxima."""
         mask = loss_mask & generator_logprobs.isfinite()  # [B, T] or [T]
         logprobs = compute_logprobs(logits, labels)  # [B, T] or [T]
         out = lad_loss(logprobs, generator_logprobs, advantages, loss_mask=mask, config=self.config)

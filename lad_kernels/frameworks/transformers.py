@@ -6,21 +6,22 @@
     )
     out.result.logprobs, out.aux_loss
 
-The model's own forward runs, so whatever it does before the head is kept. When it calls the head, `function` gets the
-hidden states and the weight inside the head module's own `__call__`: hooks of FSDP, ZeRO-3 and DDP see the call, the
-weight is gathered, and its gradient is reduced. In place of logits the model's forward gets a small stand-in.
+The model's own forward runs, so all it does before the head is kept. When it calls the head, `function` gets the hidden
+states and the weight inside the head module's own `__call__`: hooks of FSDP, ZeRO-3 and DDP run, the weight is
+gathered, and its gradient is reduced. Instead of logits the model's forward gets a small placeholder.
 
-What the model does to its logits afterwards (scale, softcap) is first read from its config. Configs mislead: some
-families ignore such a value, some multiply where others divide. So the first call checks it: the stand-in is then a
-ramp of numbers, and what the model makes of it shows the transform. If the config misled, the pass is repeated once
-with the measured one; what is no scale and softcap, or is learned, is refused. The first call also compares a few rows
-of the head's own output with `linear_logprobs`. A change of the head, of its dtype or of the training mode is checked
-anew. In every later call two known numbers are the stand-in: where the model makes something else of them than before,
-the pass is measured and repeated, and on CUDA, where nobody waits for the answer, the device asserts.
+What the model does to its logits afterwards (scale, softcap) is first read from its config. Configs can mislead: some
+families ignore such a value, some multiply where others divide. So the first call checks it: the placeholder is then a
+ramp of numbers, and what the model makes of it shows the transform. If the config was wrong, the pass is repeated once
+with the measured transform; anything but a constant scale and softcap is refused. The first call also compares a few
+rows of the head's own output with `linear_logprobs`. After a change of the head, of its dtype or of the training mode
+both checks are repeated. In every later call two known numbers are the placeholder: where the model treats them
+differently than before, the transform is measured and the pass repeated; on CUDA, where that would need a sync, the
+device asserts instead.
 
-Threads, nested calls, copies and replicas of nn.DataParallel are apart: what belongs to a call lives in a context
+Threads, nested calls, copies and replicas of nn.DataParallel do not interfere: the state of a call is kept in a context
 variable (`head_call.py`). A checkpoint (torch.utils.checkpoint) may surround the model's call, not the head alone. With
-a model over several devices hidden states come to the head's device, and the function moves its targets.
+a model on several devices hidden states are moved to the head's device, and the function has to move its targets.
 
 To answer another library's keyword, wrap `model.forward` with a function that calls `model.forward(fused_head=...)`.
 """
@@ -44,7 +45,7 @@ REMEMBERED = 32  # states of a model whose head was checked: training mode, dtyp
 
 
 class FusedHeadOutput(NamedTuple):
-    """What a call with `fused_head` returns: a flat tuple, so that hooks of wrappers find every tensor."""
+    """What a call with `fused_head` returns: a flat tuple, so that hooks of wrappers reach every tensor."""
 
     tensors: tuple
     leaves: Leaves
@@ -71,7 +72,7 @@ def attach_fused_head(model: nn.Module) -> FusedHead:
     Returns:
         The FusedHead that removes it again; a second call returns the same one. The keyword's function is called as
         `function(hidden [B, T, D], weight [V, D], bias=, logit_scale=, softcap=)`, the names of `linear_logprobs`; with
-        a head that transformers' tp_plan spreads over ranks, with this rank's rows and `vocab_group=`.
+        a head that transformers' tp_plan shards over ranks, with this rank's rows and `vocab_group=`.
 
     Raises:
         TypeError: `model` is wrapped already, or is no such model.
@@ -107,8 +108,8 @@ class FusedHead:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._before = model.__dict__.get("forward")  # another library's patch; None for the class's own method
-        self._checked: dict[tuple, LogitTransform] = {}  # by all that it was measured for; replaced, never written to
-        self._measured: dict[LogitTransform, LogitTransform] = {}  # where the config misled
+        self._checked: dict[tuple, LogitTransform] = {}  # by `HeadCall.describe`; replaced, never written to
+        self._measured: dict[LogitTransform, LogitTransform] = {}  # by the transform that the config names
         accepted = inspect.signature(self._before or type(model).forward).parameters.values()
         anything = any(p.kind is p.VAR_KEYWORD for p in accepted)
         names = {p.name for p in accepted}
@@ -123,13 +124,13 @@ class FusedHead:
         model._fused_head = self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_checked": {}}  # copies and pickles are measured anew
+        return self.__dict__ | {"_checked": {}}  # copies and pickles are measured again
 
     def detach(self) -> None:
         """Restore the forward that was there before.
 
         Raises:
-            RuntimeError: somebody patched `forward` after us; remove that patch first.
+            RuntimeError: another library patched `forward` later; remove that patch first.
         """
         if self.model.__dict__.get("forward") != self._patch:
             raise RuntimeError(
@@ -145,7 +146,7 @@ class FusedHead:
         del self.model._replicate_for_data_parallel, self.model._fused_head
 
     def watch(self, model: nn.Module) -> None:
-        """Refuse what another forward than ours returns, from `model` or PEFT's around it, which skips its hooks."""
+        """Refuse the output of another forward than ours, from `model` or PEFT's wrapper, which skips its hooks."""
         if _refuse_another_forward not in model._forward_hooks.values():
             self._hooks.append(model.register_forward_hook(_refuse_another_forward, with_kwargs=True))
 
@@ -155,11 +156,11 @@ class FusedHead:
             hook.remove()
 
     def forget(self) -> None:
-        """Measure anew at the next call; after a change of the scale of logits that only CUDA tensors would show."""
+        """Measure again at the next call; call it after a change of the scale of logits that only shows on CUDA."""
         self._checked, self._measured = {}, {}
 
     def own_forward(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The forward of `model`, ours or a replica of it, without us."""
+        """The unpatched forward of `model`, the attached model or a replica of it."""
         if self._before is None:
             return type(model).forward(model, *args, **kwargs)
         if model is not self.model and getattr(self._before, "__self__", None) is self.model:
@@ -185,7 +186,7 @@ class FusedHead:
                     f"fused_head: expected {name} to call its output embeddings, it never did; this family's head "
                     f"cannot be replaced"
                 )
-            trial = call.found_transform(getattr(out, "logits", None), name)
+            trial = call.observed_transform(getattr(out, "logits", None), name)
             if trial == call.transform:
                 break
         else:
@@ -227,7 +228,7 @@ def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
 
 
 def _refuse_another_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-    """A forward that somebody put in place of ours swallows our keyword."""
+    """Raises TypeError where another library replaced our forward, which would ignore our keyword."""
     if kwargs.get("fused_head") is not None and not isinstance(out, FusedHeadOutput):
         forward = (model.get_base_model() if hasattr(type(model), "get_base_model") else model).forward
         raise TypeError(

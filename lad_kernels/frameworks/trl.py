@@ -68,7 +68,7 @@ class FusedHeadMixin:
                 "unsloth: expected not to be imported, as it rewrites TRL's trainers and the models' forwards; use "
                 "one or the other"
             )
-        if args is not None and args.use_liger_kernel and not trl_has_fused_head:  # later: Liger's layers alone
+        if args is not None and args.use_liger_kernel and not trl_has_fused_head:  # later: only Liger's layers
             raise ValueError(
                 "use_liger_kernel: expected False with TRL 1.14, got True; it would replace the model's forward, and "
                 "ours with it; TRL 1.15.1 and later apply Liger's layers alone"
@@ -203,7 +203,7 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """Loss [] of one micro-batch of TRL's; sums over micro-batches and means over ranks are the whole batch's.
+        """Loss [] of one of TRL's micro-batches; summed over micro-batches and averaged over ranks it is the batch's.
 
         Raises:
             ValueError: `return_outputs`.
@@ -351,7 +351,7 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
 
 
 def _on(device: torch.device, tree: Any) -> Any:
-    """The tree with its tensors on the device: a model spread by `device_map` has its head where its weight is."""
+    """The tree with its tensors on the device: with `device_map` a model's head is on the device of its weight."""
     return pytree.tree_map_only(Tensor, lambda x: x.to(device), tree)
 
 

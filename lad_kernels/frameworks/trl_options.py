@@ -1,4 +1,4 @@
-"""TRL's options: which versions, LAD's own beside TRL's, and those of TRL that are refused.
+"""TRL's options: supported versions, LAD's own options, and those of TRL that are refused.
 
 Every field of `trl.GRPOConfig` is honoured, by TRL's code or by ours, or refused by name, and
 tests/frameworks/test_trl_options.py says which.
@@ -88,7 +88,7 @@ def _option(name: str, text: str) -> Any:
 
 @dataclass
 class LADConfig(GRPOConfig):
-    """`trl.GRPOConfig` plus LAD's own options, which mean what they mean in `lad_kernels.LADConfig`.
+    """`trl.GRPOConfig` plus LAD's own options, with their meaning in `lad_kernels.LADConfig`.
 
     Taken from TRL: `importance_sampling_level` (which may also be `sequence_sum`), `beta` (with
     `use_bias_correction_kl`), `entropy_coef`, `top_entropy_quantile`, `scale_rewards`, `temperature`.
@@ -113,7 +113,7 @@ class LADConfig(GRPOConfig):
         "tail_mass",
         "Threshold below which vocabulary blocks may be dropped; None: 3e-4 in 16-bit precision, else 0 (exact).",
     )
-    tail: str = _option("tail", "What becomes of blocks below tail_mass: unbiased or drop.")
+    tail: str = _option("tail", "What happens to blocks below tail_mass: unbiased or drop.")
     backward: str = _option("backward", "Backward of the head: auto, dense or routed.")
     log_entropy: bool = field(
         default=True,
@@ -132,7 +132,7 @@ class LADConfig(GRPOConfig):
         self.objective()
 
     def objective(self) -> lad_kernels.LADConfig:
-        """What `lad_kernels` is asked to minimise."""
+        """The same settings for `lad_kernels`."""
         kl_coef = 0.0 if self.use_bias_correction_kl else self.beta  # the corrected term is the trainer's
         return lad_kernels.LADConfig(kl_coef=kl_coef, **{name: getattr(self, name) for name in OBJECTIVE})
 

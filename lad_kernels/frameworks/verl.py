@@ -10,7 +10,7 @@ with VERL_USE_EXTERNAL_MODULES=lad_kernels.frameworks.verl. Nothing of verl chan
     actor_rollout_ref.model.fused_kernel_options.impl_backend=lad_kernels
 
 Advantages come from verl's own estimators (`algorithm.adv_estimator=grpo`): LAD needs nothing else of the group.
-`python -m lad_kernels.frameworks.verl` tells whether a worker of verl would find the plugin.
+`python -m lad_kernels.frameworks.verl` says whether a worker of verl would load the plugin.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BACKEND = "lad_kernels"
 
 @dataclass
 class LADPolicyLossConfig(PolicyLossConfig):
-    """verl's policy loss configuration plus what LAD needs; every field means what it means in `LADConfig`.
+    """verl's policy loss configuration plus LAD's own fields, with their meaning in `LADConfig`.
 
     Aggregation, KL and entropy terms are verl's own (`actor.loss_agg_mode`, `use_kl_loss`, `entropy_coeff`), and so are
     the bounds that it puts on its KL estimates.
@@ -157,9 +157,9 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`linear_logprobs` with the signature of verl's kernel of this name.
 
-    It is called with the weight alone, so it cannot know of a head bias, a logit scale or a softcap. The backend
-    `lad_kernels` knows the model and applies them. With a group, weight holds this rank's consecutive rows, labels are
-    ids of the whole vocabulary, and dH is already summed over the ranks, unlike that of verl's kernel.
+    It is called with the weight alone, so it cannot apply a head bias, a logit scale or a softcap. The backend
+    `lad_kernels` reads them from the model and applies them. With a group, weight holds this rank's consecutive
+    rows, labels are ids of the whole vocabulary, and dH is already summed over the ranks, unlike with verl's kernel.
 
     Returns:
         (log-probs, entropy), both contiguous float32 [N] (float64 for float64 input), differentiable.
@@ -207,12 +207,12 @@ def fuse_head(model: nn.Module) -> None:
             given = {"labels": labels, "shift_labels": shift_labels}
             return inner(*args, **inputs, **{name: x for name, x in given.items() if x is not None})
         targets = shift_labels
-        if targets is None:  # the last column is nobody's target; verl drops it
+        if targets is None:  # the last column has no target; verl drops it
             ids = labels if labels is not None else args[0] if args else inputs["input_ids"]
             targets = ids.roll(-1, -1)  # [B, T]
 
         def score(hidden: Tensor, weight: Tensor, **head: Any) -> LinearLogprobs:  # [B, T, D], [V, D]
-            ids = targets.to(hidden.device)  # where the head is, if the model is spread over devices
+            ids = targets.to(hidden.device)  # the head's device, if the model is on several
             return linear_logprobs(hidden, weight, ids, temperature=temperature, return_entropy=True, **head)
 
         out = inner(*args, **inputs, fused_head=score).result
@@ -237,16 +237,16 @@ def register() -> None:
 
 
 def status() -> str:
-    """What a fresh process finds after `import verl`, as one line; verl hides failures of plugins."""
+    """Whether a fresh process has the plugin after `import verl`, as one line; verl hides failures of plugins."""
     probe = (
         "import verl\nfrom verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY as losses\n"
         "from verl.models.transformers.monkey_patch import patch_forward_with_backends as patch\n"
         "print('lad' in losses, patch.__name__ == 'choose_head', verl.__version__)"
     )
-    found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
-    if found.returncode:
-        return f"verl: not usable here: {found.stderr.strip().splitlines()[-1]}"
-    loss, head, version = found.stdout.split()[-3:]
+    run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    if run.returncode:
+        return f"verl: not usable here: {run.stderr.strip().splitlines()[-1]}"
+    loss, head, version = run.stdout.split()[-3:]
     if loss == head == "True":
         return f"verl {version}: policy loss 'lad' and fused kernels backend 'lad_kernels' are registered"
     return (

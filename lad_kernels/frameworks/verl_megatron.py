@@ -1,11 +1,11 @@
-"""The fused head in verl's Megatron engine; importing this module puts it there.
+"""The fused head in verl's Megatron engine; importing this module installs it.
 
     actor_rollout_ref.model.use_fused_kernels=True
     actor_rollout_ref.model.external_lib=lad_kernels.frameworks.verl_megatron
 
-Two names in verl's fused forward are replaced. Its kernel leaves dH as each tensor-parallel rank's own part, and counts
+Two names in verl's fused forward are replaced. Its kernel returns each tensor-parallel rank's part of dH and relies
 on the backward of sequence parallelism's gather to sum the parts; without sequence parallelism nothing does. Ours sums
-dH itself, so that the gather's backward must only split it. Both ways are then right.
+dH itself, so that the gather's backward must only split it. Both cases are then correct.
 
 Only the head's weight reaches either kernel. What a model does to its logits otherwise (a head bias, a softcap, muP's
 scaling) is not in these log-probs, in verl's as in ours.
@@ -26,10 +26,10 @@ from lad_kernels.frameworks.verl import linear_cross_entropy
 
 for name in ("linear_cross_entropy", "gather_from_sequence_parallel_region"):
     if not callable(getattr(model_forward_fused, name, None)):  # with one name replaced alone, dH would be wrong
-        found = getattr(sys.modules.get("verl"), "__version__", "of unknown version")
+        version = getattr(sys.modules.get("verl"), "__version__", "of unknown version")
         raise ImportError(
-            f"verl.models.mcore.model_forward_fused.{name}: expected a function to replace, got none; verl {found} is "
-            "not supported by lad_kernels.frameworks.verl_megatron"
+            f"verl.models.mcore.model_forward_fused.{name}: expected a function to replace, got none; verl {version} "
+            "is not supported by lad_kernels.frameworks.verl_megatron"
         )
 model_forward_fused.linear_cross_entropy = linear_cross_entropy
 model_forward_fused.gather_from_sequence_parallel_region = partial(

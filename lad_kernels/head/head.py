@@ -14,7 +14,7 @@ counts towards the budget from the start, so block masses (freed before the back
 | torch.autocast | casts hidden states and weight at the public function; off inside, forward and backward |
 
 Deterministic: fixed order of every sum and no atomics, unless `dispatch.allow_atomics` asks for them. Gradients are
-computed for what needs them alone: a frozen head costs no dW, a frozen body no dH.
+computed only for inputs that require them: a frozen head costs no dW, a frozen body no dH.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from lad_kernels.head.records import (
     Needs,
     Routing,
     gather,
-    spread,
+    scatter,
 )
 
 
 @dataclass(frozen=True)
 class Head:
-    """The head on M tokens. Hidden states are gathered when they are needed."""
+    """The head on M tokens. Their hidden states are gathered only when they are needed."""
 
     hidden: Tensor  # [N, D] or [B, T, D], as the user gave them
     weight: Tensor  # [V, D]
@@ -124,10 +124,10 @@ class Head:
         )
 
     def backward(self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: Needs) -> HeadGradients:
-        """Gradients of hidden [N, D], zero where no token is, of weight and of bias; exact without a routing.
+        """Gradients of hidden [N, D], zero for all other tokens, of weight and of bias; exact without a routing.
 
-        Where Triton has no room for all tokens at once (memory.BUDGET) they pass in chunks, dW and dbias being added
-        up in float32.
+        Where all tokens at once would exceed Triton's memory.BUDGET they are processed in chunks, and dW and dbias are
+        accumulated in float32.
         """
         size, workspace = len(lse), 0  # PyTorch takes one chunk and a workspace of its own
         if self.triton:
@@ -144,14 +144,15 @@ class Head:
                 pairs=pairs,
             )
         if size == len(lse):
-            found = self.chunk_gradients(lse, gradient, routing, needs, workspace)
-            return found if found.hidden is None else found._replace(hidden=self._spread(found.hidden))
+            gradients = self.chunk_gradients(lse, gradient, routing, needs, workspace)
+            dh = gradients.hidden  # [M, D]
+            return gradients if dh is None else gradients._replace(hidden=scatter(dh, self.hidden, self.tokens))
         head = self if self.weight.stride(1) == 1 else replace(self, weight=self.weight.contiguous())
         sums = GradientSums.zeros(self.weight, self.bias, needs)
         dh = self.no_gradient() if needs.hidden else None  # [N, D]
         for first in range(0, len(lse), size):
             chunk = slice(first, min(first + size, len(lse)))
-            found = head.select(chunk).chunk_gradients(
+            gradients = head.select(chunk).chunk_gradients(
                 lse[chunk],
                 gradient.select(chunk),
                 None if routing is None else routing.part(chunk),
@@ -160,8 +161,8 @@ class Head:
                 sums=sums,
             )
             if dh is not None:
-                dh[chunk if self.tokens is None else self.tokens[chunk]] = found.hidden.to(dh.dtype)
-            del found  # dW is rounded where it was
+                dh[chunk if self.tokens is None else self.tokens[chunk]] = gradients.hidden.to(dh.dtype)
+            del gradients  # frees dH [C, D] before dW is rounded
         return HeadGradients(dh, *sums.rounded(self.weight, self.bias))
 
     def chunk_gradients(
@@ -174,7 +175,7 @@ class Head:
         *,
         sums: GradientSums | None = None,
     ) -> HeadGradients:
-        """`backward` of all M tokens at once, dH [M, D], with so many bytes of workspace (Triton).
+        """`backward` of all M tokens at once, dH [M, D], with `workspace` bytes (Triton).
 
         With `sums` dW and dbias are added to it, and dH is not rounded.
         """
@@ -216,9 +217,6 @@ class Head:
                 if x is not None:
                     x.mul_(factor)
         return gradients
-
-    def _spread(self, dh: Tensor) -> Tensor:  # [M, D] -> [N, D]
-        return spread(dh, self.hidden, self.tokens)
 
     def no_gradient(self) -> Tensor:
         """Zeros [N, D]."""

@@ -49,7 +49,7 @@ def linear_logprobs(
         loss_mask: nonzero where a token counts; other positions return 0, get exactly zero gradient and may hold
             anything. Costs one host sync on an accelerator.
         return_entropy: also return the entropy of each token's distribution.
-        vocab_group: the process group over which the rows of the head are spread. lm_head_weight [V_r, D] and bias
+        vocab_group: the process group over which the rows of the head are sharded. lm_head_weight [V_r, D] and bias
             [V_r] are then this rank's consecutive rows, in rank order and of any number (0 too; cut padding rows off
             with weight[:rows]). Everything else is the same on every rank, target_ids are numbered over the whole
             vocabulary, and every rank makes every call and every backward. Results are the same on every rank; dH is
@@ -87,8 +87,8 @@ def linear_logprobs(
             return_entropy=return_entropy,
         )
     logprobs, entropy, lse = _LinearLogprobs.apply(hidden, weight, bias, targets, layout, return_entropy)
-    place = layout.packing.place
-    return LinearLogprobs(place(logprobs), None if entropy is None else place(entropy), place(lse))
+    unpack = layout.packing.place
+    return LinearLogprobs(unpack(logprobs), None if entropy is None else unpack(entropy), unpack(lse))
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -130,5 +130,5 @@ class _LinearLogprobs(torch.autograd.Function):
         gradient = LogitGradient(onehot, prob, g_entropy).with_rest(rest)
         active = gradient.active()  # [A]
         head = ctx.layout.head(hidden, weight, bias, targets, temperatures).select(active)
-        found = head.backward(select(lse, active), gradient.select(active), None, needs).shaped(hidden)
-        return found.hidden, found.weight, found.bias, None, None, None
+        gradients = head.backward(select(lse, active), gradient.select(active), None, needs).shaped(hidden)
+        return gradients.hidden, gradients.weight, gradients.bias, None, None, None

@@ -17,7 +17,7 @@ from lad_kernels.head import cost, dispatch, memory
 from lad_kernels.head.dispatch import Shares, Sparsity
 from lad_kernels.head.head import Head
 from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitGradient, Needs, Routing, select
-from lad_kernels.head.routing import Certificate, kept_share, route
+from lad_kernels.head.routing import ErrorBound, kept_share, route
 
 _BLOCKS = 64  # vocabulary blocks whose masses are moved together
 
@@ -33,12 +33,12 @@ class BackwardPlan:
     routing: Routing | None
     metrics: dict[str, Tensor]  # 0-d: density and error bounds
     flops: int  # of the products that the backward will launch
-    ready: HeadGradients | None = None  # gradients that one pass has made already, for an upstream gradient of 1
+    ready: HeadGradients | None = None  # gradients that one pass has computed, for an upstream gradient of 1
 
     def run(self, head: Head, upstream: Tensor) -> HeadGradients:
         """Gradients of the hidden states [N, D], weight and bias, times `upstream` []; `head` has all M tokens."""
         ready, self.ready = self.ready, None
-        if ready is not None:  # the memory is handed on; a second backward computes again
+        if ready is not None:  # its buffers go to the caller; a second backward computes them again
             return head.scale(ready, upstream)
         gradient = self.gradient.scaled(upstream)
         return head.select(self.active).backward(self.lse, gradient, self.routing, self.needs)
@@ -58,7 +58,7 @@ def takes_one_pass(
     sync).
 
     Args:
-        coefficients: (places [S] among the A tokens, their log-probs [S]) -> c [S].
+        coefficients: (indices [S] into the A tokens, their log-probs [S]) -> c [S].
         all_active: no coefficient is zero.
     """
     work, shares = part.work(needs), Shares()
@@ -102,13 +102,13 @@ def one_pass_chunks(part: Head, needs: Needs, cu_seqlens: Tensor | None) -> list
 
 
 def forward_for_backward(part: Head, needs: Needs, sparsity: Sparsity, *, want_entropy: bool) -> HeadForward:
-    """The forward, with block masses where a routing may follow."""
+    """The forward, with block masses if the backward may be routed."""
     route = dispatch.may_route(part.work(needs), sparsity)
     return part.forward(want_entropy=want_entropy, want_block_lse=route)
 
 
 def select_active(out: HeadForward, active: Tensor | None) -> HeadForward:
-    """The outputs of the active tokens [A]; block masses move in place, since there may be no room for both."""
+    """The outputs of the active tokens [A]; block masses are compacted in place, since two copies may not fit."""
     if active is None:
         return out
     block_lse = out.block_lse  # [blocks, M]
@@ -134,7 +134,7 @@ def plan_backward(
     routing, bound = None, None
     if out.block_lse is not None and tokens:
         part = head.select(active)
-        chosen, certificate = route(
+        chosen, error_bound = route(
             part.hidden, part.weight, part.targets, part.transform, out.lse, out.logprobs, out.block_lse, gradient,
             sparsity.threshold, tokens=part.tokens, dense_share=cost.speeds(work).gathered, unbiased=sparsity.unbiased,
             most_pairs=memory.most_pairs(work) if sparsity.backward == "auto" else None, triton=part.triton,
@@ -142,10 +142,10 @@ def plan_backward(
         dense = len(chosen.dense)
         pairs = sum(chosen.counts) + dense * work.blocks
         if dispatch.takes_routed(work, tokens, pairs, dense, backward=sparsity.backward) and dense < tokens:
-            routing, bound = chosen, certificate
+            routing, bound = chosen, error_bound
     if bound is None:
         zero = out.lse.new_zeros(())  # []
-        bound = Certificate(zero + tokens * work.blocks, zero, zero, zero, zero)
+        bound = ErrorBound(zero + tokens * work.blocks, zero, zero, zero, zero)
     if out.lse_rest is not None:
         gradient = gradient.with_rest(out.lse_rest)
     metrics = {
@@ -160,7 +160,7 @@ def plan_backward(
 
 
 def _flops(head: Head, tokens: int, routing: Routing | None, needs: Needs) -> int:
-    """Of a backward, which recomputes each logit and multiplies its gradient once for dH and once for dW."""
+    """Flops of a backward, which recomputes each logit and multiplies its gradient once for dH and once for dW."""
     vocab, hidden_size = head.weight.shape
     logits = tokens * vocab
     if routing is not None:

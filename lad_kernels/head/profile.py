@@ -1,4 +1,4 @@
-"""How sparse the logit gradient of a policy is: measured on the user's own hidden states, before anything is switched.
+"""How sparse the logit gradient of a policy is: measured on your own hidden states, before you change a setting.
 
 What the routed backward saves depends on how concentrated next-token distributions are. `profile_sparsity` runs the
 forward and the routing rule of head/routing.py, without a backward, and reports by entropy what would be kept.
@@ -20,7 +20,7 @@ from lad_kernels.head.head import Head
 from lad_kernels.head.memory import Work
 from lad_kernels.head.operands import HeadArguments, prepare
 from lad_kernels.head.records import BLOCK, LogitGradient, Needs
-from lad_kernels.head.routing import Certificate, route
+from lad_kernels.head.routing import ErrorBound, route
 
 
 @dataclass(frozen=True)
@@ -161,19 +161,19 @@ def _measure(head: Head, c: Tensor | None, tail_mass: float, tail: str, buckets:
     out = head.forward(want_entropy=True, want_block_lse=True)
     c = torch.ones_like(out.lse) if c is None else c.to(out.lse.dtype)  # [M]
     work = head.work(Needs(hidden=True, weight=True, bias=False))
-    live, kept = c.nonzero()[:, 0], torch.zeros_like(head.targets)  # [A] the others have nothing to drop, [M]
-    dense, certificate = live, Certificate(*[out.lse.new_zeros(())] * 5)
-    if len(live):
-        part = head.select(live)
-        routing, certificate = route(
-            part.hidden, part.weight, part.targets, part.transform, out.lse[live], out.logprobs[live],
-            out.block_lse[:, live], LogitGradient(c[live], -c[live]), tail_mass, tokens=part.tokens,
+    active, kept = c.nonzero()[:, 0], torch.zeros_like(head.targets)  # [A] the others have nothing to drop, [M]
+    dense, bound = active, ErrorBound(*[out.lse.new_zeros(())] * 5)
+    if len(active):
+        part = head.select(active)
+        routing, bound = route(
+            part.hidden, part.weight, part.targets, part.transform, out.lse[active], out.logprobs[active],
+            out.block_lse[:, active], LogitGradient(c[active], -c[active]), tail_mass, tokens=part.tokens,
             dense_share=cost.speeds(work).gathered, unbiased=tail == "unbiased", triton=part.triton,
         )  # fmt: skip
-        dense = live[routing.dense]  # tokens that keep every block
-        kept[live] = torch.bincount(routing.rows, minlength=len(live))
+        dense = active[routing.dense]  # tokens that keep every block
+        kept[active] = torch.bincount(routing.rows, minlength=len(active))
         kept[dense] = work.blocks
-    return _summarise(work, out.entropy, c, kept, certificate, len(dense), tail_mass, buckets)
+    return _summarise(work, out.entropy, c, kept, bound, len(dense), tail_mass, buckets)
 
 
 def _of_model(
@@ -205,7 +205,7 @@ def _of_model(
     finally:
         if not attached:
             fused.detach()
-    return profiles[-1]  # a config that misled makes the first a wrong guess
+    return profiles[-1]  # the last: the adapter calls again if the model's config was misleading
 
 
 def _summarise(
@@ -213,21 +213,21 @@ def _summarise(
     entropy: Tensor,
     c: Tensor,
     kept: Tensor,
-    certificate: Certificate,
+    bound: ErrorBound,
     dense: int,
     theta: float,
     count: int,
 ) -> SparsityProfile:
-    tokens, live = work.tokens, int((c != 0).sum())
+    tokens, active = work.tokens, int((c != 0).sum())
     pairs = int(kept.sum())
-    found = []
+    filled = []
     for part in entropy.argsort().tensor_split(count):
         if len(part):
             share = kept[part].double().mean().item() / work.blocks
-            spread = entropy[part]
+            nats = entropy[part]
             zero = (c[part] == 0).double().mean().item()
-            found.append(EntropyBucket(spread.min().item(), spread.max().item(), len(part), share, zero))
-    fastest = cost.score(work) + cost.dense(work, live)
+            filled.append(EntropyBucket(nats.min().item(), nats.max().item(), len(part), share, zero))
+    fastest = cost.score(work) + cost.dense(work, active)
     routed = cost.score(work) + cost.routed(work, pairs - dense * work.blocks, dense)
     return SparsityProfile(
         tokens=tokens,
@@ -235,11 +235,11 @@ def _summarise(
         tail_mass=theta,
         mean_entropy=entropy.mean().item(),
         kept_share=pairs / (tokens * work.blocks),
-        zero_share=1 - live / tokens,
-        dropped_mass_mean=certificate.dropped_mass_mean.item(),
-        dropped_mass_max=certificate.dropped_mass_max.item(),
+        zero_share=1 - active / tokens,
+        dropped_mass_mean=bound.dropped_mass_mean.item(),
+        dropped_mass_max=bound.dropped_mass_max.item(),
         dense_tokens=dense,
         flops_share=1 / 3 + pairs / (tokens * work.blocks),
         predicted_speedup=min(fastest, cost.one_pass(work)) / routed,
-        buckets=tuple(found),
+        buckets=tuple(filled),
     )

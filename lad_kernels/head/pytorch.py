@@ -11,7 +11,7 @@ the next begins: written once, deterministic.
     one pass   whole rows of a chunk: z, lse, c, then dH and dW at once, when c is known inside the chunk     6 N D V
 
 Arithmetic is float32 (float64 for float64 inputs) throughout: 16-bit operands are widened before each product, which
-is exact; each gradient is rounded once, when it is written. Left out: 16-bit matrix units (the Triton path has them).
+is exact; each gradient is rounded once, when it is written. Not used: 16-bit matrix units (the Triton path has them).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from lad_kernels.head.records import (
     Needs,
     Routing,
     gather,
-    spread,
+    scatter,
 )
 
-TILE_BYTES = 16 << 20  # one tile of logits; at most three such tiles are alive at a time
+TILE_BYTES = 16 << 20  # one tile of logits; at most three such tiles exist at a time
 MAX_CHUNK = 2048  # tokens of a tile
 NOTHING = {torch.float32: -104.0, torch.float64: -746.0}  # e to this power is 0, and 0 times this is 0 as well
 
@@ -50,7 +50,7 @@ def _tiles(tokens: int, vocabulary: int, item: int) -> tuple[list[slice], list[s
 
 
 class _Logits:
-    """Logits of one tile at a time, and their derivative with respect to the raw product h W^T + b."""
+    """Logits of one tile at a time, and their derivative with respect to the pre-transform logits h W^T + b."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform):
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -61,7 +61,7 @@ class _Logits:
         self.reserve(*(max((s.stop - s.start for s in x[:1]), default=0) for x in (self.chunks, self.slabs)))
 
     def reserve(self, tokens: int, columns: int) -> None:
-        """Memory of one tile, used again and again."""
+        """Allocate the memory of one tile, which all tiles reuse."""
         self._memory = self.hidden.new_empty(max(tokens * columns, BLOCK * min(len(self.hidden), MAX_CHUNK)))
 
     def slab(self, columns: slice) -> tuple[Tensor, Tensor | None]:
@@ -91,7 +91,7 @@ class _Logits:
         return z, tanh
 
     def chain(self, dz: Tensor, rows: slice | Tensor, tanh: Tensor | None) -> Tensor:
-        """dZ [C, Vs] -> d loss / d raw product, in place."""
+        """dZ [C, Vs] -> the gradient of the pre-transform logits, in place."""
         if tanh is not None:
             dz.mul_(1 - tanh.square())
         inverse = self._per_row(rows)
@@ -105,7 +105,7 @@ class _Logits:
 
 
 def forward(
-    hidden: Tensor,  # [N, D], or with tokens whatever `gather` takes
+    hidden: Tensor,  # [N, D]; with `tokens` also [B, T, D], see `gather`
     weight: Tensor,  # [V, D]
     targets: Tensor,  # [N]
     bias: Tensor | None,  # [V]
@@ -117,7 +117,7 @@ def forward(
 ) -> HeadForward:
     """Log-probs, lse and entropy of N tokens; memory beyond the inputs is O(TILE_BYTES + N D if 16-bit).
 
-    A block's mass is 0 when it lies more than 104 nats below the largest logit met so far.
+    A block's mass is 0 when it lies more than 104 nats below the largest logit so far.
     """
     hidden = gather(hidden, tokens)  # [N, D]
     logits = _Logits(hidden, weight, bias, transform)
@@ -133,7 +133,7 @@ def forward(
             z, _ = logits.tile(rows, w, b)  # [C, Vs]
             chosen[rows] = torch.where(inside, z.gather(1, column[:, None])[:, 0], chosen[rows])
             new = torch.maximum(top[rows], z.amax(1))  # [C]
-            start = torch.where(new == -torch.inf, 0.0, new)  # [C]; a bias may exclude every word so far
+            start = torch.where(new == -torch.inf, 0.0, new)  # [C]; a bias may exclude every entry so far
             z.sub_(start[:, None]).clamp_(min=NOTHING[z.dtype])
             e = z.exp() if want_entropy else z.exp_()  # [C, Vs]
             sums = _block_sums(e)  # [C, Vs / BLOCK]
@@ -208,11 +208,11 @@ def backward(
             work += pairs.get(block, ())
             if needs.weight and not dense and block not in pairs:
                 dw_slab[block * BLOCK - columns.start : (block + 1) * BLOCK - columns.start].zero_()
-        w = b = seen = None
+        w = b = loaded = None
         for i, (part, rows, scale) in enumerate(work):
-            first = part != seen  # of these columns
+            first = part != loaded  # of these columns
             if first:
-                (w, b), seen = logits.slab(part), part
+                (w, b), loaded = logits.slab(part), part
             z, tanh = logits.tile(rows, w, b)  # [C, v]
             dz = logits.chain(_logit_gradient(z, rows, part, targets, lse, gradient), rows, tanh)
             if scale is not None:
@@ -245,25 +245,25 @@ def _added(gradients: HeadGradients, sums: GradientSums | None) -> HeadGradients
 
 
 def _count(tokens: int, columns: int, hidden_size: int, products: int) -> None:
-    """Tell the tally about `products` further products of a tile [tokens, columns]."""
+    """Add `products` further products of a tile [tokens, columns] to the flop count."""
     for _ in range(products):
         flops.product(tokens, columns, hidden_size)
 
 
 def _pairs_by_block(routing: Routing | None) -> dict[int, list[tuple[slice, Tensor, Tensor | None]]]:
-    """{block: [(columns, tokens [<= MAX_CHUNK], scale of their pieces)]} of every block that is hot."""
-    found: dict[int, list[tuple[slice, Tensor, Tensor | None]]] = {}
+    """{block: [(columns, tokens [<= MAX_CHUNK], scale of their blocks of dZ)]} of every block with kept pairs."""
+    pairs: dict[int, list[tuple[slice, Tensor, Tensor | None]]] = {}
     if routing is None:
-        return found
+        return pairs
     start = 0
     for block, count in enumerate(routing.counts):
         columns = slice(block * BLOCK, (block + 1) * BLOCK)
         for first in range(start, start + count, MAX_CHUNK):
             part = slice(first, min(first + MAX_CHUNK, start + count))
             scale = None if routing.scale is None else routing.scale[part]
-            found.setdefault(block, []).append((columns, routing.rows[part], scale))
+            pairs.setdefault(block, []).append((columns, routing.rows[part], scale))
         start += count
-    return found
+    return pairs
 
 
 def _logit_gradient(
@@ -282,7 +282,7 @@ def _logit_gradient(
 
 
 def one_pass(
-    hidden: Tensor,  # [N, D] float32 or float64, or with tokens whatever `gather` takes
+    hidden: Tensor,  # [N, D] float32 or float64; with `tokens` also [B, T, D], see `gather`
     weight: Tensor,  # [V, D], same dtype
     targets: Tensor,  # [M]
     bias: Tensor | None,  # [V]
@@ -330,20 +330,20 @@ def one_pass(
         if want_entropy:
             entropy[rows] = log_mass - moment / mass
         c = coefficients(rows, logprobs)  # [C]
-        live = c.nonzero()[:, 0]  # [A] tokens with a gradient, moved to the front
-        for i, n in enumerate(live.tolist()):
+        active = c.nonzero()[:, 0]  # [A] tokens with a gradient, moved to the front
+        for i, n in enumerate(active.tolist()):
             if i != n:
                 z[i] = z[n]
-        dz, every, c = z[: len(live)], every[: len(live)], c[live]  # [A, V], [A], [A]
-        dz.mul_((-c / mass[live])[:, None])
-        dz[every, targets[rows][live]] += c
-        dz = logits.chain(dz, rows.start + live, None)
+        dz, every, c = z[: len(active)], every[: len(active)], c[active]  # [A, V], [A], [A]
+        dz.mul_((-c / mass[active])[:, None])
+        dz[every, targets[rows][active]] += c
+        dz = logits.chain(dz, rows.start + active, None)
         if needs.hidden:
-            dh[rows.start + live] = dz @ weight
+            dh[rows.start + active] = dz @ weight
         if needs.weight:
-            dw.addmm_(dz.T, hidden[rows.start + live])
+            dw.addmm_(dz.T, hidden[rows.start + active])
         if db is not None:
             db += dz.sum(0)
-        _count(len(live), len(weight), hidden.shape[1], needs.hidden + needs.weight)
-    dh = None if dh is None else spread(dh, given, tokens)  # [N, D]
+        _count(len(active), len(weight), hidden.shape[1], needs.hidden + needs.weight)
+    dh = None if dh is None else scatter(dh, given, tokens)  # [N, D]
     return HeadForward(logprobs, lse, entropy, None), HeadGradients(dh, dw, db)

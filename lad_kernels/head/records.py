@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 128  # vocabulary columns of a block: the unit of probability mass that the forward reports
-SLACK = 32  # rounding steps by which 1 - p_y may be wrong: added to the norm of the target's piece
+SLACK = 32  # rounding steps by which 1 - p_y may be wrong: added to the norm of the target's block
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LogitTransform:
 
     @property
     def temperatures(self) -> Tensor | None:  # [N]
-        """Those of the tokens, for autograd to save: it notices when their owner changes them before the backward."""
+        """One per token, for autograd to save, which then detects an in-place change before the backward."""
         return self.temperature if isinstance(self.temperature, Tensor) else None
 
     def at(self, temperatures: Tensor | None) -> LogitTransform:  # [N]
@@ -53,15 +53,15 @@ class Needs(NamedTuple):
 class HeadForward(NamedTuple):
     """One pass over the vocabulary. All float32, on the device of the hidden states.
 
-    A bias of -inf excludes a word: probability 0, no part in the entropy and no gradient, unless it is the target. Then
-    the log-prob is -inf and its gradient what it is for every other: 1[j = y] - p_j, with p_y = 0.
+    A bias of -inf excludes a vocabulary entry: probability 0, no part in the entropy and no gradient, unless it is the
+    target. Then the log-prob is -inf and its gradient the usual one: 1[j = y] - p_j, with p_y = 0.
     """
 
     logprobs: Tensor  # [N] z_y - lse, never above 0
     lse: Tensor  # [N]
     entropy: Tensor | None  # [N]
     block_lse: Tensor | None  # [ceil(V / BLOCK), N]: log of the un-normalised mass of each vocabulary block
-    lse_rest: Tensor | None = None  # [N] what lse lost when it was rounded; None after one pass, which has its gradient
+    lse_rest: Tensor | None = None  # [N] rounding error of lse; None after one pass, which needs none
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,17 @@ class LogitGradient:
         return None if len(tokens) == len(active) else tokens
 
     def select(self, tokens: Tensor | slice | None) -> LogitGradient:  # [A]
-        """Of some tokens; None stands for all."""
+        """The gradient of some tokens; None stands for all."""
         return LogitGradient(select(self.onehot, tokens), select(self.prob, tokens), select(self.entropy, tokens))
 
     def scaled(self, factor: Tensor) -> LogitGradient:  # []
-        """Times a number."""
+        """Multiplied by `factor`."""
         return LogitGradient(*(None if x is None else factor * x for x in (self.onehot, self.prob, self.entropy)))
 
     def with_rest(self, rest: Tensor) -> LogitGradient:  # [N]
-        """The same gradient for who takes p and log p from a rounded lse, where lse + rest is meant.
+        """The same gradient for code that computes p and log p from the rounded lse instead of lse + rest.
 
-        All logits may have one large part in common, whose rounding in lse would be one error of all p of a token.
+        When all logits of a token share a large offset, rounding lse would scale all its p by the same error.
         """
         scale = (-rest).exp()  # [N] p over the p of the rounded lse
         if self.entropy is None:
@@ -125,7 +125,7 @@ class GradientSums(NamedTuple):
 
     @classmethod
     def zeros(cls, weight: Tensor, bias: Tensor | None, needs: Needs) -> GradientSums:
-        """Before the first chunk."""
+        """Zeros, before the first chunk."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return cls(
             weight.new_zeros(weight.shape, dtype=dtype) if needs.weight else None,
@@ -133,7 +133,7 @@ class GradientSums(NamedTuple):
         )
 
     def rounded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """After the last: (dW, dbias) in the dtypes of (weight, bias)."""
+        """(dW, dbias) in the dtypes of (weight, bias), after the last chunk."""
         dw = None if self.weight is None else self.weight.to(weight.dtype)
         return dw, None if self.bias is None else self.bias.to(bias.dtype)
 
@@ -145,13 +145,13 @@ class Routing(NamedTuple):
     """
 
     rows: Tensor  # [P] int64: the token of each kept pair, by block, then ascending
-    scale: Tensor | None  # [P] float32: factor on the pair's piece of dZ; None stands for ones
+    scale: Tensor | None  # [P] float32: factor on the pair's block of dZ; None stands for ones
     counts: list[int]  # [blocks] pairs of each block; block b holds rows[sum(counts[:b]) :][: counts[b]]
     dense: Tensor  # [Nd] int64, ascending
 
     def part(self, tokens: slice) -> Routing:
         """The routing of some consecutive tokens, numbered from the first of them; four host syncs on a GPU."""
-        inside = ((self.rows >= tokens.start) & (self.rows < tokens.stop)).nonzero()[:, 0]  # [p] places in rows
+        inside = ((self.rows >= tokens.start) & (self.rows < tokens.stop)).nonzero()[:, 0]  # [p] indices into rows
         ends = torch.tensor(self.counts, device=inside.device).cumsum(0)  # [blocks]
         block = torch.bucketize(inside, ends, right=True)  # [p]
         dense = self.dense[(self.dense >= tokens.start) & (self.dense < tokens.stop)]
@@ -164,7 +164,7 @@ class Routing(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """Norms of what a routing leaves out of dZ, as routing.py bounds them."""
+    """Norms of the part of dZ that a routing drops, as routing.py bounds them."""
 
     mass: Tensor  # [A] L1 norm over |c| of what is dropped of a token, from 0 to 2
     by_token: Tensor  # [A] bound on the norm of what its row of dZ / (dz/draw) W loses
@@ -186,7 +186,7 @@ def select(x: Tensor | None, tokens: Tensor | slice | None) -> Tensor | None:
     return x if x is None or tokens is None else x[tokens]
 
 
-def spread(dh: Tensor, hidden: Tensor, tokens: Tensor | None) -> Tensor:
+def scatter(dh: Tensor, hidden: Tensor, tokens: Tensor | None) -> Tensor:
     """dH [M, D] of flat rows `tokens` -> [N, D], zero elsewhere; None: all of them already."""
     if tokens is None:
         return dh

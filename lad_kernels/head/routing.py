@@ -43,7 +43,7 @@ _SLICE = 1 << 20  # pairs looked at together: 4 MiB of float32, 8 MiB of int64
 _WORD = (1 << 32) - 1
 
 
-class Certificate(NamedTuple):
+class ErrorBound(NamedTuple):
     """What a routing leaves out; every field is 0-d on the device of the hidden states."""
 
     pairs: Tensor  # kept pairs, those of dense tokens included
@@ -154,7 +154,7 @@ def route(
     unbiased: bool = False,
     most_pairs: int | None = None,
     triton: bool = False,
-) -> tuple[Routing, Certificate]:
+) -> tuple[Routing, ErrorBound]:
     """Choose the pairs of A tokens. Host syncs on an accelerator: three in PyTorch, one in Triton.
 
     With more than `most_pairs` kept pairs, those of dense tokens apart, all tokens are dense.
@@ -172,7 +172,7 @@ def route(
     )  # fmt: skip
     pairs = torch.full((), sum(routing.counts) + len(routing.dense) * len(block_lse), device=lse.device)  # []
     bounds = (lost.by_token * slope).norm(), lost.by_block.norm()  # [], []
-    return routing, Certificate(pairs, lost.mass.mean(), lost.mass.amax(), *bounds)
+    return routing, ErrorBound(pairs, lost.mass.mean(), lost.mass.amax(), *bounds)
 
 
 def choose(

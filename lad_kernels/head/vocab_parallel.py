@@ -1,9 +1,9 @@
-"""The head with its vocabulary spread over the ranks of a process group: no rank ever holds V x D.
+"""The head with its vocabulary sharded over the ranks of a process group: no rank ever holds V x D.
 
 Every rank holds consecutive rows of the weight, in rank order, and the same hidden states and targets.
 
-    forward    each rank scores its own rows; ONE all-gather of 3 or 4 numbers per token (lse_r and what rounding it
-               lost, log p_r, H_r), then
+    forward    each rank scores its own rows; ONE all-gather of 3 or 4 numbers per token (lse_r, its rounding
+               error, log p_r, H_r), then
                    lse   = log sum_r e^lse_r
                    log p = log p_owner - log sum_r e^(lse_r - lse_owner)      never a difference of two large lse
                    H     = sum_r e^(lse_r - lse) (H_r + lse - lse_r)
@@ -33,7 +33,7 @@ from lad_kernels.head.records import GradientSums, HeadForward, HeadGradients, L
 from lad_kernels.packing import Packing
 
 CHUNK = 2048  # tokens of an all-reduce of dH, or more ...
-_ARGUMENTS = 24  # places for replicated arguments in the exchange, which has one length for all functions
+_ARGUMENTS = 24  # slots for replicated arguments in the exchange, which has one length for all functions
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 CHUNKS = 4  # ... so that there are about so many of them, or less for memory
 _FACTS = ("tokens that take part", "hidden size", "dtype", "arguments that need a gradient", "target_ids")
@@ -66,25 +66,25 @@ def join(
     replicated: Mapping[str, object],
     packing: Packing,
 ) -> Shard:
-    """Learn every rank's rows and check that the ranks call alike, by one all-gather of a few dozen integers.
+    """Exchange row counts and check that all ranks make the same call, by one all-gather of a few dozen integers.
 
     Args:
-        replicated: the other arguments that must be the same on every rank. Of tensors the shape and dtype are
-            compared, and where checks read values also those, of the tokens that take part.
+        replicated: the other arguments that must be the same on every rank. Tensors are compared by shape and dtype,
+            and by their values at the tokens that take part where checks may read values.
         packing: which tokens take part.
 
     Raises:
         ValueError: on every rank, if something that must be the same differs between ranks, or V < 2.
     """
     needs = Needs.of(hidden, weight, bias)
-    place = torch.arange(1, len(targets) + 1, device=targets.device)  # [M]
+    position = torch.arange(1, len(targets) + 1, device=targets.device)  # [M]
     kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     code = 8 * (bias is not None) + 4 * needs.hidden + 2 * needs.weight + needs.bias
     facts = [len(weight), len(targets), hidden.shape[-1], kinds.index(hidden.dtype), code]
     names = ("function", *replicated)  # compared first: with another function the others mean something else
     codes = [_code(", ".join(replicated)), *map(_code, replicated.values())]
     codes += [0] * (_ARGUMENTS - len(codes))
-    sums = [(targets * place).sum(), *(_checksum(x, packing) for x in replicated.values())]
+    sums = [(targets * position).sum(), *(_checksum(x, packing) for x in replicated.values())]
     sums += [0] * (_ARGUMENTS - len(sums))
     mine = torch.tensor(facts + codes, device=targets.device)  # [5 + _ARGUMENTS]
     mine = torch.cat([mine, torch.stack([torch.as_tensor(x, device=targets.device) for x in sums])])
@@ -108,13 +108,13 @@ def join(
 
 
 def _code(x: object) -> int:
-    """What must be the same of an argument without reading a device."""
-    told = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else repr(x)
-    return zlib.crc32(told.encode())
+    """A hash of what must be equal on all ranks and is known without reading a device."""
+    text = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else repr(x)
+    return zlib.crc32(text.encode())
 
 
 def _checksum(x: object, packing: Packing) -> Tensor | int:
-    """A sum of a tensor's bits, row by row with another weight; 0 of what is none, or is not read by checks."""
+    """A sum of a tensor's bits, each row with its own weight; 0 for other values and where checks do not read them."""
     if not isinstance(x, Tensor) or x.numel() == 0 or not checks.may_read(x):
         return 0
     by_token = x.shape[: len(packing.shape)] == packing.shape
@@ -143,8 +143,8 @@ class ShardedHead(Head):
         """Log-probs, lse and entropy over the whole vocabulary; block masses are never reported."""
         if len(self.weight):
             out = self._local().forward(want_entropy=want_entropy)
-            found = [out.lse, out.lse_rest, out.logprobs, *([out.entropy] if want_entropy else [])]
-            parts = torch.stack(found)  # [3 or 4, M]
+            outputs = [out.lse, out.lse_rest, out.logprobs, *([out.entropy] if want_entropy else [])]
+            parts = torch.stack(outputs)  # [3 or 4, M]
         else:
             wide = torch.promote_types(self.hidden.dtype, torch.float32)
             parts = torch.zeros(3 + want_entropy, len(self.targets), dtype=wide, device=self.hidden.device)
@@ -174,8 +174,8 @@ class ShardedHead(Head):
         local = self._local()
         inside = (self.targets >= self.shard.start) & (self.targets < self.shard.start + len(self.weight))  # [M]
         gradient = LogitGradient(torch.where(inside, gradient.onehot, 0.0), gradient.prob, gradient.entropy)
-        room = memory.BUDGET // 4  # of each of two float32 dH, that of the next chunk made while one is reduced
-        most = max(room // (4 * self.hidden.shape[-1]) // memory.ROWS, 1) * memory.ROWS
+        share = memory.BUDGET // 4  # for each of two float32 dH: one is reduced while the next is computed
+        most = max(share // (4 * self.hidden.shape[-1]) // memory.ROWS, 1) * memory.ROWS
         size = min(max(CHUNK, -(-len(lse) // CHUNKS)), most)
         sums = GradientSums.zeros(self.weight, self.bias, needs)
         dh = self.no_gradient() if needs.hidden else None  # [N, D]
@@ -188,18 +188,18 @@ class ShardedHead(Head):
 
         for first in range(0, len(lse), size):
             tokens = slice(first, min(first + size, len(lse)))
-            found = _gradients(local.select(tokens), lse[tokens], gradient.select(tokens), needs, sums)
+            gradients = _gradients(local.select(tokens), lse[tokens], gradient.select(tokens), needs, sums)
             if reducing:
                 finish()
             if dh is not None:
-                work = dist.all_reduce(found.hidden, group=self.shard.group, async_op=True)
-                reducing.append((tokens, found.hidden, work))
+                work = dist.all_reduce(gradients.hidden, group=self.shard.group, async_op=True)
+                reducing.append((tokens, gradients.hidden, work))
         if reducing:
             finish()
         return HeadGradients(dh, *sums.rounded(self.weight, self.bias))
 
     def _local(self) -> Head:
-        """This rank's rows as a head of their own; targets of other ranks become some local row."""
+        """A head of this rank's rows alone; targets on other ranks are replaced by any local row."""
         targets = (self.targets - self.shard.start).clamp(0, max(len(self.weight) - 1, 0))  # [M]
         return Head(self.hidden, self.weight, targets, self.bias, self.transform, self.triton, self.tokens)
 

@@ -67,7 +67,7 @@ def advantages_of(rewards: Tensor, group_ids: Tensor, scale: str, eps: float = E
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     if len(rewards) == 0:
         return rewards
-    order = group_ids.argsort(stable=True)  # [B] members of a group side by side
+    order = group_ids.argsort(stable=True)  # [B] members of a group next to each other
     group, lengths = _number_groups(group_ids[order])  # [B], [B]
 
     def total(x: Tensor, how: str = "sum") -> Tensor:  # [B] -> [B]: the sum or maximum over each member's group
@@ -77,17 +77,18 @@ def advantages_of(rewards: Tensor, group_ids: Tensor, scale: str, eps: float = E
     r = torch.where(scorable, rewards[order], 0.0)  # [B]
     count = total(scorable.to(r.dtype))  # [B]
     centred = torch.where(scorable, r - total(r) / count.clamp(min=1), 0.0)  # [B]
-    centred = torch.where(scorable, centred - total(centred) / count.clamp(min=1), 0.0)  # takes the mean's rounding out
+    # The second time removes the rounding error of the mean.
+    centred = torch.where(scorable, centred - total(centred) / count.clamp(min=1), 0.0)  # [B]
     if scale == "group":
         unit = total(centred.abs(), "max")  # [B] deviations of 1e20 have no square in float32
         centred = centred / (_deviation(unit, total(_scaled(centred, unit).square()), count) + eps)
     elif scale == "batch":
-        everyone = scorable.sum().to(r.dtype)  # []
-        apart = r
-        for _ in range(2):  # the second time takes the mean's rounding out
-            apart = torch.where(scorable, apart - apart.sum() / everyone.clamp(min=1), 0.0)  # [B]
-        unit = apart.abs().amax()  # []
-        centred = centred / (_deviation(unit, _scaled(apart, unit).square().sum(), everyone) + eps)
+        scored = scorable.sum().to(r.dtype)  # []
+        around_batch = r  # [B]
+        for _ in range(2):  # likewise
+            around_batch = torch.where(scorable, around_batch - around_batch.sum() / scored.clamp(min=1), 0.0)  # [B]
+        unit = around_batch.abs().amax()  # []
+        centred = centred / (_deviation(unit, _scaled(around_batch, unit).square().sum(), scored) + eps)
     elif scale == "loo":
         centred = centred * count / (count - 1).clamp(min=1)
     return torch.empty_like(r).index_copy(0, order, centred.masked_fill(count < 2, 0.0))
@@ -105,9 +106,9 @@ def _deviation(unit: Tensor, squares: Tensor, count: Tensor) -> Tensor:
 
 def _number_groups(sorted_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Sorted ids [B] to (number of each member's group [B], members of each number [B], zeros at the end)."""
-    fresh = torch.ones_like(sorted_ids)  # [B] 1 where a group begins
-    fresh[1:] = sorted_ids[1:] != sorted_ids[:-1]
-    number = fresh.cumsum(0) - 1  # [B]
+    first = torch.ones_like(sorted_ids)  # [B] 1 where a group begins
+    first[1:] = sorted_ids[1:] != sorted_ids[:-1]
+    number = first.cumsum(0) - 1  # [B]
     return number, torch.zeros_like(number).index_add(0, number, torch.ones_like(number))
 
 

@@ -1,4 +1,4 @@
-"""What an objective is made of, as frozen dataclasses that refuse nonsense when they are built."""
+"""Configs of the objectives, as frozen dataclasses that validate their fields when they are built."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ADVANTAGE_SCALES = ("group", "batch", "none", "loo")
 POLICY_LOSSES = ("ppo", "cispo", "reinforce", "sapo", "vespo", "luspo")
 DIRECT_LOSSES = ("cispo", "reinforce", "vespo")  # c is per log-prob: the ratio is a constant weight, or absent
 _LEVEL_OF = {"cispo": "token", "reinforce": "token", "vespo": "sequence_sum", "luspo": "sequence"}
-# The numbers that an objective's terms read beside log-ratio and advantage: names of fields, at most four.
+# The fields that an objective's terms read besides log-ratio and advantage, at most four.
 SETTINGS = {
     **dict.fromkeys(DIVERGENCES, ("eta", "target_clamp")),
     **dict.fromkeys(("ppo", "cispo", "reinforce"), ("epsilon_low", "epsilon_high", "dual_clip")),
@@ -37,7 +37,7 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def check_number(name: str, value: Any, low: float = -math.inf, *, strict: bool = False, optional: bool = False) -> Any:
-    """`value` as an int or float of Python; it may be numpy's.
+    """`value`, which may be numpy's, as a Python int or float.
 
     Raises:
         ValueError, TypeError: unless it is a finite number >= low (> low if strict), or None if optional.
@@ -56,7 +56,7 @@ class PolicyConfig:
     """What every objective has: how ratios are formed, how tokens are averaged, KL, entropy, and how the head runs.
 
     The fields are described in `LADConfig`; each config lists them itself, in the order of its positional arguments.
-    Everything past a public function takes any config and asks it for its `objective`, never for its class.
+    Behind the public functions code takes any config and reads its `objective`, never its class.
     """
 
     importance_sampling_level: str
@@ -83,12 +83,12 @@ class PolicyConfig:
         check_choice("tail", self.tail, TAILS)
 
     def _number(self, name: str, low: float = -math.inf, **how: bool) -> None:
-        """Check a field and keep it as a number of Python."""
+        """Check a field and store it as a Python number."""
         object.__setattr__(self, name, check_number(name, getattr(self, name), low, **how))
 
     @property
     def objective(self) -> str:
-        """Whose terms a token has: one of DIVERGENCES or of POLICY_LOSSES."""
+        """Name of the loss of a token: one of DIVERGENCES or of POLICY_LOSSES."""
         raise NotImplementedError
 
     @property
@@ -114,19 +114,19 @@ class LADConfig(PolicyConfig):
         centered: use f(x) - f'(1) (x - 1): same exact minimiser, no drift in a group without reward variance.
             Changes `kl` and `rkl` only.
         target_norm: `group` divides e^u by its mean over the group (an unscorable completion counts with A = 0), so
-            that the target sums to one; None leaves it.
+            that the target sums to one; None: no normalisation.
         log_ratio_clamp: bound on abs(log r); beyond it the gradient is zero. None: no bound.
         target_clamp: bound on abs(u). None: no bound.
         kl_coef: weight of the k3 estimate of KL(pi || pi_ref).
         kl_clamp: upper bound on the k3 estimate of a token, beyond which its gradient is zero; verl's is 10. None, as
             in TRL: no bound, and a reference 88 nats above the policy makes loss and gradient infinite in float32.
         entropy_coef: weight of an entropy bonus (subtracted from the loss).
-        backward: `dense` is exact, `routed` multiplies the kept (token, vocabulary block) pairs alone, `auto` takes
-            the cheaper by the model of head/dispatch.py.
-        tail_mass: theta: a pair may be dropped when its piece of the logit gradient has an L1 norm of at most theta
+        backward: `dense` is exact, `routed` multiplies only the kept (token, vocabulary block) pairs, `auto` takes the
+            faster one by the cost model of head/dispatch.py.
+        tail_mass: theta: a pair may be dropped when its block of the logit gradient has an L1 norm of at most theta
             times the mean |c|. 0 is exact; None means 0 for float32 and float64 and 3e-4 for 16-bit inputs, where
             the error measured with the unbiased tail is that of rounding dH to 16 bits. `metrics` bound the error.
-        tail: what becomes of pairs below the threshold: `unbiased` keeps some, by a hash and scaled so that the
+        tail: what happens to pairs below the threshold: `unbiased` keeps some, by a hash and scaled so that the
             expected gradient is exact, `drop` none.
     """
 
@@ -203,7 +203,7 @@ class GRPOConfig(PolicyConfig):
         sapo_temperature_pos, sapo_temperature_neg: tau of SAPO's gate: the larger, the narrower.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: k and lambda of VESPO's weight: how fast it falls
             below and above ratio 1.
-        The other fields mean what they mean in `LADConfig`.
+        The other fields are those of `LADConfig`.
     """
 
     epsilon_low: float = 0.2

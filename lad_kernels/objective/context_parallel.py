@@ -1,4 +1,4 @@
-"""Batches that are spread over processes: context parallelism, global normalisers, groups on several ranks.
+"""Batches that are distributed over processes: context parallelism, global normalisers, groups on several ranks.
 
 Every function is collective: all ranks of the group call it, those without a single loss token too. A loss here is this
 rank's share: summed over the ranks, losses and gradients are those of one process with the whole batch. DDP and FSDP
@@ -33,7 +33,7 @@ class ContextShard(NamedTuple):
 def shard_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """This rank's slice along the last dimension, [..., T] -> [..., S], padded with zeros to equal slices.
 
-    For whatever has one value per token: position ids, old log-probs (shifted as the targets are), rollout weights.
+    For tensors with one value per token: position ids, old log-probs (shifted as the targets are), rollout weights.
     """
     ranks = dist.get_world_size(group)
     size = -(-x.shape[-1] // ranks)
@@ -48,7 +48,7 @@ def shift_and_shard(
     *,
     cu_seqlens: Tensor | None = None,  # [B + 1], of packed input
 ) -> ContextShard:
-    """Shift the whole batch, then cut it: a target never gets lost where one rank's tokens end.
+    """Shift the whole batch, then cut it, so that the target of a rank's last token is kept.
 
     Args:
         input_ids: the same on every rank of the group, padded [B, T] or packed [N].
@@ -97,10 +97,10 @@ def context_parallel_loss(
     group_ids: Tensor | None = None,  # [B]
     impl: str = "auto",
 ) -> LossOutput:
-    """`lad_loss` or `grpo_loss` (by the config) of sequences whose tokens are spread over the ranks of `group`.
+    """`lad_loss` or `grpo_loss` (by the config) of sequences whose tokens are sharded over the ranks of `group`.
 
-    The one collective is an all-reduce of three numbers per sequence (log-ratio, tokens, rollout weight); it is left
-    out where nothing needs it: token level, not seq-mean-token-mean, normalizer given. A sequence-level gradient is
+    The one collective is an all-reduce of three numbers per sequence (log-ratio, tokens, rollout weight); it is
+    skipped where nothing needs it: token level, not seq-mean-token-mean, normalizer given. A sequence-level gradient is
     then local, since it is the same number for all tokens of a sequence.
 
     Args:
@@ -134,15 +134,15 @@ def context_parallel_loss(
         return _padded_loss(logprobs, advantages, rollout_is_weights, group_ids=group_ids, **same, **per_token)
     lengths = sequence_ids.bincount(minlength=len(advantages))  # [B]
     position = torch.arange(len(logprobs), device=lengths.device) - (lengths.cumsum(0) - lengths)[sequence_ids]  # [S]
-    place = sequence_ids, position
+    index = sequence_ids, position
 
     def pad(x: Tensor | None) -> Tensor | None:  # [S] -> [B, longest]
-        return None if x is None else x.new_zeros(len(lengths), int(lengths.max())).index_put(place, x)
+        return None if x is None else x.new_zeros(len(lengths), int(lengths.max())).index_put(index, x)
 
     per_token["loss_mask"] = torch.ones_like(sequence_ids) if loss_mask is None else loss_mask
     per_token = {name: pad(x) for name, x in per_token.items()}
     out = _padded_loss(pad(logprobs), advantages, pad(rollout_is_weights), group_ids=group_ids, **same, **per_token)
-    return out._replace(logprobs=out.logprobs[place], entropy=None if entropy is None else out.entropy[place])
+    return out._replace(logprobs=out.logprobs[index], entropy=None if entropy is None else out.entropy[index])
 
 
 def _padded_loss(
@@ -169,7 +169,7 @@ def _padded_loss(
     if rollout_is_weights is not None:
         weights = rollout_is_weights.detach()
         weights = (weights if weights.ndim == 2 else weights[:, None]).expand_as(logp)
-    keep = chosen & weights.isfinite()  # [B, S] what lad_loss keeps: it would not see these numbers at sequence levels
+    keep = chosen & weights.isfinite()  # [B, S] what lad_loss would keep: at sequence levels it gets other numbers
     for x in (old_logprobs, ref_logprobs if config.kl_coef != 0 else None):
         keep = keep if x is None else keep & x.detach().isfinite()
     d = torch.zeros_like(logp)  # [B, S] log-ratio, 0 where masked or equal, -inf included
@@ -182,12 +182,12 @@ def _padded_loss(
     if normalizer is None:
         normalizer = (sums[1].sum() if mode == "token-mean" else (sums[1] > 0).sum()).clamp(min=1)
     share = (1 / counts if mode == "seq-mean-token-mean" else torch.ones_like(counts))[:, None].to(logp)  # [B, 1]
-    seen, old = logprobs, old_logprobs
+    new, old = logprobs, old_logprobs
     if level != "token":  # the sequence's own log-ratio at every token, with the gradient that reaches each of them
         total, slope = (sums[0], counts) if level == "sequence_sum" else (sums[0] / counts, torch.ones_like(counts))
         change = torch.where(logprobs.isfinite(), logprobs - logprobs.detach(), 0.0)  # [B, S] zeros with a gradient
-        total = total[:, None].to(logp)  # [B, 1], seen - old below, exactly; as log-probs neither may be above 0
-        seen = torch.where(total > 0, 0.0, total) + slope[:, None].to(logp) * change
+        total = total[:, None].to(logp)  # [B, 1], new - old below, exactly; as log-probs neither may be above 0
+        new = torch.where(total > 0, 0.0, total) + slope[:, None].to(logp) * change
         old = None if old_logprobs is None else torch.where(total > 0, -total, 0.0).expand_as(logp)
         weights = (sums[2] / counts)[:, None].to(logp).expand_as(logp)
     local: dict[str, Any] = {"importance_sampling_level": "token", "loss_agg_mode": "token-mean"}
@@ -201,7 +201,7 @@ def _padded_loss(
         normalizer=normalizer,
         rollout_is_weights=weights * share,
     )
-    out = policy_loss(seen, given, replace(config, **local), impl)  # type: ignore[type-var]
+    out = policy_loss(new, given, replace(config, **local), impl)  # type: ignore[type-var]
     loss, metrics, many = out.loss, out.metrics, keep.sum().clamp(min=1)
     metrics["nonfinite_share"] = (chosen & ~keep).sum() / chosen.sum().clamp(min=1)
     each = (share / normalizer).expand_as(logp)[keep]  # [M] weight of a token
@@ -235,7 +235,7 @@ def _check(
     weights: Tensor | None,
     per_token: dict[str, Tensor | None],
 ) -> None:
-    """Everything that the arithmetic before `lad_loss` relies on."""
+    """Check everything that the arithmetic before `lad_loss` relies on."""
     shape, count, ids = logprobs.shape, len(advantages), sequence_ids
     policy_loss = getattr(config, "policy_loss", None)
     if policy_loss in ("vespo", "luspo"):

@@ -6,11 +6,11 @@ through expm1, ln(2x / (x + 1)) through a log-sigmoid, and near x = 1 the Jensen
 functions of w / 2, where they do not cancel. For |d| <= 300 and |u| <= 80 every value is finite in float32 if the true
 one is below 1e37, infinite with its sign or large beyond, and never NaN.
 
-`above_start` is loss(d, u) - loss(0, u), worked out by hand for each divergence, because the e^u terms of the loss
+`above_start` is loss(d, u) - loss(0, u), derived by hand for each divergence, because the e^u terms of the loss
 itself (hundreds at eta 0.25) would swallow it. At r = 0 (log pi = -inf) every product of r with a logarithm is 0.
 
 A new divergence is a function here, a branch in `kernels/divergences.py`, a line in `reference_objective.py`, a key in
-`config.py`, and what was worked out by hand in tests/support/divergence_facts.py.
+`config.py`, and its facts derived by hand in tests/support/divergence_facts.py.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Terms(NamedTuple):
     """Per-token values, all [M]."""
 
     loss: Tensor
-    coef: Tensor  # d loss / d log-ratio, or d loss / d logprob where the loss sees no ratio
+    coef: Tensor  # d loss / d log-ratio, or d loss / d logprob where the loss has no ratio
     above_start: Tensor  # loss minus its value at r = 1
 
 
 def _exp_gap(p: Tensor, q: Tensor) -> Tensor:
-    """e^p - e^q as sign(p - q) e^max(p, q) (1 - e^-|p - q|): no cancellation, and no infinity less another."""
+    """e^p - e^q as sign(p - q) e^max(p, q) (1 - e^-|p - q|): no cancellation, and no inf - inf."""
     gap = torch.where(p == q, 0.0, p - q)
     return gap.sign() * torch.maximum(p, q).exp() * -(-gap.abs()).expm1()
 
@@ -84,7 +84,7 @@ def _tv(d: Tensor, u: Tensor) -> Terms:
 
 
 def _kl_moved(d: Tensor, u: Tensor) -> Tensor:
-    """r d - u (r - 1), what r (d - u) has moved since r = 1."""
+    """r d - u (r - 1), the change of r (d - u) from r = 1."""
     r = d.exp()
     return torch.where(d > 1, r * (d - u) + u, _times_ratio(r, d) - u * d.expm1())
 
@@ -143,7 +143,7 @@ def grpo_terms(
     """Terms of `config.policy_loss` (equations: `GRPOConfig`), and which tokens are clipped; all [M].
 
     `log_ratio` is that of the level; `token_log_ratio` of the token itself, None: the same. CISPO, REINFORCE and VESPO
-    weigh log pi itself, so their coefficient is per log-probability and `above_start` is c times what it has moved.
+    weigh log pi itself, so their coefficient is per log-probability and `above_start` is c times its change.
     """
     a, r = advantages, log_ratio.exp()
     low, high = 1 - config.epsilon_low, 1 + config.epsilon_high

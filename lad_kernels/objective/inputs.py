@@ -1,4 +1,4 @@
-"""What an objective is given besides log-probabilities: as the user gave it, its checks, and as backends read it."""
+"""What an objective is given besides log-probabilities: as the user gave it, its checks, and what backends read."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _without_columns(inputs: PolicyInputs, like: Tensor, count: int | None) -> P
 
 
 def _validate_values(inputs: PolicyInputs, like: Tensor, config: PolicyConfig) -> None:
-    """What only values tell, of the tokens that count; each check reads them where it may."""
+    """Checks of values, for the tokens that count; each reads them only where it may."""
     if not checks.may_read(like):
         return
     packing = pack(like.detach(), inputs.loss_mask, inputs.cu_seqlens)
@@ -108,7 +108,7 @@ def _validate_signal(inputs: PolicyInputs, count: int | None, like: Tensor, like
 
 @dataclass(frozen=True)
 class PackedInputs:
-    """What a backend reads beside log-probs and entropy, of the M tokens that pass through the head."""
+    """What a backend reads besides log-probs and entropy, for the M tokens that pass through the head."""
 
     normalizer: Tensor  # [] the divisor Z
     cu_seqlens: Tensor | None = None  # [B + 1]; None: no sequences, everything is per token
@@ -127,7 +127,7 @@ class PackedInputs:
     lengths: Tensor | None = None  # [B] tokens of each sequence that take part; None: no sequences
 
     def chunk(self, rows: slice) -> PackedInputs:
-        """Those of the tokens `rows` [C], once prepared; per sequence stays [B], of which a chunk may hold a part."""
+        """Prepared inputs of the tokens `rows` [C]; values per sequence stay [B], even in a chunk of a part."""
 
         def cut(x: Tensor | None, by_token: bool = True) -> Tensor | None:  # [M] -> [C]
             return x[rows] if by_token and x is not None else x
@@ -144,9 +144,9 @@ class PackedInputs:
 
 
 def tokens_by_input(inputs: PolicyInputs, packing: Packing, config: PolicyConfig) -> Tensor | None:
-    """[M] True where every input that the objective reads is finite; None where none could be otherwise.
+    """[M] True where every input that the objective reads is finite; None if there is no such input.
 
-    Log-probs and weights of a rollout or reference engine, that is: a NaN of the policy itself is not looked for.
+    Inputs are log-probs and weights of a rollout or reference engine; a NaN of the policy itself is not looked for.
     """
     given = [inputs.old_logprobs, inputs.ref_logprobs if config.kl_coef != 0 else None, inputs.rollout_is_weights]
     finite = None
@@ -160,7 +160,7 @@ def tokens_by_input(inputs: PolicyInputs, packing: Packing, config: PolicyConfig
 
 
 def has_values_by_token(x: Tensor, packing: Packing) -> bool:
-    """Or one per sequence; where N equals B, a packed [B] is read as one per sequence."""
+    """False: one per sequence. Where N equals B, a packed [B] is read as one per sequence."""
     return packing.cu_seqlens is None or x.shape != (len(packing.cu_seqlens) - 1,)
 
 

@@ -38,7 +38,7 @@ def lad_loss(
     minus its value at ratio 1) and the `coef_*` metrics instead.
 
     A token takes part if `loss_mask` keeps it, if it does not lie beyond the last bound of packed input, and if its old
-    and reference log-prob and its rollout weight (of those that are used) are finite: one bad number of an engine drops
+    and reference log-prob and its rollout weight (of those that are used) are finite: a bad number from an engine drops
     its token, not the step. `metrics["nonfinite_share"]` counts such tokens; lengths, means over tokens and the default
     normalizer leave them out, a normalizer that you give is taken as it is. A NaN of the policy itself propagates.
 
@@ -132,10 +132,9 @@ def policy_loss(logprobs: Tensor, inputs: PolicyInputs, config: PolicyConfig, im
     entropy = None if inputs.entropy is None else packing.take(inputs.entropy)  # [M]
     terms = compute_terms(logp, entropy, inputs, packing, config, impl)
     loss = _AttachGradient.apply(logp, entropy, terms.loss, terms.dlogprobs, terms.dentropy)
-    place = packing.place
-    used = inputs.advantages.detach()
-    seen = None if entropy is None else place(entropy.detach())
-    return LossOutput(loss, place(logp.detach()), seen, used, terms.metrics)
+    unpack = packing.place
+    entropy = None if entropy is None else unpack(entropy.detach())  # [N] or [B, T]
+    return LossOutput(loss, unpack(logp.detach()), entropy, inputs.advantages.detach(), terms.metrics)
 
 
 class _AttachGradient(torch.autograd.Function):

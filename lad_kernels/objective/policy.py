@@ -29,13 +29,13 @@ class PolicyTerms(NamedTuple):
 
     loss: Tensor  # []
     dlogprobs: Tensor  # [M] d loss / d logprob
-    dentropy: Tensor | None  # [M] d loss / d entropy; None when the entropy takes no part
+    dentropy: Tensor | None  # [M] d loss / d entropy; None without an entropy term
     advantages: Tensor  # [B] or [M], as used
     metrics: dict[str, Tensor]  # 0-d
 
 
 def prepare(inputs: PackedInputs, config: Any) -> PackedInputs:
-    """Advantages and group statistics, which no log-prob changes."""
+    """Advantages and group statistics, which do not depend on log-probs."""
     advantages, shift = inputs.advantages, None  # [B] or [M]
     if inputs.rewards is not None:
         advantages = advantages_of(inputs.rewards, inputs.group_ids, config.advantage_scale)
@@ -96,11 +96,11 @@ def _token_terms(seq: _Sequences, logprobs: Tensor, inputs: PackedInputs, config
     raw_d = seq.level(own, config.importance_sampling_level)  # [M]
     bound = torch.inf if config.log_ratio_clamp is None else config.log_ratio_clamp
     d, stopped = raw_d.clamp(-bound, bound), raw_d.abs() > bound  # [M], [M]; NaN is not stopped
-    spread = seq.clean if inputs.advantages_by_token else seq.spread
-    a, clamped = spread(inputs.advantages), stopped  # [M], [M]
+    expand = seq.clean if inputs.advantages_by_token else seq.expand
+    a, clamped = expand(inputs.advantages), stopped  # [M], [M]
     if config.objective in DIVERGENCES:
         u = inputs.advantages / config.eta  # [B] or [M]
-        raw_u = spread(u if inputs.shift is None else u - inputs.shift)  # [M]
+        raw_u = expand(u if inputs.shift is None else u - inputs.shift)  # [M]
         target_bound = torch.inf if config.target_clamp is None else config.target_clamp
         u = raw_u.clamp(-target_bound, target_bound)  # [M]
         terms = lad_terms(config.objective, d, u, centered=config.centered)
@@ -112,7 +112,7 @@ def _token_terms(seq: _Sequences, logprobs: Tensor, inputs: PackedInputs, config
     w = seq.clean(w)
     s, isw = w, inputs.rollout_is_weights  # [M]
     if isw is not None:
-        s = w * (seq.clean(isw) if inputs.weights_by_token else seq.spread(isw))
+        s = w * (seq.clean(isw) if inputs.weights_by_token else seq.expand(isw))
     direct = config.objective in DIRECT_LOSSES
     through_ratio = torch.where(stopped & (not direct), 0.0, s * terms.coef)  # [M]
     level = "token" if direct else config.importance_sampling_level  # at which a log-prob reaches the loss
@@ -151,12 +151,12 @@ class _Sequences:
         """`other` at tokens that take no part."""
         return x if self._usable is None or x is None else torch.where(self._usable, x, other)
 
-    def spread(self, x: Tensor) -> Tensor:
+    def expand(self, x: Tensor) -> Tensor:
         """[B] -> [M], 0 at tokens that take no part."""
         return self.clean(x[self.index])
 
     def level(self, d: Tensor, level: str) -> Tensor:
-        """Token log-ratios [M] -> the log-ratio each token's loss sees [M]. Linear, and its own transpose."""
+        """Token log-ratios [M] -> the log-ratio in each token's loss [M]. Linear, and its own transpose."""
         if level == "token" or self.sequences == 0:
             return d
         total = torch.segment_reduce(d, "sum", lengths=self._spans, unsafe=True)  # [B]

@@ -1,4 +1,4 @@
-"""One call of the objective: the backend, the packed inputs, and what is computed once however many chunks follow."""
+"""One call of the objective: the backend, the packed inputs, and what is computed once for all chunks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Objective:
         self._inputs = self._pack(inputs, packing)
 
     def terms(self, logprobs: Tensor, entropy: Tensor | None = None) -> PolicyTerms:  # [M], [M]
-        """Loss, gradient and metrics of all tokens: once a call."""
+        """Loss, gradient and metrics of all tokens; called once."""
         if self.config.entropy_coef != 0 and entropy is None:
             raise ValueError(f"entropy: needed because config.entropy_coef is {self.config.entropy_coef}, got None")
         with torch.no_grad():
@@ -44,8 +44,8 @@ class Objective:
     def coefficients(self, rows: slice, logprobs: Tensor) -> Tensor:  # [C] -> [C]
         """d loss / d logprob of the tokens `rows`, without an entropy term.
 
-        In Triton the bits that `terms` has there; in PyTorch to an ulp or two, because a CPU's vectors round a tail
-        differently.
+        In Triton the same bits as in `terms`; in PyTorch equal to an ulp or two, because vectorised CPU code rounds the
+        last elements differently.
 
         Args:
             rows: any tokens where ratios are per token; whole sequences at the sequence levels.
@@ -67,7 +67,7 @@ class Objective:
         def by_token(x: Tensor | None) -> bool:
             return x is not None and has_values_by_token(x, packing)
 
-        def take(x: Tensor | None, by_token: bool = True) -> Tensor | None:  # per token -> [M]; per sequence stays [B]
+        def packed(x: Tensor | None, by_token: bool = True) -> Tensor | None:  # per token -> [M]; per sequence [B]
             if x is None:
                 return None
             return (packing.take(x.detach()) if by_token else x.detach()).to(self.dtype)
@@ -76,18 +76,18 @@ class Objective:
             normalizer=divisor(inputs.normalizer, packing, self.config, self.dtype, self.device, usable),
             cu_seqlens=packing.cu_seqlens,
             usable=usable,
-            old_logprobs=take(inputs.old_logprobs),
-            ref_logprobs=take(inputs.ref_logprobs),
-            advantages=take(inputs.advantages, by_token(inputs.advantages)),
+            old_logprobs=packed(inputs.old_logprobs),
+            ref_logprobs=packed(inputs.ref_logprobs),
+            advantages=packed(inputs.advantages, by_token(inputs.advantages)),
             advantages_by_token=by_token(inputs.advantages),
-            rewards=take(inputs.rewards, False),
+            rewards=packed(inputs.rewards, False),
             group_ids=group_ids,
-            rollout_is_weights=take(inputs.rollout_is_weights, by_token(inputs.rollout_is_weights)),
+            rollout_is_weights=packed(inputs.rollout_is_weights, by_token(inputs.rollout_is_weights)),
             weights_by_token=by_token(inputs.rollout_is_weights),
         )
 
     def _dropped_share(self) -> Tensor:  # []
-        """Share of tokens that an input of an engine drops."""
+        """Share of tokens dropped because an engine's number is not finite."""
         finite, inside = self._finite, self._inside
         if finite is None:
             return torch.zeros((), dtype=self.dtype, device=self.device)
@@ -103,7 +103,7 @@ def compute_terms(
     config: PolicyConfig,
     impl: str,
 ) -> PolicyTerms:
-    """The whole objective, where no chunk of it is asked for before."""
+    """The whole objective of a call without chunks."""
     return Objective(inputs, packing, config, impl, logprobs).terms(logprobs, entropy)
 
 
@@ -122,7 +122,7 @@ def divisor(
     config: PolicyConfig,
     dtype: torch.dtype,
     device: torch.device,
-    usable: Tensor | None,  # [M] who counts; None: all
+    usable: Tensor | None,  # [M] tokens that take part; None: all
 ) -> Tensor:  # []
     """The divisor Z, without a host sync."""
     if given is None and config.loss_agg_mode == "token-mean":

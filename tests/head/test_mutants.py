@@ -1,4 +1,4 @@
-"""Planted bugs: a suite that cannot fail them is not a suite. Each edits one line of real source and must be caught."""
+"""Planted bugs, to show that the tests can fail: each edits one line of real source and must be caught."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ ROUTING = {
 
 
 def certify_all(**mutant) -> None:
-    """The certificate on every adversary, exact and dropping."""
+    """The error bound on every adversary, exact and dropping."""
     for name, theta, unbiased, entropy in itertools.product(
         test_paths.ADVERSARIES, (0.0, 3e-3, 0.2), (False, True), (False, True)
     ):
@@ -203,7 +203,7 @@ PIECES = {
     "float16 pieces scaled twice": ("kernels/dense.py", "(add and down is not None)", "False"),
     "routing not renumbered": ("records.py", "self.rows[inside] - tokens.start", "self.rows[inside]"),
     "dense tokens of every piece": ("records.py", "(self.dense < tokens.stop)", "(self.dense < tokens.stop + 3)"),
-    "dH to the first rows": ("head.py", "self.tokens[chunk]] = found", "slice(0, chunk.stop - chunk.start)] = found"),
+    "dH to the first rows": ("head.py", "self.tokens[chunk]] = grad", "slice(0, chunk.stop - chunk.start)] = grad"),
 }
 
 

@@ -9,17 +9,17 @@ multiplies. Vocabulary-major order means that every row of dW is complete after 
 tokens in fp32 and cast once, without a V x D float32 buffer. dH is accumulated over the slabs in a float32 [N, D]
 buffer and cast once.
 Workspace: Vc columns of dR and, for 16-bit weights, of float32 dW. When even 1,024 columns of N tokens exceed it,
-rows are split too, and the slab of dW is accumulated over the row runs. Beside it: float32 dH; a caller who has no
-room for all of it hands in pieces of the tokens and a float32 dW to add them to (`sums`).
+rows are split too, and the slab of dW is accumulated over the row runs. In addition: float32 dH; a caller without
+memory for all of it passes token chunks and a float32 dW to add them to (`sums`).
 
 Exact: nothing is dropped, no atomics, fixed order; two runs agree bitwise. The slab width depends on N, so the last
 bits of dH may depend on N (those of the forward do not). A token with three zero coefficients gets a dH of exactly 0.
 Precision is lost once, where dR is rounded to the dtype of the inputs for the tensor cores; db sums the un-rounded
 dR. float16 has too few exponents for dR (p c / N is soon below its smallest number, 6e-8), so the three vectors are
-multiplied by a power of two found on the device, and the float32 products divided by it. fp32 products run at
+multiplied by a power of two chosen on the device, and the float32 products divided by it. fp32 products run at
 torch's present matmul precision; this module never turns tf32 on.
-Left out: fusing dR with the products (6 N D V stays 6 N D V), and rows with zero coefficients (the caller packs them
-away first).
+Left out: fusing dR with the products (6 N D V stays 6 N D V), and skipping tokens with zero coefficients (the caller
+removes them first).
 Cost: 2 N D V flops per recomputation, dH and dW; 2 N V elements of dR, N D V / Vc float32 of dH, 8 V D bytes
 of dW in 16 bits.
 """
@@ -179,8 +179,8 @@ def scaled(
 ) -> tuple[LogitGradient, Tensor | None]:
     """Contiguous coefficients, for float16 times a power of two that centres dR in its range, and the inverse [].
 
-    |dR| <= (|onehot| + |prob| + |entropy| / e) |scale| / T, since p <= 1 and p |log p| <= 1 / e. Found on the device,
-    without a host sync. bfloat16 and float32 have exponents enough.
+    |dR| <= (|onehot| + |prob| + |entropy| / e) |scale| / T, since p <= 1 and p |log p| <= 1 / e. Computed on the
+    device, without a host sync. The exponents of bfloat16 and float32 suffice.
     """
     vectors = [gradient.onehot, gradient.prob] + ([] if gradient.entropy is None else [gradient.entropy])  # [N] each
     down = None
@@ -192,13 +192,13 @@ def scaled(
 
 
 class Handed(NamedTuple):
-    """What `then` of `backward` is handed of some columns of dZ, whole blocks but for the last."""
+    """What `backward` passes to `then` for some columns of dZ: whole blocks, except for the last."""
 
     columns: slice
     dr: Tensor | None  # [N, width] scaled, if its product with the hidden states is left to `then`
     down: Tensor | None  # [] what undoes the scaling of dr
-    base: Tensor | None  # [width, D] float32, unscaled: what dW holds so far; None: nothing, or dW is not needed
-    out: Tensor | None  # [width, D] where all of dW goes, in its own dtype; maybe `base` itself
+    base: Tensor | None  # [width, D] float32, unscaled: dW so far; None: nothing, or dW is not needed
+    out: Tensor | None  # [width, D] receives all of dW, in its own dtype; maybe `base` itself
     db: Tensor | None  # [width] float32, unscaled, may be added to
 
 
@@ -221,8 +221,8 @@ def backward(
 ) -> HeadGradients:
     """Gradients with respect to hidden, weight and bias. `tiles` overrides the table of tile_table.py.
 
-    `then` is called for each slab and writes its dW: what is in `base` and what else there is, rounded once. With
-    `leave_weight` it multiplies dR itself; the workspace has to hold 1,024 columns of all rows then. With `sums` dW and
+    `then` is called for each slab and writes its dW: `base` plus what it adds, rounded once. With `leave_weight` it
+    multiplies dR itself; the workspace then has to hold 1,024 columns of all rows. With `sums` dW and
     db are added to it, and dH stays float32.
     """
     N, D = hidden.shape
@@ -248,7 +248,7 @@ def backward(
 
 
 def accumulators(weight: Tensor, needs: Needs, sums: GradientSums | None) -> tuple[Tensor | None, Tensor | None]:
-    """Where dW [V, D] and db [V] go: new memory, db of zeros; or float32 tensors that hold other tokens' already."""
+    """Buffers for dW [V, D] and db [V]: new ones, db of zeros; or float32 sums over other tokens so far."""
     if sums is not None:
         return sums.weight, sums.bias
     dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if needs.weight else None  # [V, D]
@@ -277,13 +277,13 @@ def _slabs(
     gradient: LogitGradient,  # scaled
     down: Tensor | None,  # [] what undoes the scaling
     out: HeadGradients,  # dH [N, D] float32, still scaled; dW [V, D]; db [V] float32, added to
-    add: bool,  # to what dW holds, which is float32 then
+    add: bool,  # to dW, which is then float32
     workspace_bytes: int,
     tiles: Tiles,
     then: Callable[[Handed], None] | None,
     leave_weight: bool,
 ) -> None:
-    """All slabs; the workspace is free again before the caller rounds a result."""
+    """All slabs; the workspace is freed before the caller rounds a result."""
     (N, D), V, item = whole.hidden.shape, whole.weight.shape[0], whole.hidden.element_size()
     dh, dw, db = out
     left = leave_weight and dw is not None

@@ -236,7 +236,7 @@ def _run_length(row_bytes: int) -> int:
 
 @torch.no_grad()
 def forward(
-    hidden: Tensor,  # [N, D], or with tokens whatever `gather` takes
+    hidden: Tensor,  # [N, D]; with `tokens` also [B, T, D], see `gather`
     weight: Tensor,  # [V, D], same dtype
     targets: Tensor,  # [N] int64
     bias: Tensor | None,  # [V]

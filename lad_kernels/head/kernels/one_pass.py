@@ -191,7 +191,7 @@ def _padded(V: int) -> int:
 
 @torch.no_grad()
 def one_pass(
-    hidden: Tensor,  # [N, D], or with tokens whatever `gather` takes
+    hidden: Tensor,  # [N, D]; with `tokens` also [B, T, D], see `gather`
     weight: Tensor,  # [V, D], same dtype
     targets: Tensor,  # [M] int64
     bias: Tensor | None,  # [V]
@@ -208,7 +208,7 @@ def one_pass(
     """Outputs and gradients, or None where a row of exponentials left its range. `tiles` overrides tile_table.py.
 
     `chunks` are ascending and cover 0..M. `coefficients(rows, logprobs)` returns c [C] float32 of these rows, given
-    logprobs [M] that are filled up to rows.stop. dH is [N, D], zero where no token is.
+    logprobs [M] that are filled up to rows.stop. dH is [N, D], zero for all other tokens.
     """
     if hidden.dtype == torch.float16:
         raise ValueError("float16 has too few exponents for one pass; use forward and backward")
@@ -254,7 +254,7 @@ def one_pass(
             high = r.to(f.dtype)  # [C]
             pair = torch.stack([high, (r - high).to(f.dtype)], dim=1)  # [C, 2]: two 16-bit numbers hold r to 2^-17
             dense.accumulate(db, f.t(), pair, first=False)
-    workspace = f = states = part = scaled = None  # dW is rounded where they were
+    workspace = f = states = part = scaled = None  # freed before dW is rounded
     if ((row_sums < 1 / _LARGEST_SUM) | (row_sums > _LARGEST_SUM)).any():
         return None
     return outputs, HeadGradients(
@@ -263,7 +263,7 @@ def one_pass(
 
 
 class _Chunk(NamedTuple):
-    """Tokens that pass together."""
+    """Tokens that are processed together."""
 
     hidden: Tensor  # [C, D]
     weight: Tensor  # [V, D]
@@ -321,7 +321,7 @@ def _exponentials(
 
 
 def _transformed(raw: Tensor, transform: LogitTransform, inv_temperature: Tensor | float) -> tuple[Tensor, Tensor]:
-    """`blocks.logits` for a few numbers: raw [C] -> z [C], dz/draw [C]. An absent target keeps its -inf."""
+    """`tile.logits` for a few numbers: raw [C] -> z [C], dz/draw [C]. An absent target keeps its -inf."""
     factor = torch.full_like(raw, transform.scale) * inv_temperature  # [C]
     if transform.softcap is None:
         return raw * factor, factor

@@ -1,4 +1,4 @@
-"""Gradients times a number that only the device knows, usually 1: then nothing but that number is read."""
+"""Multiply gradients by a number on the device, usually 1: then nothing but that number is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pieces that the head's kernels share: the order of tiles, the product of one tile, and product -> logits.
+"""What the head's kernels share: the order of tiles, the product of one tile, and product -> logits.
 
     raw = h W^T + b,  x = scale * raw,  z = c tanh(x / c) / T        (without a softcap c: z = x / T)
 

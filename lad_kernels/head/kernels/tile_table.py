@@ -108,7 +108,7 @@ def select(
 
 
 def tiles_for(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tiles:
-    """Tiles for hidden [N, D] and weight [V, D] as they lie in memory."""
+    """Tiles for hidden [N, D] and weight [V, D], by their alignment in memory."""
     device, dtype, (V, D) = hidden.device, hidden.dtype, weight.shape
     tiles = select(device, dtype, D, V, narrow=bias is not None or transform.softcap is not None)
     if fits(hidden, tiles) and fits(weight, tiles):
@@ -117,10 +117,10 @@ def tiles_for(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Lo
 
 
 def fits(x: Tensor, tiles: Tiles) -> bool:
-    """Whether x [R, C] lies as `tiles` needs it.
+    """Whether x [R, C] is aligned as `tiles` needs it.
 
-    TMA demands a base and a row stride of whole 16 bytes. Pointers are read in 16-byte pieces when Triton can see it:
-    it tests base address, row stride and C for divisibility by 16, each as a number.
+    TMA demands a base and a row stride of whole 16 bytes. Pointers are read 16 bytes at a time when Triton
+    can prove the alignment: it tests base address, row stride and C for divisibility by 16, each as a number.
     """
     step, columns = x.stride(0), x.shape[1]
     if x.data_ptr() % 16 != 0 or step < columns:

@@ -1,6 +1,6 @@
 """Group advantages in Triton: one sequence's, and log mean e^u over its group, from all rewards of the batch.
 
-`_policy_kernel` has them computed on its way, one launch for everything; where the objective runs in chunks,
+`_policy_kernel` computes them itself, in one launch for everything; where the objective runs in chunks,
 `group_statistics` computes them before the first.
 Rewards are taken relative to the program's own reward before any sum, so equal rewards give exactly 0 and 100 +- 0.01
 keeps its digits; every scale is A_j = (R_j - mean) * factor.

@@ -209,7 +209,7 @@ def _policy_kernel(
 
 
 def prepare(inputs: PackedInputs, config: Any) -> PackedInputs:
-    """Advantages and group statistics, which no log-prob changes."""
+    """Advantages and group statistics, which do not depend on log-probs."""
     advantages, shift, lengths = inputs.advantages, None, None  # [B] or [M], [B], [B]
     if inputs.rewards is not None or config.norms_target:
         eta, scale = config.eta if config.norms_target else 1.0, config.advantage_scale
@@ -223,7 +223,7 @@ def prepare(inputs: PackedInputs, config: Any) -> PackedInputs:
 
 
 def coefficients(logprobs: Tensor, inputs: PackedInputs, config: PolicyConfig) -> Tensor:  # [C] -> [C]
-    """d loss / d logprob of a chunk whose inputs are prepared; the row sums that come along are of no use."""
+    """d loss / d logprob of a chunk whose inputs are prepared; its row sums are discarded."""
     return _launch(logprobs, None, inputs, config)[0]
 
 
@@ -302,7 +302,7 @@ def _source(inputs: PackedInputs, config: PolicyConfig) -> tuple[Tensor, str]:
 
 
 def _settings(config: PolicyConfig) -> list[float | None]:
-    """The four numbers of the objective itself, as `divergences._policy_term` reads them; None is infinity."""
+    """The objective's own four settings, as `divergences._policy_term` reads them; None is infinity."""
     own = [getattr(config, name) for name in SETTINGS[config.objective]]
     return own + [0.0] * (4 - len(own))
 

@@ -3,7 +3,7 @@
     dZ[n, j] = scale[n, b] (onehot[n] 1[j = y_n] + p[n, j] (prob[n] - entropy[n] (z[n, j] - lse[n]))),   j in block b
     dR = dZ * dz/draw,   dH = dR W,   dW = dR^T H,   db = column sums of dR              (logits as in tile.py)
 
-A block of 128 vocabulary rows is what an expert is to a mixture: it multiplies the tokens routed to it. Pairs come
+A block of 128 vocabulary rows is like an expert of a mixture: it multiplies the tokens routed to it. Pairs come
 sorted by block. A work item is up to block_n pairs of one block; items are listed on the device from the host's counts.
 1. `pairs_kernel`, a program per item: gathers the tokens' hidden rows, recomputes z, writes dR [pairs, 128].
 2. `weight_kernel`, a program per (block, columns of D): dW of the block over all its pairs, in fp32, written once. A
@@ -12,12 +12,12 @@ sorted by block. A work item is up to block_n pairs of one block; items are list
    workspace, for a slice of D's columns at a time, and `token_kernel` adds each token's rows in ascending order of
    blocks. With `atomics` it is added to dH [N, D] in memory: no workspace, but not bitwise reproducible.
 
-Memory: pairs pass in runs of whole blocks, one run if all their dR and a slice of dR W fit workspace_bytes; a block
-with more pairs passes in pieces, its dW kept in float32 meanwhile. Beside that: float32 dH [N, D]. Pairs are sorted by
-token before there is a dH or a workspace, in about 40 bytes a pair; 4 are kept.
+Memory: pairs are processed in runs of whole blocks, one run if all their dR and a slice of dR W fit workspace_bytes; a
+block with more pairs takes several runs, with its dW in float32 in between. In addition: float32 dH [N, D]. Pairs are
+sorted by token before dH and the workspace are allocated, in about 40 bytes a pair; 4 are kept.
 Tokens of `routing.dense` take all blocks in dense.backward, slab by slab. Up to _JOINT of them are multiplied in
 weight_kernel with the slab's pairs, and dW leaves it rounded. The library multiplies more of them faster; its float32
-is then what weight_kernel begins with. The dense part has the room that dR of one run leaves, or half of the workspace.
+is then what weight_kernel begins with. The dense part may use what dR of one run leaves, or half of the workspace.
 
 Exact: every kept pair. Without `atomics` two runs agree bitwise, and dH of routed tokens does not depend on the
 workspace. A token without pairs gets a dH of exactly 0. Precision is lost where it is in dense.py: dR is rounded to the
@@ -161,7 +161,7 @@ def _dense(
 
 
 class _Pairs:
-    """The pairs' part of the gradients, run after run."""
+    """Contribution of the routed pairs to the gradients, run after run."""
 
     def __init__(
         self, call: Call, runs: list[Run], room: int, ordered: ByToken | None, dh: Tensor | None, db: Tensor | None
@@ -169,11 +169,11 @@ class _Pairs:
         self.call, self.room, self.ordered = call, room, ordered
         self.dh, self.db = dh, db  # [N, D] scaled, [V]; float32, both added to
         self.runs = iter(enumerate(runs))
-        self.number, self.run, self.dr = -1, None, None  # of the run that is passing, dR [pairs, BLOCK]
-        self.total = None  # [BLOCK, D] float32, dW of a block in pieces
+        self.number, self.run, self.dr = -1, None, None  # of the current run, dR [pairs, BLOCK]
+        self.total = None  # [BLOCK, D] float32, dW of a block with several runs
 
     def _advance(self) -> bool:
-        """End the run that is passing with its dH, begin the next with its dR and db; False if there is none."""
+        """Finish the current run with its dH, begin the next with its dR and db; False if there is none."""
         call, dh = self.call, self.dh
         if dh is not None and self.dr is not None and call.atomics:
             hidden_rows(call, self.run, self.dr, slice(0, dh.shape[1]), dh)
@@ -189,25 +189,25 @@ class _Pairs:
         return True
 
     def finish(self) -> None:
-        """Pass all runs to the end, those of which `weight` knows nothing without a dW."""
+        """Process all remaining runs; blocks that `weight` was not called for get no dW."""
         while self._advance():
             pass
 
     def weight(
         self,
-        words: slice,
-        out: Tensor,  # [words, D]
-        base: Tensor | None,  # [words, D] float32, maybe `out`
-        whole: Whole | None = None,  # of all dense tokens in `words`
+        rows: slice,  # of the weight
+        out: Tensor,  # [rows, D]
+        base: Tensor | None,  # [rows, D] float32, maybe `out`
+        whole: Whole | None = None,  # of all dense tokens in `rows`
     ) -> None:
         """Write the pairs' dW of ascending whole blocks, with `base` and the dense tokens' added."""
-        block, stop = words.start // BLOCK, triton.cdiv(words.stop, BLOCK)
+        block, stop = rows.start // BLOCK, triton.cdiv(rows.stop, BLOCK)
         while block < stop:
             while self.run is None or self.run.blocks.stop <= block:
                 self._advance()
             run, call = self.run, self.call
             end = min(stop, run.blocks.stop)
-            at = slice(block * BLOCK - words.start, min(end * BLOCK, words.stop) - words.start)
+            at = slice(block * BLOCK - rows.start, min(end * BLOCK, rows.stop) - rows.start)
             to, start = out[at], None if base is None else base[at]
             part = None if whole is None else whole._replace(dr=whole.dr[:, at])
             if not run.first:

@@ -60,12 +60,12 @@ class Call:
 
     @property
     def pair_bytes(self) -> int:
-        """Of a pair's column sums and dR."""
+        """Memory of a pair's column sums and dR."""
         size = BLOCK * self.hidden.element_size() if self.need_hidden or self.need_weight else 0
         return size + 4 * BLOCK // self.tiles.block_n
 
     def plan(self, dense_tokens: bool) -> tuple[list[Run], int, int]:
-        """(runs, bytes that pairs may take, bytes that the dense tokens may take while pairs pass)."""
+        """(runs, bytes that pairs may take, bytes that the dense tokens may take meanwhile)."""
         pairs, all_blocks = len(self.tokens), slice(0, len(self.work.pair_offsets) - 1)
         slices = 4 * _SLICE if self.need_hidden and not self.atomics else 0
         room, held = self.workspace_bytes, self.pair_bytes * pairs
@@ -76,10 +76,10 @@ class Call:
 
     def count(self, pairs: slice, blocks: slice, D: int) -> None:
         """A product of each pair of `blocks` with D columns; the vocabulary's last block may be partial."""
-        words = min(BLOCK, len(self.weight) - (blocks.stop - 1) * BLOCK)
+        width = min(BLOCK, len(self.weight) - (blocks.stop - 1) * BLOCK)
         last = pairs.stop - max(pairs.start, self.work.pair_offsets[blocks.stop - 1])
         flops.product(pairs.stop - pairs.start - last, D, BLOCK)
-        flops.product(last, D, words)
+        flops.product(last, D, width)
 
 
 def pair_gradients(call: Call, run: Run, need_dr: bool, need_sums: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -184,7 +184,7 @@ def add_hidden(
     dh: Tensor,  # [N, D]
     ordered: ByToken,
     number: int,  # of the run
-    room: int,  # bytes of dR, and of what is made here
+    room: int,  # bytes for dR and for the workspace allocated here
 ) -> None:
     """Add each pair's row of dR W to its token's row of dh, in ascending order of blocks."""
     pairs, (N, D), bounds = len(dr), dh.shape, ordered.bounds

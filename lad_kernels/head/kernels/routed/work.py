@@ -1,7 +1,7 @@
-"""How the routed backward is cut up: tile shapes, work items of up to block_n pairs, runs that fit the workspace.
+"""How the routed backward is divided: tile shapes, work items of up to block_n pairs, runs that fit the workspace.
 
-A `Work` knows where the pairs and items of every vocabulary block lie, twice: on the host, which sizes launches, and on
-the device, where kernels read it. The host knows the counts already, so nothing waits for the device.
+A `Work` holds where the pairs and items of every vocabulary block begin, twice: on the host, which sizes launches, and
+on the device, where kernels read it. The counts are on the host already, so nothing waits for the device.
 Tiles have 64 pairs, because a block has about a hundred. They compile without spills and within 64 KiB (AMD) or 96 KiB
 (NVIDIA) of shared memory, so one row serves every architecture. Operands that miss 16-byte alignment are read element
 by element, hence the smaller tiles of `_UNALIGNED`; float32 is multiplied without tensor cores, in short steps.
@@ -38,7 +38,7 @@ class RoutedTiles:
     block_n: int  # pairs of an item at most
     pairs: Schedule  # z [block_n, BLOCK], in steps of block_d columns of D
     weight: Schedule  # dW [BLOCK, block_d], in steps of block_n pairs
-    hidden: Schedule  # dR W [block_n, block_d], in steps of block_d words
+    hidden: Schedule  # dR W [block_n, block_d], in steps of block_d vocabulary entries
 
 
 _ALIGNED = RoutedTiles(64, Schedule(64, 4, 3), Schedule(128, 8, 3), Schedule(128, 4, 1))
@@ -47,7 +47,7 @@ _FLOAT32 = RoutedTiles(64, Schedule(32, 8, 2), Schedule(32, 8, 1), Schedule(32, 
 
 
 def tiles_for(hidden: Tensor, weight: Tensor) -> RoutedTiles:
-    """Tiles for hidden [N, D] and weight [V, D] as they lie in memory; the same for every architecture."""
+    """Tiles for hidden [N, D] and weight [V, D], by their alignment in memory; the same for every architecture."""
     if hidden.dtype == torch.float32:
         return _FLOAT32
     pointers = tile_table.select(hidden.device, hidden.dtype, *weight.shape[::-1], aligned=False)
@@ -55,7 +55,7 @@ def tiles_for(hidden: Tensor, weight: Tensor) -> RoutedTiles:
 
 
 class Run(NamedTuple):
-    """Pairs that pass together: those of whole blocks, or a piece of one block's."""
+    """Pairs that are processed together: those of whole blocks, or some of one block's."""
 
     blocks: slice
     pairs: slice
@@ -105,10 +105,10 @@ class Work:
 
 
 class ByToken(NamedTuple):
-    """The pairs once more, by token."""
+    """The pairs sorted by token."""
 
-    order: Tensor  # [P] int32 pairs by token, then ascending
-    bounds: Tensor  # [N, runs + 1] int32 places in order where a token's pairs of each run begin, and where all end
+    order: Tensor  # [P] int32 numbers of the pairs, by token, then ascending
+    bounds: Tensor  # [N, runs + 1] int32: where in `order` a token's pairs of each run begin, and where all end
 
 
 def by_token(tokens: Tensor, N: int, runs: list[Run]) -> ByToken:

@@ -10,7 +10,7 @@ clip removes every gradient beyond a ratio of 1.2: it neither collapses nor lear
 
 Every method and seed is an independent policy, so all of them share one logits tensor, one softmax and one Adam.
 E_old[e^(A/eta)] > 1, so no policy reaches x = 1 everywhere and every divergence keeps a small bias of its own. `tv`
-keeps more: without the partition function many policies reach its minimum, and the path decides which one is found.
+keeps more: without the partition function many policies reach its minimum, and the path decides which one is reached.
 
     python -m integration.bandit
 """
@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from integration.report import Sheet, mean_spread
+from integration.report import Sheet, mean_and_std
 from lad_kernels import GRPOConfig, LADConfig, grpo_loss, lad_loss
 from lad_kernels.objective import DIVERGENCES
 
@@ -77,7 +77,7 @@ def methods() -> dict[str, Loss]:
 def train_logits(losses: dict[str, Loss], steps: int, seeds: int) -> Tensor:
     """Logits [K, S, ARMS] of K = len(losses) policies per seed, trained from the uniform policy on the same draws.
 
-    A loss is called once a step with N = S * DRAWS tokens, the draws of a seed side by side.
+    A loss is called once a step with N = S * DRAWS tokens, the draws of a seed next to each other.
     """
     advantages = advantage_curve()  # [ARMS]
     logits = torch.zeros(len(losses), seeds, ARMS, requires_grad=True)  # [K, S, ARMS]
@@ -91,7 +91,7 @@ def train_logits(losses: dict[str, Loss], steps: int, seeds: int) -> Tensor:
         adv = advantages[draws].flatten()  # [N], used as given
         total = sum(loss(logp[i], old_logp, adv) for i, loss in enumerate(losses.values()))
         optimizer.zero_grad()
-        total.backward()  # rows of logits share nothing, so neither do their gradients
+        total.backward()  # the policies share no logits, so their gradients are independent
         optimizer.step()
     return logits.detach()
 
@@ -113,7 +113,7 @@ def bandit_sheet(result: BanditResult) -> Sheet:
     rows = []
     for name, distance in result.distance.items():
         label = name if name.startswith("grpo") else f"lad {name}"
-        rows.append([label, mean_spread(distance.tolist()), mean_spread(result.effective[name].tolist(), 1)])
+        rows.append([label, mean_and_std(distance.tolist()), mean_and_std(result.effective[name].tolist(), 1)])
     return Sheet(title, ["method", "total variation", "effective arms"], rows)
 
 

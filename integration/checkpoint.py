@@ -1,6 +1,6 @@
-"""Checkpoints that neither a crash nor a full disk nor a flipped bit takes away unseen.
+"""Checkpoints that survive crashes and full disks, with checksums that detect damaged files.
 
-    runs/lad/checkpoint          a link to the newest whole checkpoint
+    runs/lad/checkpoint          a link to the newest complete checkpoint
     runs/lad/checkpoint-200/     what `from_pretrained` reads, the trainer's own files, checksums.json
 
 A checkpoint is written into a folder of its own and flushed to the disk, checksums last; then the link is replaced by
@@ -24,11 +24,11 @@ _OURS = re.compile(r"checkpoint-(\d+(-again)?|copied)")
 
 
 class SaveError(Exception):
-    """A checkpoint could not be written; the previous one is as it was."""
+    """A checkpoint could not be written; the previous one is unchanged."""
 
 
 def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
-    """Write a checkpoint of `step` by `write(folder)` and make `folder/checkpoint` lead to it; returns that link.
+    """Write a checkpoint of `step` by `write(folder)` and point `folder/checkpoint` to it; returns that link.
 
     Raises:
         SaveError: with the reason; what was written of this checkpoint is removed.
@@ -41,26 +41,26 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
         (folder / name).mkdir(parents=True)
         write(folder / name)
         _seal(folder / name)
-        _lead(link, name)
-    except Exception as error:  # OSError, and what torch and safetensors make of it
+        _point(link, name)
+    except Exception as error:  # OSError, or what torch and safetensors raise instead
         if not link.is_symlink() or os.readlink(link) != name:
             shutil.rmtree(folder / name, ignore_errors=True)
-        words = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         kept = (
             f"the one in {link} is whole: go on with --resume {folder}" if link.exists() else "there is none before it"
         )
-        raise SaveError(f"the checkpoint of step {step} could not be written ({words}); {kept}") from error
+        raise SaveError(f"the checkpoint of step {step} could not be written ({reason}); {kept}") from error
     tidy(folder)
     return link
 
 
 def tidy(folder: Path) -> None:
-    """Remove the checkpoints that `folder/checkpoint` does not lead to: former ones, and what a crash has left."""
+    """Remove the checkpoints that `folder/checkpoint` does not point to: former ones, and remains of a crash."""
     link = folder / LINK
     name = os.readlink(link) if link.is_symlink() else None
     for path in folder.glob(f"{LINK}-*"):
         if _OURS.fullmatch(path.name) and path.name != name:
-            shutil.rmtree(path, ignore_errors=True)  # what cannot go now goes with the next one
+            shutil.rmtree(path, ignore_errors=True)  # what cannot be removed now is removed with the next one
 
 
 def _seal(checkpoint: Path) -> None:
@@ -70,18 +70,18 @@ def _seal(checkpoint: Path) -> None:
         _flush(path)
         files[path.relative_to(checkpoint).as_posix()] = _sha256(path)
     sums = checkpoint / CHECKSUMS
-    sums.write_text(json.dumps({"files": files, "sha256": _own(files)}, indent=1) + "\n")
+    sums.write_text(json.dumps({"files": files, "sha256": _checksum_of(files)}, indent=1) + "\n")
     for path in (sums, *(p for p in checkpoint.rglob("*") if p.is_dir()), checkpoint):
         _flush(path)
 
 
-def _lead(link: Path, name: str) -> None:
-    if link.is_dir() and not link.is_symlink():  # a copy of the run that followed the link
+def _point(link: Path, name: str) -> None:
+    if link.is_dir() and not link.is_symlink():  # the run was copied with its link replaced by a folder
         link.rename(link.with_name(f"{LINK}-copied"))
-    fresh = link.with_name(f"{LINK}.new")
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(name)
-    os.replace(fresh, link)
+    new = link.with_name(f"{LINK}.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(name)
+    os.replace(new, link)
     _flush(link.parent)
 
 
@@ -98,13 +98,13 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _own(files: dict[str, str]) -> str:
+def _checksum_of(files: dict[str, str]) -> str:
     """Checksum of the checksums."""
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def find(given: str) -> Path:
-    """The checkpoint meant by `--resume`: of a run's folder the newest whole one, or a checkpoint itself.
+    """The checkpoint meant by `--resume`: the newest complete one of a run's folder, or a checkpoint itself.
 
     Raises:
         Refused: there is none.
@@ -124,13 +124,13 @@ def find(given: str) -> Path:
 
 
 def run_folder(checkpoint: Path) -> Path | None:
-    """The folder of the run that `checkpoint` belongs to; None for one that lies alone."""
+    """The folder of the run that `checkpoint` belongs to; None for one outside of a run."""
     link = checkpoint.parent / LINK
     return checkpoint.parent if link.exists() and link.resolve() == checkpoint.resolve() else None
 
 
 def continues(resume: str | None, folder: Path) -> bool:
-    """Whether a run that resumes from `resume` and writes to `folder` goes on in its own folder."""
+    """Whether a run that resumes from `resume` and writes to `folder` continues in its own folder."""
     run = None if resume is None else run_folder(find(resume))
     return run is not None and folder.exists() and run.samefile(folder)
 
@@ -139,16 +139,16 @@ def verify(checkpoint: Path, *names: str) -> None:
     """Check the files `names`, or all of them, against their checksums.
 
     Raises:
-        Refused: a file is missing or holds other bytes than were written; the message names it.
+        Refused: a file is missing or differs from what was written; the message names it.
     """
     path = checkpoint / CHECKSUMS
     try:
         sums = json.loads(path.read_bytes())
         files = sums["files"]
-        whole = sums["sha256"] == _own(files)
+        intact = sums["sha256"] == _checksum_of(files)
     except (OSError, ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
+        intact = False
+    if not intact:
         raise _damaged(path, "is not what was written")
     for name in names or files:
         try:

@@ -1,6 +1,6 @@
-"""LAD and GRPO from the same warm start, with the same seeds, side by side.
+"""LAD and GRPO from the same warm start with the same seeds.
 
-Every run is one call of `trainer.train` in a worker process with one thread, which a small model uses best. A run
+Every run is one call of `trainer.train` in a worker process with one thread, the fastest for a small model. A run
 appends a JSON line per step to its own folder; the live table, the plots and the report only read those lines.
 """
 
@@ -22,7 +22,7 @@ from rich.live import Live
 from rich.table import Table
 
 from integration.policy import build_policy
-from integration.report import Sheet, mean_spread
+from integration.report import Sheet, mean_and_std
 from integration.tasks import Task
 from integration.trainer import TrainConfig, evaluate, load_policy, train, warm_start
 
@@ -63,7 +63,7 @@ def run_once(config: TrainConfig, start: Path, task: Task) -> Evaluation:
 
 
 def compare(config: TrainConfig, seeds: int, folder: Path, console: Console) -> Comparison:
-    """Warm start once, then every algorithm and seed; shows the runs while they go."""
+    """Warm start once, then every algorithm and seed; shows the runs while they train."""
     task = Task(config.task, config.train_size, config.held_out_size)
     policy, start = load_policy(config), folder / "warm_start"
     losses = warm_start(policy, task, config)
@@ -128,12 +128,12 @@ def comparison_sheet(result: Comparison) -> Sheet:
     columns = ["policy", "accuracy", "pass@8", "distinct right answers in 16", "entropy, nats/token"]
     rows = [["before", *(f"{result.before[name]:.3f}" for name in MEASURES)]]
     for algorithm, runs in result.after.items():
-        rows.append([algorithm.upper(), *(mean_spread([run[name] for run in runs]) for name in MEASURES)])
+        rows.append([algorithm.upper(), *(mean_and_std([run[name] for run in runs]) for name in MEASURES)])
     return Sheet(title, columns, rows)
 
 
-def comparison_words(result: Comparison) -> str:
-    """What the numbers say about diversity, and no more."""
+def comparison_text(result: Comparison) -> str:
+    """What the numbers say about diversity."""
     mean = {a: {m: sum(run[m] for run in runs) / len(runs) for m in MEASURES} for a, runs in result.after.items()}
     before, lad, grpo = result.before["distinct"], mean["lad"]["distinct"], mean["grpo"]["distinct"]
     return (
@@ -155,11 +155,11 @@ def plot_comparison(result: Comparison, path: Path) -> None:
             values = torch.tensor([[record[name] for record in run] for run in runs])  # [S, steps]
             width = min(9, values.size(1))
             smooth = values.unfold(1, width, 1).mean(-1)  # [S, steps - width + 1]
-            mean, spread = smooth.mean(0), smooth.std(0, correction=min(1, len(runs) - 1))
+            mean, std = smooth.mean(0), smooth.std(0, correction=min(1, len(runs) - 1))
             steps = torch.arange(len(mean)) + width
             axis.plot(steps.tolist(), mean.tolist(), color=color, label=algorithm.upper())
             axis.fill_between(
-                steps.tolist(), (mean - spread).tolist(), (mean + spread).tolist(), color=color, alpha=0.2, linewidth=0
+                steps.tolist(), (mean - std).tolist(), (mean + std).tolist(), color=color, alpha=0.2, linewidth=0
             )
             axis.set(xlabel="step", ylabel=label)
     axes[0].legend()

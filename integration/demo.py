@@ -1,4 +1,4 @@
-"""The main job: bandit, parity with the specification, memory row, and LAD beside GRPO on verifiable problems.
+"""The demo: bandit, parity with the specification, memory, and LAD next to GRPO on verifiable problems.
 
     python -m integration.demo            # everything, about six minutes on two cores
     python -m integration.demo --quick    # the same path at toy size, for tests; says nothing about learning
@@ -49,22 +49,22 @@ def parity_error(device: str) -> float:
     old_logp = (torch.randn(tokens, dtype=torch.float64, generator=generator) * 0.1 - 6).to(device)  # [N]
     mask = (torch.rand(tokens, generator=generator) < 0.8).to(device)  # [N]
     rewards = torch.tensor([0.0, 1, 0, 0, 1, 1, 0, 1], dtype=torch.float64, device=device)  # [B]
-    found = []
+    results = []
     for loss in (lad_kernels.linear_lad_loss, reference.linear_lad_loss):
         h, w = (x.clone().to(device).requires_grad_() for x in (hidden, weight))
         batch = {"rewards": rewards, "group_size": group, "loss_mask": mask, "cu_seqlens": cu_seqlens}
         value = loss(h, w, target, old_logp, **batch).loss
         value.backward()
-        found.append((value.detach(), h.grad, w.grad))
-    return max(((ours - truth).norm() / truth.norm()).item() for ours, truth in zip(*found))
+        results.append((value.detach(), h.grad, w.grad))
+    return max(((ours - truth).norm() / truth.norm()).item() for ours, truth in zip(*results))
 
 
-def write_report(folder: Path, sheets: list[Sheet], words: str, checks: dict[str, bool], seconds: float) -> None:
+def write_report(folder: Path, sheets: list[Sheet], summary: str, checks: dict[str, bool], seconds: float) -> None:
     """report.md, and metrics.jsonl with the lines of all runs."""
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     lines = ["# lad_kernels demo", "", f"{machine}; {seconds:.0f} s in all.", ""]
     lines += [sheet.markdown() for sheet in sheets]
-    lines += [words, "", "![bandit](bandit.png)", "", "![training](training.png)", "", "## Checks", ""]
+    lines += [summary, "", "![bandit](bandit.png)", "", "![training](training.png)", "", "## Checks", ""]
     lines += [f"- {'pass' if holds else '**FAIL**'}: {statement}" for statement, holds in checks.items()]
     (folder / "report.md").write_text("\n".join(lines) + "\n")
     with open(folder / "metrics.jsonl", "w") as out:
@@ -118,15 +118,15 @@ def main(arguments: list[str] | None = None) -> int:
     if not flags.quick:
         checks |= compare.comparison_checks(result)
     sheets.append(compare.comparison_sheet(result))
-    words = compare.comparison_words(result)
+    summary = compare.comparison_text(result)
     console.print(sheets[-1].rich())
-    console.print(words)
+    console.print(summary)
 
     console.rule("checks")
     for statement, holds in checks.items():
         console.print(f"{'[green]pass' if holds else '[red]FAIL'}[/] {statement}", highlight=False)
     seconds = time.perf_counter() - started
-    write_report(flags.out, sheets, words, checks, seconds)
+    write_report(flags.out, sheets, summary, checks, seconds)
     (flags.out / "summary.json").write_text(
         json.dumps({"before": result.before, "after": result.after, "memory": peaks, "seconds": seconds}, indent=1)
     )
@@ -135,5 +135,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # tiny tensors: a second thread waits more than it works; workers use the other cores
+    torch.set_num_threads(1)  # tiny tensors: a second thread mostly waits; worker processes use the other cores
     raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""Peak memory and time of one loss with gradients at a real vocabulary: stored logits against ours.
+"""Peak memory and time of one loss with gradients at a real vocabulary: stored logits against lad_kernels.
 
 Each provider runs in a process of its own, so that neither inherits the other's peak. On the CPU the peak is that of
 the resident set above its size once the inputs exist; on CUDA it is the allocator's. Both include the gradients of

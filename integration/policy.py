@@ -1,15 +1,15 @@
-"""A causal language model as the losses see it: backbone, head, packed sequences, and a sampler.
+"""A causal language model for training: backbone, head, packed sequences, and a sampler.
 
-The head's matrix product never happens here except for the few rows that are sampled from: a function of the caller
-takes its place inside the model's own forward (`lad_kernels.frameworks.transformers`).
+The head's product is computed here only for the few rows that are sampled from: otherwise a function of the caller
+replaces it inside the model's own forward (`lad_kernels.frameworks.transformers`).
 
 Completions come from transformers' `generate` under the model's own generation configuration: they end at any of its
-end-of-sequence ids or the tokenizer's. What would draw them from another distribution than the one that is scored and
-trained (top_k, penalties) is set aside; what would change single tokens (suppressed or forced ones) is refused by name.
+end-of-sequence ids or the tokenizer's. Options that change the distribution from the one that is scored and
+trained (top_k, penalties) are ignored; those that change single tokens (suppressed or forced ones) are refused by name.
 
 Samples are packed, prompt and completion of each one after the other: N tokens in all, B samples, `cu_seqlens` as in
-flash-attention. With flash-attention the model runs on the packed tokens; otherwise it runs right-padded, which a
-causal model cannot notice, and the rows are packed before the head.
+flash-attention. With flash-attention the model runs on the packed tokens; otherwise it runs right-padded, which does
+not change a causal model's outputs, and the rows are packed before the head.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from integration.tasks import build_tokenizer
 from lad_kernels import LinearLogprobs, linear_logprobs
 from lad_kernels.frameworks.transformers import attach_fused_head
 
-logging.disable_progress_bar()  # the terminal belongs to the trainer's own progress
+logging.disable_progress_bar()  # the trainer shows its own progress
 
-# Of a generation configuration: what makes another distribution of the same logits, and the value that leaves it alone.
+# Options of a generation configuration that change the distribution of the same logits, and their neutral values.
 SET_ASIDE = {
     "temperature": 1.0,
     "top_k": 0,
@@ -51,7 +51,7 @@ SET_ASIDE = {
     "eta_cutoff": 0.0,
     "repetition_penalty": 1.0,
 }
-# What depends on position, forces or forbids tokens, or needs more than one pass; and the value that does nothing.
+# Options that depend on position, force or forbid tokens, or need more than one pass, and their neutral values.
 REFUSED = {
     "suppress_tokens": [], "begin_suppress_tokens": [], "bad_words_ids": [], "sequence_bias": {},
     "forced_bos_token_id": None, "forced_eos_token_id": None, "exponential_decay_length_penalty": None,
@@ -79,7 +79,7 @@ class Policy:
 
     @property
     def set_aside(self) -> str:
-        """What the model's generation configuration asks for and sampling does not do: `name=value, ...`, or empty."""
+        """Options of the model's generation configuration that sampling ignores: `name=value, ...`, or empty."""
         own = {name: getattr(self.model.generation_config, name, None) for name in SET_ASIDE}
         return ", ".join(f"{k}={v}" for k, v in own.items() if v not in (None, SET_ASIDE[k]))
 
@@ -111,11 +111,11 @@ def build_policy(
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
         from liger_kernel import transformers as liger
 
-        apply = getattr(liger, "_apply_liger_kernel_to_instance", lambda *_, **__: None)  # private: it may go
+        apply = getattr(liger, "_apply_liger_kernel_to_instance", lambda *_, **__: None)  # private: it may be removed
         apply(model, cross_entropy=False, fused_linear_cross_entropy=False)
     sampling = sampling_config(model.generation_config, tokenizer)
     if set(model.generation_config.to_diff_dict()) & set(SET_ASIDE):
-        model.generation_config.do_sample = True  # transformers loads them without it, and then saves no such model
+        model.generation_config.do_sample = True  # transformers loads them without it and then refuses to save
     if pretrained:
         model.gradient_checkpointing_enable()
     policy = Policy(model.to(device), tokenizer, device, flash and path is not None, pretrained, sampling)
@@ -126,13 +126,13 @@ def build_policy(
 
 
 def sampling_config(own: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The model's generation configuration for samples of exactly the distribution that is trained.
+    """The model's generation configuration, changed to sample exactly the distribution that is trained.
 
-    End-of-sequence ids are its own and the tokenizer's. Padding is told from tokens by the attention mask and the
-    length of a completion, never by its id, so that any id serves and the tokenizer stays as it is.
+    End-of-sequence ids are its own and the tokenizer's. Padding is recognised by the attention mask and the
+    length of a completion, never by its id, so that any id will do and the tokenizer is not changed.
 
     Raises:
-        ValueError: the configuration asks for what the scores of a completion would not know of; see `REFUSED`.
+        ValueError: an option that scoring a completion cannot reproduce; see `REFUSED`.
     """
     for name, neutral in REFUSED.items():
         value = getattr(own, name, None)
@@ -144,13 +144,13 @@ def sampling_config(own: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *ends) if i is not None))
     pads = (tokenizer.pad_token_id, own.pad_token_id, *ends, 0)
-    found = copy.deepcopy(own)
+    config = copy.deepcopy(own)
     for name, neutral in SET_ASIDE.items():
-        setattr(found, name, neutral)
-    found.eos_token_id = ends
-    found.pad_token_id = next(i for i in pads if i is not None)
-    found.do_sample, found.disable_compile, found.max_length = True, True, None
-    return found
+        setattr(config, name, neutral)
+    config.eos_token_id = ends
+    config.pad_token_id = next(i for i in pads if i is not None)
+    config.do_sample, config.disable_compile, config.max_length = True, True, None
+    return config
 
 
 def small_decoder(tokenizer: PreTrainedTokenizerBase, hidden_size: int, layers: int) -> Qwen3Config:
@@ -202,7 +202,7 @@ def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.d
 
 
 def through_head(policy: Policy, batch: Packed, function: Callable[..., Any]) -> Any:
-    """What `function(hidden [N, D], lm_head_weight [V, D], **head)` returns, called in the head's place."""
+    """The result of `function(hidden [N, D], lm_head_weight [V, D], **head)`, called instead of the head."""
     inputs: dict[str, Tensor] = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None]}  # [1, N]
     valid = torch.ones_like(inputs["input_ids"], dtype=torch.bool)  # [1, N]
     if not policy.packed_attention:
@@ -210,7 +210,7 @@ def through_head(policy: Policy, batch: Packed, function: Callable[..., Any]) ->
         valid = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]  # [B, T]
         padded = torch.full(valid.shape, policy.sampling.pad_token_id, device=lengths.device)  # [B, T]
         padded[valid] = batch.input_ids
-        inputs = {"input_ids": padded}  # causal: padding on the right is never seen
+        inputs = {"input_ids": padded}  # causal: no token attends to padding on its right
 
     def packed(hidden: Tensor, weight: Tensor, **head: Any) -> Any:  # [B, T, D], [V, D]
         return function(hidden[valid], weight, **head)
@@ -231,7 +231,7 @@ def logprobs_of(policy: Policy, batch: Packed, temperature: float, return_entrop
 
 @contextmanager
 def drawing_from(generator: torch.Generator) -> Iterator[None]:
-    """`generator` in place of the default one of its device, which is all that `generate` draws from."""
+    """Make `generator` its device's default one, the only one that `generate` uses."""
     if generator.device.type == "cpu":
         module, where = torch, ()
     else:
@@ -247,7 +247,7 @@ def drawing_from(generator: torch.Generator) -> Iterator[None]:
 
 @contextmanager
 def generating_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """`config` whole in place of the model's own, from which `generate` fills in whatever is unset."""
+    """Replace the model's own generation configuration, from which `generate` fills in unset options."""
     own, model.generation_config = model.generation_config, config
     try:
         yield

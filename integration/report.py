@@ -30,7 +30,7 @@ class Sheet(NamedTuple):
         return "\n".join(lines) + "\n"
 
 
-def mean_spread(values: list[float], digits: int = 3) -> str:
+def mean_and_std(values: list[float], digits: int = 3) -> str:
     """Mean and sample standard deviation; the mean alone for one value."""
     mean = sum(values) / len(values)
     if len(values) == 1:

@@ -1,4 +1,4 @@
-"""A run's folder, its log, and how a run is stopped: nothing that a run has written is lost or replaced by another's.
+"""A run's folder, its log, and how a run is stopped, without losing or replacing what it has written.
 
 `metrics.jsonl` belongs to one process at a time, by a lock that ends with the process, and is only ever appended to or
 cut at its end.
@@ -27,7 +27,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def open_log(folder: Path) -> Iterator[TextIO]:
-    """`metrics.jsonl` for appending, a line at a time for whoever is watching; one process may hold it.
+    """`metrics.jsonl` for appending, flushed line by line; only one process may hold it.
 
     Raises:
         Refused: another process writes it.
@@ -39,7 +39,7 @@ def open_log(folder: Path) -> Iterator[TextIO]:
 
 
 def _lock(log: TextIO, folder: Path) -> None:
-    """A lock that ends with the process, however it ends; none where system or file system has no such locks."""
+    """A lock that ends with the process, however it ends; no lock where the system or file system has none."""
     try:
         import fcntl
 
@@ -53,7 +53,7 @@ def _lock(log: TextIO, folder: Path) -> None:
 
 
 def cut_log(folder: Path, step: int) -> None:
-    """Cut `metrics.jsonl` after the line of `step`; what cannot be read, half a line say, is cut off with a warning."""
+    """Cut `metrics.jsonl` after the line of `step`; what cannot be read (half a line) is cut off with a warning."""
     path, kept, last = folder / LOG, 0, 0
     with path.open("rb") as file:
         for line in file:
@@ -70,7 +70,7 @@ def cut_log(folder: Path, step: int) -> None:
 
 
 def _step(line: bytes) -> int | None:
-    """The step of a whole line."""
+    """The step of a complete line; None of any other."""
     try:
         return json.loads(line)["step"] if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError):
@@ -78,7 +78,7 @@ def _step(line: bytes) -> int | None:
 
 
 class Signals:
-    """Ctrl-C and SIGTERM while it is entered: noted inside `held()`, `Interrupted` elsewhere; a second one ends it all.
+    """Handles Ctrl-C and SIGTERM: recorded inside `held()`, `Interrupted` elsewhere; a second one ends the process.
 
     Attributes:
         caught: number of the signal, or None.
@@ -90,7 +90,7 @@ class Signals:
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        with suppress(ValueError):  # only the main thread may
+        with suppress(ValueError):  # outside of the main thread
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._former[number] = signal.signal(number, self._note)
         return self
@@ -101,7 +101,7 @@ class Signals:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """A signal in here waits for whoever looks at `caught`."""
+        """Signals are only recorded in `caught` here, which the caller checks."""
         self._holding = True
         try:
             yield

@@ -1,10 +1,10 @@
-"""Text of a model is scored as data: what may reach a scorer, and the process in which it is scored.
+"""Scores a model's text safely: what may reach a scorer, and the process in which it runs.
 
 Several scorers of reasoning-gym evaluate the text (`eval`, sympy's `parse_expr`), others can be made to compute without
-end. So an answer passes three doors: it is no longer than the data set's own answers make plausible; for the scorers
-that evaluate, it consists of the characters and names of an answer and nothing else (`admits`); and it is scored in a
-`Worker`, a process of its own that is killed when it takes too long. Whoever fails at a door scores 0. SECURITY.md says
-what that protects from and what it does not.
+end. So three conditions hold: an answer is no longer than the data set's own answers make plausible; for the scorers
+that evaluate, it consists only of the characters and names of an answer (`admits`); and it is scored in a `Worker`, a
+process of its own that is killed when it takes too long. An answer that fails a condition scores 0. SECURITY.md says
+what this protects from and what it does not.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 CPU_SECONDS = 5.0  # per answer; the slowest right one takes 0.4
-WALL_SECONDS = 60.0  # per answer: only for what waits instead of computing, on a machine with many times the load
+WALL_SECONDS = 60.0  # per answer: only for scorers that wait instead of computing, even on a heavily loaded machine
 BATCH_SECONDS = 120.0  # CPU seconds per batch
 START_SECONDS = 300.0  # wall clock until the worker has imported reasoning-gym
 _PROGRAM = str(Path(__file__).with_name("scoring_worker.py"))
 
-# The data sets whose scorers were read and are fed hostile text in tests/programs/test_scoring.py. Others are refused:
-# a scorer that nobody has read may evaluate what it is given.
+# The data sets whose scorers were read and are tested with hostile text in tests/programs/test_scoring.py. Others are
+# refused: a scorer that was not read may evaluate its input.
 KNOWN = frozenset(
     """
     ab acre advanced_geometry aiw arc_1d arc_agi base_conversion basic_arithmetic bf binary_alternation
@@ -57,7 +57,7 @@ _FUNCTIONS = "Abs|Rational|exp|ln|log|sqrt|a?(?:sin|cos|tan)h?|sec|csc|cot"
 _NAME = re.compile(f"{_FUNCTIONS}|pi|[A-MPRT-Za-z]|C[0-9]")  # N, O, Q and S are functions of sympy
 _TOKEN = re.compile(r"[0-9.]+|\w+|\*\*|[\s\S]")
 _NUMBER = re.compile(r"[0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15}")
-# Exponents above 99, and powers of a number in an exponent; one that has to be computed meets the CPU limit.
+# Exponents above 99, and powers of a number in an exponent; a computed one runs into the CPU limit.
 _TOWER = re.compile(r"\*\*[-+(]*(?:[0-9]{3}|[0-9.]+\*\*)")
 
 
@@ -78,8 +78,8 @@ def _arithmetic(text: str, own: str) -> bool:
     return re.fullmatch(r"[0-9+\-*/() ]+", text) is not None and "**" not in text and "//" not in text
 
 
-# Doors to the scorers that evaluate text, and to two that call a NaN right.
-_DOORS: dict[str, Callable[[str, str], bool]] = {
+# Filters for the scorers that evaluate text, and for two that accept NaN as right.
+_FILTERS: dict[str, Callable[[str, str], bool]] = {
     "binary_matrix": _characters(r"0-9\-\[\], \n"),
     "complex_arithmetic": _characters(r"0-9.+\-*()ijIJeE "),
     "countdown": _arithmetic,
@@ -92,14 +92,14 @@ _DOORS: dict[str, Callable[[str, str], bool]] = {
     "spiral_matrix": _characters(r"0-9\-\[\], \n"),
     "string_insertion": _characters(r"A-E'\"\[\], \n"),
 }
-# Behind these doors nothing is left that could cost: they do without the worker where there is none.
+# What passes these filters is cheap to score, so they run without the worker where there is none.
 _BOUNDED = {"binary_matrix", "countdown", "n_queens", "puzzle24", "spiral_matrix", "string_insertion"}
 
 
 def admits(name: str, text: str, own: str) -> bool:
-    """Whether data set `name` may be shown `text`, where its own answer is `own`."""
-    door = _DOORS.get(name)
-    return door is None or door(text, own)
+    """Whether data set `name` may score `text`, where its own answer is `own`."""
+    accepts = _FILTERS.get(name)
+    return accepts is None or accepts(text, own)
 
 
 def check(name: str) -> None:
@@ -113,7 +113,7 @@ def check(name: str) -> None:
     if name not in KNOWN:
         raise ValueError(
             f"task: expected a data set of reasoning-gym whose scorer is known, got {name!r}; read its `score_answer`, "
-            "then add it to KNOWN in `integration/scoring.py`, with a door if it evaluates text"
+            "then add it to KNOWN in `integration/scoring.py`, with a filter if it evaluates text"
         )
 
 
@@ -154,7 +154,7 @@ class Outcome(NamedTuple):
 
 
 class Worker:
-    """A process that scores answers, started at the first one and again whenever it has ended.
+    """A process that scores answers, started with the first one and restarted when it has ended.
 
     It may be shared by threads. A forked child starts one of its own. It ends with the process that started it.
     """
@@ -183,7 +183,7 @@ class Worker:
                 kind, value, seconds = self._ask(request)
                 if kind in ("died", "wall"):
                     self.close()
-                if kind != "died" or attempt == 2:  # a process that somebody else killed says nothing about the answer
+                if kind != "died" or attempt == 2:  # a process killed from outside says nothing about the answer
                     break
         if kind == "unbuildable":
             raise RuntimeError(f"scoring: the worker cannot build the data set {specification!r}")
@@ -235,7 +235,7 @@ class Worker:
         }
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-B", _PROGRAM],  # its neighbours have names of packages; no .pyc files
+                [sys.executable, "-P", "-B", _PROGRAM],  # files next to it have names of packages; no .pyc files
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 cwd=folder,
@@ -246,14 +246,14 @@ class Worker:
             with _deadline(self._process, START_SECONDS, threading.Event()):
                 ready = self._process.stdout.read(1)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)  # in a directory that is gone nothing can be created
+            shutil.rmtree(folder, ignore_errors=True)  # nothing can be created in a removed directory
         if ready != b"\n":
             self.close()
             raise RuntimeError("scoring: the worker did not start; its error is printed above")
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """End both processes; unless waited for, the first one's number is not given to another."""
+    """End both processes; until it is waited for, the first one's id is not reused."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -261,7 +261,7 @@ def _kill(process: subprocess.Popen) -> None:
 
 @contextlib.contextmanager
 def _deadline(process: subprocess.Popen, seconds: float, late: threading.Event):
-    """Kill the process after so many seconds, whatever it does with its pipes meanwhile."""
+    """Kill the process after `seconds`, even if it blocks on its pipes."""
 
     def expire() -> None:
         late.set()

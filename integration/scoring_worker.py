@@ -1,9 +1,9 @@
-"""The processes in which answers are scored. `integration/scoring.py` starts this file by its path; no torch here.
+"""The processes in which answers are scored. `integration/scoring.py` runs this file; it does not import torch.
 
-The first process imports the data sets, forks, and never sees an answer. Its child gives up what it can do to the
-machine, reads pickled requests of the trainer from standard input and answers each by a `REPLY`, of which nothing is
-unpickled. A child that ends at its CPU limit, or because the code of a scorer did what no scorer needs to do, is
-replaced by the next fork within milliseconds. Both end when their input does.
+The first process imports the data sets, forks, and never receives an answer. Its child drops its privileges, reads
+pickled requests of the trainer from standard input and answers each with a `REPLY`, of which nothing is unpickled. A
+child that ends at its CPU limit, or because a scorer's code did something forbidden, is replaced by the next fork
+within milliseconds. Both end when their input does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import time
 from typing import Any, BinaryIO
 
-REPLY = struct.Struct("<Bdd")  # a place in KINDS, the score, CPU seconds
+REPLY = struct.Struct("<Bdd")  # index into KINDS, the score, CPU seconds
 KINDS = ("score", "unbuildable", "cpu", "forbidden", "died")
 FORBIDDEN = 77  # exit status: a scorer's code asked for a file, a process, a socket or a native library
 MEMORY = 2 << 30  # bytes of address space; 200 MB are in use when the data sets are imported
@@ -31,7 +31,7 @@ _FAMILIES = ("os.", "shutil.", "tempfile.", "subprocess.", "pty.", "socket.", "c
 
 
 def limit(which: int, value: int) -> None:
-    """Lower a limit for good; one that is lower already stays."""
+    """Lower a limit permanently; one that is lower already stays."""
     hard = resource.getrlimit(which)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(which, (value, value))
@@ -51,7 +51,7 @@ def set_limits() -> None:
 
 
 def leave_network() -> bool:
-    """Move into a network namespace without interfaces; False where the kernel has none or does not let us."""
+    """Move into a network namespace without interfaces; False where the kernel has none or does not allow it."""
     if not hasattr(_libc, "unshare"):
         return False
     new_user, new_network = 0x10000000, 0x40000000
@@ -59,7 +59,7 @@ def leave_network() -> bool:
 
 
 def drop_capabilities() -> None:
-    """Root keeps one: to read what it could read, since scorers import lazily."""
+    """Drop all capabilities, except that root keeps the one to read files, since scorers import lazily."""
     if not hasattr(_libc, "capset"):
         return
     header = struct.pack("<Ii", 0x20080522, 0)  # version 3, this process
@@ -85,7 +85,7 @@ def make_read_only() -> bool:
 
 
 def forbid(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook. No sandbox, Python code can get round it, but what comes by the front door ends the worker."""
+    """An audit hook: no sandbox, since Python code can bypass it, but ordinary calls of this kind end the worker."""
     if event == "open":
         _, mode, flags = arguments
         writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
@@ -105,13 +105,13 @@ def build(specification: bytes) -> Any:
 
 
 def score(dataset: Any, entry: dict[str, Any], text: str, seconds: float) -> float:
-    """The data set's own score, 0 for what it cannot digest; the process ends after `seconds` of CPU time."""
+    """The data set's own score, 0 if it raises; the process ends after `seconds` of CPU time."""
     used = int(time.process_time())
     resource.setrlimit(resource.RLIMIT_CPU, (used + math.ceil(seconds) + 2, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     signal.setitimer(signal.ITIMER_PROF, seconds)  # exact where the limit counts whole seconds
     try:
         value = float(dataset.score_answer(text, entry))
-    except BaseException:  # SystemExit too: any text, and a scorer that chokes on it has not found it right
+    except BaseException:  # SystemExit too: the text is arbitrary, and one that makes the scorer raise is not right
         return 0.0
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -120,7 +120,7 @@ def score(dataset: Any, entry: dict[str, Any], text: str, seconds: float) -> flo
 
 def serve(requests: BinaryIO, replies: int) -> None:
     """The child: give up privileges, then score until the input ends."""
-    _libc.prctl(1, signal.SIGKILL, 0, 0, 0) if hasattr(_libc, "prctl") else None  # when its parent ends
+    _libc.prctl(1, signal.SIGKILL, 0, 0, 0) if hasattr(_libc, "prctl") else None  # if its parent ends
     make_read_only()
     drop_capabilities()
     set_limits()
@@ -143,11 +143,11 @@ def serve(requests: BinaryIO, replies: int) -> None:
 def main() -> None:
     requests, replies = os.fdopen(os.dup(0), "rb"), os.dup(1)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    leave_network()  # before numpy is imported: a process with threads may not
+    leave_network()  # before numpy is imported: a process with threads is not allowed to
     import reasoning_gym  # noqa: F401
 
     null = os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):  # what a scorer prints is no reply
+    for standard in (0, 1, 2):  # so that output of a scorer is not read as a reply
         os.dup2(null, standard)
     os.write(replies, b"\n")
     while child := os.fork():

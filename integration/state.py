@@ -1,4 +1,4 @@
-"""What changes during a run, and its way into a checkpoint and back."""
+"""What changes during a run, and how it is saved and restored."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class State:
 
 
 def save_checkpoint(state: State, config: TrainConfig) -> Path:
-    """Write a checkpoint that `from_pretrained` and the trainer read; returns `out/checkpoint`, which leads to it."""
+    """Write a checkpoint that `from_pretrained` and the trainer read; returns `out/checkpoint`, which points to it."""
 
     def write(folder: Path) -> None:
         state.policy.model.save_pretrained(folder)
@@ -44,7 +44,7 @@ def save_checkpoint(state: State, config: TrainConfig) -> Path:
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    """What dropout, and whoever else draws without a generator, draws from."""
+    """The global random states, which dropout and other code without a generator use."""
     states = {"python": random.getstate(), "cpu": torch.get_rng_state()}
     if device.type != "cpu":
         states[device.type] = torch.get_device_module(device).get_rng_state(device)

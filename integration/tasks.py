@@ -2,11 +2,12 @@
 
 A `Task` wraps one reasoning-gym dataset: training and held-out problems from different seeds (a held-out problem never
 occurs in training, in any order of its numbers), prompts, warm-start solutions and rewards. Rewards are the dataset's
-own `score_answer`; an answer is right when it scores 1. What a model writes is data: scorers that compare two strings
-are called here, all others in a process of their own with limits, and those that evaluate the text see it only when it
-is made of what an answer is made of (`integration/scoring.py`). Text that does not pass, or takes too long, scores 0.
+own `score_answer`; an answer is right when it scores 1. A model's text is not trusted: scorers that compare two
+strings are called here, all others in a process of their own with limits, and those that evaluate the text get it only
+when it consists of what an answer may contain (`integration/scoring.py`). Other text, or text that takes too long to
+score, scores 0.
 
-The tokenizer knows printable ASCII and every pair of digits, so that numbers below 100 are one token.
+The tokenizer has printable ASCII and every pair of digits, so that numbers below 100 are one token.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ REMEMBERED = 1 << 16  # scores of a task
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token per printable ASCII character and per pair of digits; decoding is plain concatenation."""
-    words = ["<pad>", "<eos>", "<unk>", "\n", "\t", *map(chr, range(32, 127)), *(f"{n:02d}" for n in range(100))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    entries = ["<pad>", "<eos>", "<unk>", "\n", "\t", *map(chr, range(32, 127)), *(f"{n:02d}" for n in range(100))]
+    tokenizer = Tokenizer(models.WordLevel({entry: i for i, entry in enumerate(entries)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d{1,2}|[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -115,7 +116,7 @@ class Task:
         return entry["question"]
 
     def prompt(self, entry: Entry) -> str:
-        """Prompt for a model trained from scratch; short for countdown, so that a small model sees few tokens."""
+        """Prompt for a model trained from scratch; short for countdown, so that a small model reads few tokens."""
         if self.name == "countdown":
             return f"{' '.join(map(str, entry['metadata']['numbers']))}={entry['metadata']['target']}:"
         return entry["question"] + "\n"
@@ -123,7 +124,7 @@ class Task:
     def chat_prompt(self, entry: Entry, tokenizer: PreTrainedTokenizerBase) -> str | list[dict[str, str]]:
         """Prompt for a pretrained model: messages where the tokenizer has a chat template, text where it has none.
 
-        A template without a place for a system message gets that text ahead of the question.
+        Where the template has no system message, its text is put before the question.
         """
         system, question = SYSTEM_PROMPTS["default"], entry["question"]
         if tokenizer.chat_template is None:
@@ -154,14 +155,14 @@ class Task:
         return "".join([signed.pop(first)[1:], *signed])
 
     def score(self, entry: Entry, text: str) -> float:
-        """The dataset's own score of an answer; 0 for whatever it cannot digest. See `scores`."""
+        """The dataset's own score of an answer; 0 if the scorer raises. See `scores`."""
         return self.scores([entry], [text])[0]
 
     def scores(self, entries: Sequence[Entry], texts: Sequence[str]) -> list[float]:
         """The dataset's own score of each answer, cached.
 
-        Limits are CPU seconds, so that a busy machine scores as an idle one. Answers whose scoring was stopped score 0,
-        are counted in `stopped`, and a RuntimeWarning says so.
+        Limits are CPU seconds, so that scores do not depend on the load of the machine. Answers whose scoring was
+        stopped score 0, are counted in `stopped`, and a RuntimeWarning says so.
         """
         stopped, left, values = Counter(), scoring.BATCH_SECONDS, []
         for entry, text in zip(entries, texts, strict=True):
@@ -178,7 +179,7 @@ class Task:
             values.append(outcome.score)
             if outcome.stopped:
                 stopped[outcome.stopped] += 1
-            if outcome.stopped in (None, "cpu", "forbidden"):  # the answer's own doing
+            if outcome.stopped in (None, "cpu", "forbidden"):  # caused by the answer itself
                 if len(self._scores) >= REMEMBERED:
                     self._scores.clear()
                 self._scores[key] = outcome.score
@@ -198,7 +199,7 @@ class Task:
             return scoring.worker.score(self._specification, entry, answer)
         try:
             return scoring.Outcome(float(self._dataset.score_answer(answer, entry)), 0.0)
-        except Exception:  # any text: a scorer that chokes on it has not found it right
+        except Exception:  # the text is arbitrary; one that makes the scorer raise is not right
             return scoring.Outcome(0.0, 0.0)
 
 
@@ -227,7 +228,7 @@ def normalize(text: str) -> str:
 def tagged_answer(text: str) -> str:
     """The part of a chat model's completion inside the last answer tag; empty when there is none.
 
-    What `reasoning_gym.utils.extract_answer` gives, without its time quadratic in the number of tags left open.
+    As `reasoning_gym.utils.extract_answer`, but in linear time whatever the number of tags left open.
     """
     opening, closing, answer, position = "<answer>", "</answer>", "", 0
     while (start := text.find(opening, position)) >= 0 and (end := text.find(closing, start + len(opening))) >= 0:

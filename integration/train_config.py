@@ -1,4 +1,4 @@
-"""The configuration of a training run: flags, what they may be, and what the machine must have for them."""
+"""The configuration of a training run: flags, their allowed values, and checks of the machine."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class TrainConfig:
     max_new_tokens: int = 0  # 0: as long as the longest training answer, or 512 for a pretrained model
     temperature: float = 1.0
     learning_rate: float = 3e-4
-    learning_rate_warmup: int = 10  # steps; Adam's first steps are as long as its later ones but know far less
+    learning_rate_warmup: int = 10  # steps; Adam's first steps are as long as later ones but estimated from far less
     max_grad_norm: float = 1.0
     divergence: str = "js"  # LAD
     eta: float = 0.25  # LAD
     level: str = "token"  # LAD: token, sequence or sequence_sum
-    warm_steps: int = 150  # supervised steps before a small decoder meets reinforcement learning
+    warm_steps: int = 150  # supervised steps of a small decoder before reinforcement learning
     warm_batch: int = 64
     warm_learning_rate: float = 3e-3
     hidden_size: int = 128  # small decoder
@@ -62,8 +62,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                words = " or ".join(map(repr, allowed))
-                raise Refused(f"{name}: expected {words}, got {getattr(self, name)!r}; name one of them")
+                choices = " or ".join(map(repr, allowed))
+                raise Refused(f"{name}: expected {choices}, got {getattr(self, name)!r}; name one of them")
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise Refused(f"{name}: expected at least {least}, got {getattr(self, name)!r}; give {least} or more")
@@ -95,9 +95,9 @@ class TrainConfig:
 
 
 def parse_config(arguments: list[str] | None = None, description: str | None = None) -> TrainConfig:
-    """Flags are the fields of `TrainConfig`; with `--resume` the saved ones hold wherever no flag is given.
+    """Flags are the fields of `TrainConfig`; with `--resume` the saved values are the defaults.
 
-    A resumed run goes on in its own folder, wherever that lies now, unless `--out` says otherwise.
+    A resumed run continues in its own folder, even if that was moved, unless `--out` names another.
 
     Raises:
         SystemExit: status 2, a wrong flag.
@@ -121,12 +121,12 @@ def parse_config(arguments: list[str] | None = None, description: str | None = N
 
 
 def saved_fields(config: TrainConfig) -> dict:
-    """What a checkpoint keeps: not where it came from, nor what it replaced."""
+    """The fields that a checkpoint keeps: all but `resume` and `overwrite`."""
     return {name: value for name, value in asdict(config).items() if name not in ("resume", "overwrite")}
 
 
 def check_machine(config: TrainConfig) -> None:
-    """Refuse a device that is not there, an unknown task and a model that is not found, before anything is made."""
+    """Refuse an unknown device, task or model before anything is created."""
     check_device(config.device)
     check_task(config.task)
     if config.model is not None and config.resume is None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run by its path: the neighbours trl.py and transformers.py would hide the packages of that name
+if not __package__:  # run by its path: makes `integration` importable, and files next to this one shadow no package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 SMALL = {
@@ -39,7 +39,7 @@ SMALL = {
     "report_to": "none",
     "save_strategy": "no",
 }
-WRITTEN = ("start", "*.safetensors", "checkpoint-*")  # marks of a run in its folder
+WRITTEN = ("start", "*.safetensors", "checkpoint-*")  # by which a run's folder is recognised
 
 
 @dataclass
@@ -65,7 +65,7 @@ def build_small_model(folder: Path, task: Any, config: Any) -> None:
 
 
 def settle(chosen: TaskArguments, args: Any, model: str | None) -> Any:
-    """The trainer's configuration of task and warm start; what cannot be trained with, or would be lost, is refused."""
+    """The trainer's configuration of task and warm start; refuses impossible options and folders with another run."""
     from integration.train_config import TrainConfig, check_task
     from lad_kernels.preflight import Refused, claim_folder
 

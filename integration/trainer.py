@@ -9,7 +9,7 @@ The logits of the training batch are never stored: the last hidden states go to 
 `linear_grpo_loss` with the head's weight, packed, [N, D] with `cu_seqlens`; `loss_mask` marks the rows that predict a
 completion token.
 
-Every run has a folder of its own, runs/train-DATE-TIME or `--out`; `--overwrite` alone replaces another's. A run is
+Every run has a folder of its own, runs/train-DATE-TIME or `--out`; only `--overwrite` replaces another run. A run is
 reproducible from its seed, and on the CPU `--resume` continues it bit for bit, after Ctrl-C, SIGTERM, a crash or a full
 disk: model, optimiser, generators and step are in the checkpoint, and the problems of a step are a function of seed and
 step. Every file of a checkpoint has a checksum, which `--resume` checks.
@@ -82,7 +82,7 @@ def rollout(
         temperature=config.temperature,
         generator=generator,
     )
-    ended = [row[:-1] if row[-1] in policy.end_ids else row for row in completions]  # some end in a word of the text
+    ended = [row[:-1] if row[-1] in policy.end_ids else row for row in completions]  # it may decode to text
     answers = tokenizer.batch_decode(ended, skip_special_tokens=True)
     if policy.pretrained:
         answers = [tagged_answer(answer) for answer in answers]
@@ -104,7 +104,7 @@ def warm_start(policy: Policy, task: Task, config: TrainConfig) -> list[float]:
         config.warm_learning_rate,
         total_steps=config.warm_steps,
         pct_start=0.2 if config.warm_steps == 10 else 0.1,
-    )  # a tenth of 10 is a ramp of no length, by which torch would divide
+    )  # a tenth of 10 would be a ramp of length 0, by which torch divides
     end, losses = [policy.tokenizer.eos_token_id], []
     for _ in range(config.warm_steps):
         entries = rng.choices(task.train, k=config.warm_batch)
@@ -115,7 +115,7 @@ def warm_start(policy: Policy, task: Task, config: TrainConfig) -> list[float]:
         loss.backward()
         nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
         optimizer.step()
-        optimizer.zero_grad()  # or the first step of what follows would take the last gradient again
+        optimizer.zero_grad()  # or the next optimizer's first step would use this gradient again
         schedule.step()
         losses.append(loss.item())
     return losses
@@ -149,7 +149,7 @@ def optimizer_step(
     minibatch: list[tuple[Packed, Tensor | None, Tensor]],
     config: TrainConfig,
 ) -> list[dict[str, float]]:
-    """One AdamW step on a minibatch of micro-batches, as if it were one large batch: the normaliser is the whole's."""
+    """One AdamW step on a minibatch of micro-batches, as if it were one large batch: the normaliser is that of all."""
     tokens = sum(batch.loss_mask.sum() for batch, _, _ in minibatch)  # []
     loss_function, objective = linear_grpo_loss, GRPOConfig()
     if config.algorithm == "lad":
@@ -172,7 +172,7 @@ def optimizer_step(
         out.loss.backward()
         entropy = out.entropy.sum() / batch.loss_mask.sum()
         records.append({"loss": out.loss.detach(), "entropy": entropy, **out.metrics})
-        del out  # and with it what the loss kept for its backward, before the next micro-batch
+        del out  # frees what the loss saved for its backward before the next micro-batch
     norm = nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -224,7 +224,7 @@ def train(
 ) -> list[dict[str, Any]]:
     """The reinforcement learning loop; returns one record per step and appends it to `out/metrics.jsonl`.
 
-    A checkpoint is there before the first step. Where `stopped()` holds after a step, the loop saves one and returns.
+    The first checkpoint is saved before the first step. If `stopped()` holds after a step, the loop saves and returns.
     """
     state, folder, records = initial_state(policy, config), Path(config.out), []
     title = f"{config.algorithm} seed {config.seed}"
@@ -246,7 +246,7 @@ def train(
                 progress.update(bar, completed=state.step, text=progress_line(records[-1]))
             due = config.save_every and state.step % config.save_every == 0
             if due or state.step == config.steps or stopped():
-                os.fsync(log.fileno())  # no checkpoint is ahead of its log
+                os.fsync(log.fileno())  # the log is never behind its checkpoint
                 save_checkpoint(state, config)
     return records
 
@@ -342,14 +342,14 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS) or out is None:
             raise
-        words = f"{out} cannot be written to ({error.strerror}); make room and go on with --resume {out}"
-        return complain("lad-kernels train", words, 1)
+        message = f"{out} cannot be written to ({error.strerror}); make room and go on with --resume {out}"
+        return complain("lad-kernels train", message, 1)
     except Interrupted:
-        there = out is not None and (out / checkpoint.LINK).exists()
-        words = (
-            f"go on with: lad-kernels train --resume {out}" if there else "nothing is lost, for nothing was trained yet"
+        saved = out is not None and (out / checkpoint.LINK).exists()
+        advice = (
+            f"go on with: lad-kernels train --resume {out}" if saved else "nothing is lost, for nothing was trained yet"
         )
-        console.print(f"stopped by {signal_name(signals)}; {words}", soft_wrap=True)
+        console.print(f"stopped by {signal_name(signals)}; {advice}", soft_wrap=True)
         return 128 + signals.caught
 
 

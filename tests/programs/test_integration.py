@@ -315,7 +315,7 @@ def test_demo_fails_when_a_check_fails(tmp_path, monkeypatch, arms):
     monkeypatch.setattr(bandit, "run_bandit", lambda **_: arms)
     monkeypatch.setattr(compare, "compare", lambda *_: result)
     monkeypatch.setattr(compare, "plot_comparison", lambda *_: None)
-    monkeypatch.setattr(compare, "comparison_words", lambda _: "")
+    monkeypatch.setattr(compare, "comparison_text", lambda _: "")
     monkeypatch.setattr(compare, "comparison_sheet", lambda _: Sheet("none", ["none"], []))
     measured = {"eager": {"bytes": 1, "seconds": 1.0}, "ours": {"bytes": 2, "seconds": 1.0}}
     monkeypatch.setattr(memory, "compare_memory", lambda *_: measured)

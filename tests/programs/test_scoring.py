@@ -1,4 +1,4 @@
-"""What a model writes is scored as data: no answer runs, hangs or fills the machine, and right answers stay right."""
+"""A model's text is scored safely: no answer runs, hangs or fills the machine, and right answers stay right."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from integration.tasks import RIGHT, Task, normalize, tagged_answer
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(set(DATASETS) - set(scoring.REFUSED))
-EVALUATE = sorted(set(scoring._DOORS) - {"complex_arithmetic", "number_sorting"})
+EVALUATE = sorted(set(scoring._FILTERS) - {"complex_arithmetic", "number_sorting"})
 CALLS_EVERYTHING_RIGHT = {"game_of_life_halting"}
 NO_ANSWER = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}  # none of their own
 
@@ -38,7 +38,7 @@ def one(request) -> Task:
 
 @pytest.mark.parametrize("name", EVALUATE)
 def test_the_scorers_themselves_run_a_completion(name, tmp_path):
-    """Why all this: called as they are, they leave the file. If one no longer does, its door may go."""
+    """Why all this: called directly, they create the file. If one no longer does, its filter may go."""
     task(name)._dataset.score_answer(escapes(tmp_path / "file")[0], task(name).train[0])
     assert (tmp_path / "file").exists()
 
@@ -189,8 +189,8 @@ def test_integral_is_admitted_where_the_own_answer_has_it():
     assert scoring.admits("intermediate_integration", "Integral(x*exp(x), x) + C", "Integral(2*x, x) + C")
 
 
-def test_doors_are_linear():
-    for name in scoring._DOORS:
+def test_filters_are_linear():
+    for name in scoring._FILTERS:
         started = time.process_time()
         for text in ("1" * 10**4 + "!", "a" * 10**4 + "!", "**" * 10**4, "(" * 10**4, "1 " * 10**4 + "!"):
             scoring.admits(name, text, "x")

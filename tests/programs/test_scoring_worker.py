@@ -1,4 +1,4 @@
-"""The process in which answers are scored, reached past the doors: what it stops and what it survives."""
+"""The process in which answers are scored, reached past the filters: what it stops and what it survives."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("code", range(8))
 def test_worker_alone_lets_no_file_appear(code, tmp_path):
-    """Behind the doors: whatever evaluates such a text is stopped by the process, not by luck."""
+    """Text that a filter would stop: a scorer that evaluates it is stopped by the process."""
     scoring.worker.score(*evaluator(), escapes(tmp_path / "file")[code])
     assert list(tmp_path.iterdir()) == []
     specification, entry = evaluator()

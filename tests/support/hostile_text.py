@@ -1,4 +1,4 @@
-"""Answers that are code, or cost without end, and the tasks that they are given to."""
+"""Answers that are code or cost unbounded time, and the tasks that score them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def task(name: str) -> Task:
 
 
 def evaluator() -> tuple[bytes, dict]:
-    """A data set whose scorer evaluates anything, to reach the worker past the doors."""
+    """A data set whose scorer evaluates anything, to reach the worker past the filters."""
     return task("string_insertion")._specification, task("string_insertion").train[0]
 
 

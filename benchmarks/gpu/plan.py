@@ -17,7 +17,7 @@ class Experiment:
     part: str
     seconds: int  # its own limit
     what: str
-    lost: str  # what nobody knows if it is cut
+    lost: str  # what remains unknown if it is cut
     beside: bool = False  # times nothing: starts together with the one before
 
 
@@ -33,17 +33,17 @@ PLAN = (
     Experiment("head_shapes", "A", 55, "N = 8,192, D = 4,096, V = 151,936 and 128,256: ours, eager, peers",
                "the comparison with what others publish"),
     Experiment("lad_against_grpo", "A", 20, "the ratio of LAD to GRPO in time and memory", "the paper's claim"),
-    Experiment("routed", "A", 35, "every path end to end on peaked and flat data, error beside bound",
+    Experiment("routed", "A", 35, "every path end to end on low- and high-entropy data, error and bound",
                "what routing saves"),
     Experiment("one_pass", "A", 20, "one pass against two, rows of a chunk", "the choice between the two"),
     Experiment("forward_tiles", "A", 25, "tile shapes of the forward, with and without entropy", "tuning"),
     Experiment("kernels", "A", 25, "time, registers, spills and shared memory of every kernel, two shapes",
                "where the time of a path goes"),
-    Experiment("step_parts", "A", 15, "the parts of a routed call, the device's time beside the host's",
+    Experiment("step_parts", "A", 15, "the parts of a routed call, time on the device and on the host",
                "what routing costs"),
     Experiment("peers", "B", 35, "time, memory and error of every provider that is installed", "tables by shape"),
     Experiment("trl_steps", "B", 45, "GRPO and LAD micro-batches of a 0.5B model in TRL, with its head and with ours",
-               "what a trainer sees"),
+               "the effect in a trainer"),
     Experiment("memcheck", "B", 35, "accesses out of bounds, on small shapes", "proof of none"),
     Experiment("racecheck", "B", 22, "races in shared memory, on small shapes", "proof of none"),
     Experiment("counters", "B", 20, "hardware counters, one launch of each kernel", "why a kernel is slow"),
@@ -66,5 +66,5 @@ def stages(plan: Sequence[Experiment]) -> list[list[Experiment]]:
 
 
 def longest(plan: Sequence[Experiment]) -> int:
-    """Seconds that the plan takes if every experiment meets its limit."""
+    """Seconds that the plan takes if every experiment runs to its limit."""
     return sum(max(e.seconds for e in stage) + GRACE for stage in stages(plan)) + CLOSING

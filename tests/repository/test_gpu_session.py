@@ -31,7 +31,7 @@ def test_every_experiment_of_the_plan_exists_and_is_explained():
     assert {e.name for e in PLAN} == set(experiments.EXPERIMENTS)
     text = " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
     for e in PLAN:
-        seconds = f"{e.seconds}{', beside the one above' * e.beside}"
+        seconds = f"{e.seconds}{', together with the one above' * e.beside}"
         assert f"| {e.name} | {e.part} | {seconds} | {e.what} | {e.lost} |" in text
     for part, deadline in DEADLINE.items():
         assert f"{part} {longest([e for e in PLAN if e.part == part])} of {deadline} s" in text

@@ -1,4 +1,4 @@
-"""Time, memory and accuracy of the package beside its peers.
+"""Time, memory and accuracy of the package next to its peers.
 
 pytest benchmarks/                 a small set on CPU, in three minutes
 pytest benchmarks/ --bench-set full --save

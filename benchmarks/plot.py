@@ -1,6 +1,6 @@
 """Time and memory against N for every provider: `python -m benchmarks.plot` draws the saved results of the sweep.
 
-`pytest benchmarks --bench-set sweep --save` measures them; sweep.png is written beside RESULTS.md.
+`pytest benchmarks --bench-set sweep --save` measures them; sweep.png is written next to RESULTS.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The paper's claim, "no extra cost over GRPO", as a row of its own.
+"""The paper's claim, "no extra cost over GRPO", as its own row.
 
 `linear_lad_loss` and `linear_grpo_loss` run in the same kernels on the same inputs, in pairs whose order alternates;
 the row holds the median ratio and its 95 % interval. The claim is a ratio of at most 1.02. A shared CPU is noisier

@@ -1,7 +1,7 @@
 """Peak memory of one forward and backward beyond the inputs, and beyond inputs and gradients.
 
-CPU: resident memory of a process of its own, one provider after the other. CUDA: the allocator's peak. Flat data
-alone: no provider here allocates by the values of its input.
+CPU: resident memory of a process of its own, one provider after the other. CUDA: the allocator's peak. Only `flat`
+data: no provider here allocates by the values of its input.
 """
 
 from __future__ import annotations

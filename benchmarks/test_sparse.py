@@ -1,4 +1,4 @@
-"""Time, memory, error and bound of the paths that skip work, beside eager torch and beside flat data that suits none.
+"""Time, memory, error and bound of the paths that skip work, next to eager torch, and on high-entropy data.
 
 The gate is the measurement itself: an exact entry must be within the tolerance rule's float32 constant (or twice the
 error of eager torch), a routed one within its reported bound, before its row is written.

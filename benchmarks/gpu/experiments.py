@@ -1,6 +1,6 @@
 """All GPU experiments, each a function of (Run): `python -m benchmarks.gpu.experiments NAME RESULTS [--dry-run]`.
 
-After its imports the process waits for a line on standard input: when it ends, and paths that it shall leave out.
+After its imports the process waits for a line on standard input: its deadline, and paths to leave out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The shapes at which others publish: N = 8,192 tokens of a 7B or 8B model, forward and backward, beside bare products.
+"""The shapes that others publish: N = 8,192 tokens of a 7B or 8B model, forward and backward, next to bare products.
 
 V = 151,936 is what TRL's maintainers ask about, V = 128,256 what Liger's and QuACK's tables show.
 """

@@ -1,4 +1,4 @@
-"""The GPU experiments on single kernels, beside the bare products of the library: tiles, workspaces, one pass.
+"""The GPU experiments on single kernels, next to bare products of the library: tiles, workspaces, one pass.
 
 TFLOP/s count 2 N D V per product that the path launches.
 """

@@ -2,14 +2,14 @@
 
     A   380 s: is every kernel right, how fast is it against the library, what do peers take at the same shape
     B   180 s: peers by shape, a TRL step, the memory checker, the race checker, hardware counters
-    C   for another day: workspaces, chunks, planted routings, providers that compile for long
+    C   rarely needed: workspaces, chunks, planted routings, providers that compile for long
 
 Without arguments A runs, then B. An experiment (`benchmarks/gpu/experiments.py`) adds rows to a file as it goes: a
-crash, a hang or a cut loses at most the row in progress. Experiments run in the order of `plan.py`, the ones that time
-nothing beside each other; each stage has its limit, and a part's limits add up to its deadline. The next stage's
+crash, a hang or a cut loses at most the row in progress. Experiments run in the order of `plan.py`, those that
+time nothing run together; each stage has its limit, and a part's limits add up to its deadline. The next stage's
 processes import their libraries while the present one runs, and wait. Each part writes `PART-TIME.json` (all tables)
 and `PART-TIME.log` (the end of every experiment's output), B also `PART-TIME-counters.txt`: a second call never
-overwrites the first. A path that the smoke test finds wrong is named, and the experiments behind it go on without it.
+overwrites the first. A path that fails the smoke test is named, and later experiments leave it out.
 This process never touches the GPU.
 
 --dry-run runs the same code on CPU tensors, tiny shapes and Triton's interpreter: its numbers mean nothing.

@@ -1,6 +1,6 @@
 """The first experiment on a GPU: does every path run at all, is it right, how long does a first call take?
 
-Each case runs in a process of its own, all at once, because a kernel that traps poisons its process and compiling takes
+Each case runs in a process of its own, all at once, because a kernel that traps breaks its process and compiling takes
 seconds: `python -m benchmarks.gpu.smoke CASE DEVICE` prints one JSON line. Truth is `impl="torch"` on the same inputs.
 """
 

@@ -1,6 +1,6 @@
 """The GPU experiments that look inside: a table of every kernel, the memory and race checkers, hardware counters.
 
-python -m benchmarks.gpu.tools small | large      the step that a checker or profiler watches
+python -m benchmarks.gpu.tools small | large      the step for a checker or profiler
 """
 
 from __future__ import annotations

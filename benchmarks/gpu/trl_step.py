@@ -1,6 +1,6 @@
 """One micro-batch of GRPO in TRL, with TRL's head and with ours: time, memory, largest micro-batch, log-prob error.
 
-Made-up rollouts without padding go through `training_step` (loss and gradient; no generation, no optimizer) of
+Synthetic rollouts without padding go through `training_step` (loss and gradient; no generation, no optimizer) of
 `trl.GRPOTrainer`, the same behind `FusedHeadMixin`, and `LADTrainer`, around one model of Qwen2.5-0.5B's shape with
 random float32 weights, under TRL's defaults: bf16 autocast, checkpointing, ratio 1. "peaked" scales the final norm to a
 mean entropy of 0.4 nats; with random targets, the rounding of its large logits counts for more than in a real policy.

@@ -1,4 +1,4 @@
-"""pytest plugin: one JSON line per finished test, written at once, so that a run that is cut keeps its tracebacks.
+"""pytest plugin: one JSON line per finished test, written at once, so that an interrupted run keeps its tracebacks.
 
 `VERDICTS=<file> python -m pytest -p benchmarks.gpu.verdicts tests`
 """

@@ -1,4 +1,4 @@
-"""Inputs of a benchmark, made on the device they are used on: `flat` (random) and `peaked` (policy-like).
+"""Inputs of a benchmark, created on its device: `flat` (random, high entropy) and `peaked` (policy-like, low entropy).
 
 Flat logits have unit variance, so the entropy is close to log V and no probability is zero: the worst case for
 anything that skips small probabilities. Peaked inputs have a mean entropy of 0.4 nats, as a language model under

@@ -1,11 +1,11 @@
-"""What is predicted of a GPU and what peers publish, beside what a GPU measured: benchmarks/results/expected.json.
+"""Predictions for a GPU and published numbers of peers, next to what a GPU measured: benchmarks/results/expected.json.
 
 That file is a list of entries with the fields
 
     experiment, table   what writes the row that the entry is about
-    match               the row's identifying fields, all of them; a text that ends in * stands for what begins like it
+    match               the row's identifying fields, all of them; a final * in a text matches any rest
     quantity            the field of the row; of quartiles the median counts
-    predicted           a number, or null: then measured and published stand beside each other alone
+    predicted           a number, or null: then only measured and published values are compared
     source              how the prediction was made
     device              optional, a word of the card's name: the entry is then compared with results of that card alone
     published           [{value, what, device, source}] of the same shape and unit

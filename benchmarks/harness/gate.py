@@ -2,12 +2,12 @@
 
 Regions and rule are those of `lad_kernels.testing`: truth is `reference` in float64 on the rounded inputs, the contract
 is `reference` in float32 with outputs rounded once, and each region (value, dH, dW of target rows, dW of the others)
-may have twice the contract's error, or FP32_TOLERANCE for float32 outputs. float32 outputs may also have what a few
-roundings of z_y and lse leave in them (`cancellation` and `of_probabilities` there): on peaked data log-probs of 1 are
+may have twice the contract's error, or FP32_TOLERANCE for float32 outputs. float32 outputs may also have the error
+of a few roundings of z_y and lse (`cancellation` and `of_probabilities` there): on peaked data log-probs of 1 are
 differences of sums of 22. That allows 4.5e-6 for log-probs, 1.6e-5 for their mean, 4.8e-5 for the GRPO loss (its terms
 cancel once more) and 5.2e-6 for gradients; an H100 needed 2.5e-6, 7.4e-6, 5.9e-6 and 3.7e-6. Gradients of a provider
-that drops a tail may reach what it promises. A provider of ours that misses it fails the run. Peers promise other
-things: their measured errors stand beside their times.
+that drops a tail may have the error it promises. A provider of ours outside the rule fails the run. Peers promise other
+things: their measured errors are reported next to their times.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Time, interleaved; and peak memory, in a process of its own on CPU.
 
-All providers of a comparison run once per round, in an order that rotates, so that whatever else the machine does hits
+All providers of a comparison run once per round, in an order that rotates, so that other load on the machine affects
 all of them; ratios are taken round by round and their median is reported. CPU: wall clock, or one thread's CPU time
 where the machine is too busy for that. CUDA: events, and inputs that rotate among copies larger than the cache.
 

@@ -1,6 +1,6 @@
 """Adapters to other projects' public functions; their code is imported when it runs and never copied.
 
-What a peer cannot express is not measured for it: QuACK and PyTorch's own function return one scalar, so they stand in
+What a peer cannot express is not measured for it: QuACK and PyTorch's own function return one scalar, so they are in
 the `ce` job alone. Arguments are those their documentation recommends for accuracy where a choice exists.
 """
 

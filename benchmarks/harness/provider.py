@@ -1,11 +1,11 @@
 """What is measured, behind one signature: `forward(batch) -> Tensor`, differentiable in hidden and weight.
 
 job       forward returns          gradient asked for
-head      log-probs [N]            with a given upstream gradient per token: what a policy loss sends down
+head      log-probs [N]            with a given upstream gradient per token, as from a policy loss
 ce        mean cross entropy []    of the scalar; for peers that cannot weigh tokens one by one
 lad, grpo the whole loss []        from hidden states, old log-probs and advantages
 
-A provider that cannot run here says why in words.
+A provider that cannot run here gives the reason.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Flops that are not spent: the paths of `linear_lad_loss` against eager torch, on data that suits them and on data
+"""Flops that are saved: the paths of `linear_lad_loss` against eager torch, on data that suits them and on data
 that does not.
 
     off-policy    old log-probs differ from the present ones; every token has a gradient

@@ -1,4 +1,4 @@
-"""What a terminal shows of one run: `python -m benchmarks.harness.terminal FILE`. It does not import torch."""
+"""Prints the results of one run: `python -m benchmarks.harness.terminal FILE`. It does not import torch."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ python -m benchmarks.studies.policy_states train       a tokenizer and a causal 
 python -m benchmarks.studies.policy_states states      completions sampled from it, one file of states per temperature
 python -m benchmarks.studies.policy_states report      sparsity and errors by entropy; benchmarks/results/policy_states/
 
-The model is small and briefly trained, and nothing about it is fitted to the package: entropies are whatever they are.
+The model is small and briefly trained, and nothing about it is chosen to suit the package, not even its entropy.
 Other code reads the data by `load_states` and `sparsity_table`. `transformers` and `tokenizers` are needed.
 """
 

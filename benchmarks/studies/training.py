@@ -3,10 +3,10 @@
 A policy over V tokens (context embedding, one hidden layer, untied head) is fitted to sampled next-token pairs of a
 Zipf-like source, then trained for 2,000 steps of LAD on sampled tokens whose reward is 1 inside a set of tokens that
 depends on the context. All three variants start from the same weights and seed; three seeds give the noise. Training
-is on-policy, where the value of the LAD loss depends on the rewards alone: reward, gradient norm and entropy tell how
-it goes. Adam divides by the gradient's own size, so a row of the head that is seldom hot may take steps of the learning
-rate's size when the backward is dense and none when it is routed: how far the rows of the coldest quarter of the blocks
-move is reported beside held-out loss; "coldest" is measured in the run that drops the tail.
+is on-policy, where the value of the LAD loss depends on the rewards alone: reward, gradient norm and entropy show
+its progress. Adam divides by the gradient's own size, so a row of the head that rarely has a large gradient may take
+steps of the learning rate's size when the backward is dense and none when it is routed: how far the rows of the coldest
+quarter of the blocks (those kept least often in the run that drops the tail) move is reported next to held-out loss.
 
 python -m benchmarks.studies.training [--steps 2000] [--seeds 3]   20 minutes of one core; writes results/training/
 """

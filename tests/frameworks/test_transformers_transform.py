@@ -1,4 +1,4 @@
-"""What a model or its owner does to logits after the head, and may do otherwise in the next call: exact, or refused."""
+"""What a model or its user does to logits after the head, and may change in the next call: exact, or refused."""
 
 from __future__ import annotations
 

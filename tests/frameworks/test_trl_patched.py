@@ -1,4 +1,4 @@
-"""The TRL trainers where somebody has changed the model: TRL its head to float32, Liger its layers or its forward."""
+"""The TRL trainers on changed models: a float32 head by TRL, layers or a forward by Liger."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LADTrainer: what masked tokens of a rollout hold has no effect, bit by bit, in any of the loss's ways."""
+"""LADTrainer: the contents of masked tokens have no effect, bit for bit, on any path of the loss."""
 
 from __future__ import annotations
 

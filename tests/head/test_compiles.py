@@ -4,9 +4,9 @@ Run as a script this file compiles for one architecture and prints one JSON row 
 a process that interprets kernels cannot compile them. `PYTHONPATH=tests/support python
 tests/head/test_compiles.py sm_90` prints the same rows.
 
-Layouts: `aligned` is Qwen's 151,936 x 2,048; `odd V` is GPT-2's 50,257 words at a D that tiles evenly; `unaligned` has
-rows of odd length, which neither TMA nor wide copies can read; `ragged` has rows of whole 16 bytes that are no multiple
-of 16 elements, which TMA reads and pointers must not assume.
+Layouts: `aligned` is Qwen's 151,936 x 2,048; `odd V` is GPT-2's 50,257 entries at a D that tiles evenly; `unaligned`
+has rows of odd length, which neither TMA nor wide copies can read; `ragged` has rows of whole 16 bytes that are no
+multiple of 16 elements, which TMA reads and pointers must not assume.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The cost model: what it picks, what it looks at, and what it says."""
+"""The cost model: its choices, what they depend on, and the reasons it gives."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What the Triton paths allocate beyond inputs, gradients and one float32 dW: at most memory.BUDGET, whatever N is.
 
-Allocations are counted as torch makes them, in the interpreter, under a budget as small as the shapes are.
+Allocations are counted as torch makes them, in the interpreter, under a budget scaled down like the shapes.
 """
 
 from __future__ import annotations

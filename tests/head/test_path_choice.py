@@ -1,4 +1,4 @@
-"""Which path a call takes: what its own tokens say, and nothing else."""
+"""Which path a call takes: it depends on its own tokens and nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lad_kernels.testing import make_inputs
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_a_call_looks_at_its_own_tokens(impl, device, monkeypatch):
-    """A flat policy takes one pass, a peaked one is routed, whatever came before."""
+    """A high-entropy policy takes one pass, a low-entropy one is routed, independently of earlier calls."""
     two_pass = lambda work: cost.score(work) + cost.dense(work, M)  # noqa: E731
     monkeypatch.setattr(cost, "one_pass", lambda work, active=None: 0.9 * two_pass(work))
     dear = lambda work, pairs, dense=0, active=None: 9.0 * (pairs > 0.5 * M * work.blocks)  # noqa: E731

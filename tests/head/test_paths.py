@@ -1,7 +1,7 @@
 """Every path through the head against the specification: one pass, two pass, routed; what each drops and what it costs.
 
-In float64 rounding is out of the way: paths that promise exactness must agree with the specification to 1e-9, and the
-error of a routed gradient must lie below its certified bound.
+Float64 makes rounding negligible: paths that promise exactness must agree with the specification to 1e-9, and the error
+of a routed gradient must be below its error bound.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ ADVERSARIES = (
 
 
 def certify(name: str, theta: float, *, unbiased=False, entropy_gradient=False, route=route, ops=pytorch):
-    """Route, and compare the routed gradient with the exact one and with the certificate; (certificate, dW error)."""
+    """Route, and compare the routed gradient with the exact one and with its error bound; (error bound, dW error)."""
     torch.manual_seed(0)
     hidden, weight, targets, c = adversarial(name)
     plain = LogitTransform()
@@ -184,7 +184,7 @@ def certify(name: str, theta: float, *, unbiased=False, entropy_gradient=False, 
 @pytest.mark.parametrize("theta", [0.0, 1e-4, 3e-3, 0.2])
 @pytest.mark.parametrize("name", ADVERSARIES)
 def test_certified_bound(name, theta, unbiased, entropy_gradient):
-    """The error of dH and dW is at most what the certificate says, whatever the data; printed with -s."""
+    """The error of dH and dW is at most the error bound, for any data; printed with -s."""
     certificate, error = certify(name, theta, unbiased=unbiased, entropy_gradient=entropy_gradient)
     if theta == 0:
         assert certificate.dhidden_bound == certificate.dweight_bound == 0

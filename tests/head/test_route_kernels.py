@@ -1,7 +1,7 @@
-"""The kernels that choose a routing's pairs against PyTorch's `choose`: the same lists, the same certificate.
+"""The kernels that choose a routing's pairs against PyTorch's `choose`: the same lists, the same error bound.
 
 Exponentials of the two round differently, so that a pair whose norm is within a few roundings of its bar, or a token as
-close to being dense, may be judged otherwise; every other pair must be the same, and the margin is met almost never.
+close to being dense, may be decided differently; every other pair must be the same, and such cases are very rare.
 """
 
 from __future__ import annotations

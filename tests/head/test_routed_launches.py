@@ -1,4 +1,4 @@
-"""How many kernels and torch operations a routed backward asks for: a few, and a few for each run, slice and slab."""
+"""How many kernels and torch operations a routed backward launches: a few, and a few for each run, slice and slab."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The caller's autocast decides in which dtype inputs come, and nothing else: no product or sum of ours runs under it.
+"""The caller's autocast only casts inputs: no product or sum of ours runs under it.
 
 Under torch.autocast `@`, `vecdot`, `mv` and others round their operands to 16 bits, forward and in a backward that is
 called inside the block.
@@ -31,8 +31,8 @@ from lad_kernels.testing import make_inputs
 
 B, T, D, V = 2, 16, 24, 300  # few sequences: each is a program of the objective, a second in the interpreter
 N = B * T
-# What the door does to floating tensors before and after: look at them, cast them and move them.
-DOOR = {
+# What the public functions do to floating tensors before and after: check, cast and move them.
+OUTSIDE = {
     "__eq__", "__get__", "__len__", "__set__", "clone", "detach", "element_size", "expand", "gt", "isfinite", "lt",
     "index_copy", "index_select", "is_floating_point", "ne", "new_zeros", "numel", "reshape", "stride", "to", "view",
 }  # fmt: skip
@@ -48,7 +48,7 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = func.__name__
         floating = any(isinstance(x, Tensor) and x.is_floating_point() for x in tree_leaves((args, kwargs)))
-        if floating and name not in DOOR:
+        if floating and name not in OUTSIDE:
             self.seen += 1
             if torch.is_autocast_enabled(self.device):
                 raise AssertionError(f"{name} runs under autocast")
@@ -142,7 +142,7 @@ def differentiate(watch: Watch, outputs: list[Tensor], leaves: list[Tensor], aut
 )
 @pytest.mark.parametrize("name", CALLS)
 def test_autocast_changes_no_bit_of_a_head(name, impl, dtype, device):
-    """Float32 inputs are rounded by autocast at the door; from there on all is as without."""
+    """Float32 inputs are cast by the public function; everything after is as without autocast."""
     call, path = CALLS[name]
     given, kind = batch(device), getattr(torch, dtype)
     low = torch.bfloat16 if dtype == "float32" else kind

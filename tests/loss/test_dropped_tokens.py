@@ -1,4 +1,4 @@
-"""Tokens that no mask names and that do not count: a bad number of an engine, padding beyond the last bound."""
+"""Tokens that do not count although no mask excludes them: bad numbers of an engine, padding beyond the last bound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What went wrong in packages like this one, as far as no other test holds it; docs/numerics.md lists all of them."""
+"""Known failures of similar packages that no other test covers; docs/numerics.md lists all of them."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Random legal calls of the public functions against the specification in float64; `make fuzz CASES=20000 SEED=1`.
 
 A case is a dict of plain values, from which tensors are made: shapes, strides, dtypes, masks, ragged and empty
-sequences, every config field, every path. hypothesis makes it smaller when it fails, and it is printed as a script.
+sequences, every config field, every path. hypothesis minimises it when it fails, and it is printed as a script.
 
 The rule is that of lad_kernels/testing.py, for every output and gradient by itself: twice the error of the
-specification in the working dtype (the largest of the inputs and of MOVES neighbours of them), or FP32_TOLERANCE. No
-floor beyond: where the truth nearly cancels, its own condition decides. That is measured by the specification in
+specification in the working dtype (the largest of the inputs and of MOVES neighbours of them), or FP32_TOLERANCE. There
+is no other floor: where the truth nearly cancels, its condition decides. That is measured by the specification in
 float64 on the neighbours, inputs, log-sum-exps and the dZ of 16-bit matrix units moved by one rounding each: WIDENING
 times what this does to an output is allowed too, and the largest errors that needed it are printed. What a routing
 drops has the bound that the call itself reports.

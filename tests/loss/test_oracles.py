@@ -1,4 +1,4 @@
-"""The same numbers from code that no one here wrote: Liger's GRPO loss and Cut Cross-Entropy, on the CPU."""
+"""The same numbers from independent code: Liger's GRPO loss and Cut Cross-Entropy, on the CPU."""
 
 from __future__ import annotations
 

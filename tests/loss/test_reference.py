@@ -1,4 +1,4 @@
-"""The specification itself, against figures worked out by hand and numerical differentiation."""
+"""The specification itself, against values derived by hand and numerical differentiation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Long runs: memory, files and tensors stay flat, kills lose nothing, and a rank lost or out of step is noticed.
+"""Long runs: memory, files and tensors do not grow, kills lose nothing, and a lost or diverging rank is detected.
 
 `make soak` runs them at full length; the tests take a slice of each. Figures: docs/numerics.md.
 """

@@ -1,4 +1,4 @@
-"""Values that no objective can mean: refused where they may be read; and odd values that are legal."""
+"""Values without meaning for any objective: refused where they may be read; and unusual values that are legal."""
 
 from __future__ import annotations
 

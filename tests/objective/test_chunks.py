@@ -1,4 +1,4 @@
-"""The objective in chunks: the gradient of the whole, and what the log-probs do not change computed once a call."""
+"""The objective in chunks: the same gradient as in one piece, and what does not depend on log-probs computed once."""
 
 from __future__ import annotations
 

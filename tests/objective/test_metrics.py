@@ -1,4 +1,4 @@
-"""`outputs.METRICS`: complete, and what it says of each metric is true of parts of a batch."""
+"""`outputs.METRICS`: complete, and correct for every metric over parts of a batch."""
 
 from __future__ import annotations
 

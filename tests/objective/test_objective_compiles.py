@@ -1,4 +1,4 @@
-"""The objective's kernel, compiled ahead of time for GPUs that are not there: no spills, few registers, no float64."""
+"""The objective's kernel, compiled ahead of time without a GPU: no spills, few registers, no float64."""
 
 from __future__ import annotations
 

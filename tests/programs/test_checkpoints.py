@@ -1,4 +1,4 @@
-"""Nothing that a run has written is lost: kills, full disks, flipped bytes, signals, two runs in one folder."""
+"""A run never loses what it has written: kills, full disks, flipped bytes, signals, two runs in one folder."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def policy_of(folder: Path, generation: dict | None = None, **kind) -> Policy:
     tokenizer = tokenizer_of(**kind)
     torch.manual_seed(0)
     config = small_decoder(tokenizer, 32, 1)
-    config.initializer_range = 0.2  # neither uniform nor peaked
+    config.initializer_range = 0.2  # neither high nor low entropy
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     own = {"eos_token_id": ENDS, "bos_token_id": BOS, "pad_token_id": PAD, **(generation or {})}

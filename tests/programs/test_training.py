@@ -1,6 +1,6 @@
-"""A short run of benchmarks/studies/training.py: dense, routed and unbiased routed training go the same way.
+"""A short run of benchmarks/studies/training.py: dense, routed and unbiased routed training agree.
 
-Rounding decides which tokens are sampled, so runs part after some steps: what is compared are means over all steps,
+Rounding decides which tokens are sampled, so runs diverge after some steps: means over all steps are compared,
 with margins above what was measured over two seeds and the kernels of three instruction sets.
 """
 

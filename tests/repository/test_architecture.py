@@ -1,4 +1,4 @@
-"""The rules of the house, held by reading the source; each rule is shown to be able to fail."""
+"""The repository's rules, checked by reading the source; each rule is shown to be able to fail."""
 
 from __future__ import annotations
 

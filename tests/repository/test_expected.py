@@ -1,4 +1,4 @@
-"""Predictions and published figures beside measured ones: entries are about rows that exist, and misses are marked."""
+"""Predictions and published figures next to measured ones: entries are about rows that exist, and misses are marked."""
 
 from __future__ import annotations
 

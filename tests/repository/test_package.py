@@ -1,4 +1,4 @@
-"""The distributions, the wheel away from the checkout, and what `make` installs: which torch, and only once."""
+"""The distributions, the wheel outside of the checkout, and what `make` installs: which torch, and only once."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Compile what host functions launch, for any GPU, on a machine without one; and read what the compiler spent.
+"""Compile what host functions launch, for any GPU, on a machine without one; and read the resources it needs.
 
 `compiling(target)` makes every `kernel[grid](...)` compile for `target` instead of running, specialised exactly as a
-launch would specialise it (dtypes, alignment, integers divisible by 16); host code meets a stand-in driver and, through
-`tile_table.probe`, a stand-in device. `resources(kernel)` reads registers, spills, shared memory and the instructions
-that matter with the tools inside the Triton wheel. Kernels must not have been imported in an interpreter process.
+launch would specialise it (dtypes, alignment, integers divisible by 16); host code gets a placeholder driver and,
+through `tile_table.probe`, a placeholder device. `resources(kernel)` reads registers, spills, shared memory and the
+instructions that matter with the tools inside the Triton wheel. Kernels must not have been imported in an interpreter
+process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How far a result moves when what it is made of rounds: the allowance where the truth nearly cancels."""
+"""How far a result moves when its inputs are rounded: the allowance where the truth nearly cancels."""
 
 from __future__ import annotations
 

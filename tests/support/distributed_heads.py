@@ -1,4 +1,4 @@
-"""Cases of `distributed_worker.py` where the head itself is spread: FSDP1 around it alone, transformers' tp_plan."""
+"""Cases of `distributed_worker.py` where the head itself is sharded: FSDP1 around it alone, transformers' tp_plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A case of `distributed_worker.py`: random calls, of which one rank now and then makes another."""
+"""A case of `distributed_worker.py`: random calls, of which one rank sometimes makes a different one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A case of `distributed_worker.py` that ends when a rank is killed: steps of a head spread over the ranks."""
+"""A case of `distributed_worker.py` that ends when a rank is killed: steps of a head sharded over the ranks."""
 
 from __future__ import annotations
 

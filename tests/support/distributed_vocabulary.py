@@ -1,4 +1,4 @@
-"""Cases of `distributed_worker.py`: heads whose vocabulary is spread over the ranks, and the losses on them.
+"""Cases of `distributed_worker.py`: heads whose vocabulary is sharded over the ranks, and the losses on them.
 
 Data come from seeds, so every rank has the whole batch and compares its part with one process in float64.
 """

@@ -1,4 +1,4 @@
-"""What was worked out by hand for each divergence: all that the tests ask of a new one. Shapes: everything is [M]."""
+"""Facts derived by hand for each divergence: all that the tests need of a new one. Shapes: everything is [M]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton's CPU interpreter, repaired where it is wrong and made loud where it would be silently wrong.
+"""Triton's CPU interpreter, repaired where it is wrong, with errors where it would be silently wrong.
 
 The interpreter stores bfloat16 as raw uint16 bits. Stock (triton 3.6 to 3.9) it multiplies those bits in `tl.dot`,
 truncates float32 -> bfloat16 instead of rounding to nearest even, and does arithmetic on the bits; and triton 3.6 with

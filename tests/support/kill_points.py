@@ -1,4 +1,4 @@
-"""Kill a training run by SIGKILL at each of twenty-two points, resume it, and compare with a run that nobody killed.
+"""Kill a training run by SIGKILL at each of twenty-two points, resume it, and compare with an uninterrupted run.
 
     python tests/support/kill_points.py FOLDER    # prints a JSON line per point
 

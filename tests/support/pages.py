@@ -1,4 +1,4 @@
-"""README and the pages under docs/ as tests read them."""
+"""README and the pages under docs/, for the tests."""
 
 from __future__ import annotations
 

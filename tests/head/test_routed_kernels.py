@@ -1,15 +1,9 @@
 """The routed backward's kernels against the formula in float64 with dZ of dropped pairs set to zero.
 
 Allowances are those of head_formula.py, per region: in float32 2e-6 (measured: 1e-7 to 8e-7, with a single feature
-<<<<<<< HEAD
 1.4e-6) or, as in 16 bits, twice the error of the same formula in float32 cast once (measured: up to 1.9 times). Shapes
 cross a full item of pairs, two blocks of the vocabulary and, but for D, a tile of features, each with a remainder
 (CROSSES; test_tile_edges.py compares it with the tables).
-=======
-1.4e-6) or, as in 16 bits, twice the error of the same formula in float32 cast once (measured: up to 1.9 times). 70
-tokens = an item of 64 pairs and 6 more of every block; 521 entries = four blocks and one of 9; 67 features = a step of
-64 and 3.
->>>>>>> 5d11560 (tests: module docstrings in plain English)
 """
 
 from __future__ import annotations

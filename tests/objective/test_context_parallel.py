@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """`context_parallel_loss` on one rank: what it refuses, drops and bounds; test_distributed.py has its numbers."""
-=======
-"""What `context_parallel_loss` refuses before any communication; test_distributed.py has its numbers."""
->>>>>>> 5d11560 (tests: module docstrings in plain English)
 
 from __future__ import annotations
 

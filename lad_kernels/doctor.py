@@ -24,9 +24,22 @@ from lad_kernels import checks, linear_lad_loss
 from lad_kernels.head import dispatch
 
 PACKAGES = (
-    "torch", "numpy", "triton", "transformers", "accelerate", "trl", "peft", "deepspeed", "verl", "liger-kernel",
-    "flash-attn", "datasets", "reasoning-gym", "rich", "matplotlib",
-)  # fmt: skip
+    "torch",
+    "numpy",
+    "triton",
+    "transformers",
+    "accelerate",
+    "trl",
+    "peft",
+    "deepspeed",
+    "verl",
+    "liger-kernel",
+    "flash-attn",
+    "datasets",
+    "reasoning-gym",
+    "rich",
+    "matplotlib",
+)
 SWITCHES = {
     "LAD_KERNELS_ATOMICS": "the routed backward adds dH by atomics: less traffic, not reproducible bit for bit",
     "LAD_KERNELS_VALIDATE": "tensor values are checked on accelerators too, at a host sync each",

@@ -167,9 +167,18 @@ def route(
     if triton:
         from lad_kernels.head.kernels.routed.route import choose as choice
     routing, lost = choice(
-        targets, lse, logprobs, block_lse, gradient, theta, block_norms(weight), reach, dense_share=dense_share,
-        unbiased=unbiased, most_pairs=most_pairs,
-    )  # fmt: skip
+        targets,
+        lse,
+        logprobs,
+        block_lse,
+        gradient,
+        theta,
+        block_norms(weight),
+        reach,
+        dense_share=dense_share,
+        unbiased=unbiased,
+        most_pairs=most_pairs,
+    )
     pairs = torch.full((), sum(routing.counts) + len(routing.dense) * len(block_lse), device=lse.device)  # []
     bounds = (lost.by_token * slope).norm(), lost.by_block.norm()  # [], []
     return routing, ErrorBound(pairs, lost.mass.mean(), lost.mass.amax(), *bounds)

@@ -102,8 +102,8 @@ def test_the_chunked_head_without_a_bug_passes(monkeypatch, tmp_path, device):
 
 
 TRITON_HEAD = {
-    "forward: bias forgotten": ("forward.py", "raw += biases(bias, columns, columns < V, softcap)",
-                                "raw += 0.0 * biases(bias, columns, columns < V, softcap)"),
+    "forward: bias forgotten": ("forward.py", "h, w, bias, inv_temperature, row,",
+                                "h, w, None, inv_temperature, row,"),
     "forward: columns beyond V counted": ("forward.py", "tl.where(columns[None, :] < V, x,",
                                           "tl.where(columns[None, :] < 2 * V, x,"),
     "forward: block maximum forgotten": ("forward.py", "LN_2, top * factor)", "LN_2, 0.0 * top)"),

@@ -19,7 +19,7 @@ WALK = [  # (module, function or method); what is called leads to the next
     ("head/kernels/forward", "forward"),
     ("head/kernels/forward", "_partials"),
     ("head/kernels/forward", "_partials_kernel"),
-    ("head/kernels/tile", "product"),
+    ("head/kernels/tile", "logit_tile"),
 ]
 LAUNCH = "tile_table.SAME_BITS"  # compiler options of a launch, which no kernel takes as an argument
 

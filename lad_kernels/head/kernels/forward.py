@@ -39,12 +39,10 @@ from lad_kernels.head.kernels import tile_table
 from lad_kernels.head.kernels.tile import (
     LN_2,
     LOG2_E,
-    biases,
-    exponents,
     inverse_temperatures,
     levels,
+    logit_tile,
     logits,
-    product,
     tile_order,
 )
 from lad_kernels.head.kernels.tile_table import Tiles
@@ -93,15 +91,10 @@ def _partials_kernel(
     for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=TMA):
         tile_n, tile_v = tile_order(tile, tiles_n, tiles_v, GROUP_N)
         row, column = tile_n * BLOCK_N, tile_v * BLOCK_V
-        raw = product(
-            h, w, row, column, N, V, D, h_stride, w_stride, BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, TMA
-        )  # [BLOCK_N, BLOCK_V]
-        rows = row + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        columns = column + tl.arange(0, BLOCK_V)  # [BLOCK_V]
-        if bias is not None:
-            raw += biases(bias, columns, columns < V, softcap)[None, :]
-        inv_t = inverse_temperatures(inv_temperature, rows, N, PER_TOKEN)  # [BLOCK_N]
-        x, factor, _ = exponents(raw, scale, softcap, inv_t[:, None])  # [BLOCK_N, BLOCK_V], [BLOCK_N, 1]
+        x, factor, _, rows, columns, _, _ = logit_tile(
+            h, w, bias, inv_temperature, row, column, N, V, D, h_stride, w_stride, scale, softcap,
+            BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, TMA, PER_TOKEN,
+        )  # [BLOCK_N, BLOCK_V], [BLOCK_N, 1]  # fmt: skip
         if not WHOLE_BLOCKS:  # else a block is complete, or beyond V and not stored
             x = tl.where(columns[None, :] < V, x, 1e30 if NEGATIVE else -1e30)
         x = tl.reshape(x, (BLOCK_N, PARTS, _BLOCK))  # [BLOCK_N, PARTS, BLOCK]

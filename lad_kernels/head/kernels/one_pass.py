@@ -49,10 +49,7 @@ from lad_kernels.head.kernels.forward import inverse_temperature, target_logits
 from lad_kernels.head.kernels.tile import (
     LN_2,
     LOG2_E,
-    biases,
-    exponents,
-    inverse_temperatures,
-    product,
+    logit_tile,
     row_levels,
     tile_order,
 )
@@ -112,16 +109,10 @@ def _exponentials_kernel(
     ):
         tile_n, tile_v = tile_order(tile, tiles_n, tiles_v, GROUP_N)
         row, column = tile_n * BLOCK_N, tile_v * BLOCK_V
-        raw = product(
-            h, w, row, column, N, V, D, h_stride, w_stride, BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, TMA
-        )  # [BLOCK_N, BLOCK_V]
-        rows = row + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        columns = column + tl.arange(0, BLOCK_V)  # [BLOCK_V]
-        in_n, in_v = rows < N, columns < V  # [BLOCK_N], [BLOCK_V]
-        if bias is not None:
-            raw += biases(bias, columns, in_v, softcap)[None, :]
-        inv_t = inverse_temperatures(inv_temperature, rows, N, PER_TOKEN)  # [BLOCK_N]
-        x, factor, slope = exponents(raw, scale, softcap, inv_t[:, None])  # [BLOCK_N, BLOCK_V], [BLOCK_N, 1] or like x
+        x, factor, slope, rows, columns, in_n, in_v = logit_tile(
+            h, w, bias, inv_temperature, row, column, N, V, D, h_stride, w_stride, scale, softcap,
+            BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, TMA, PER_TOKEN,
+        )  # [BLOCK_N, BLOCK_V], [BLOCK_N, 1], like either  # fmt: skip
 
         f = factor * LOG2_E  # [BLOCK_N, 1]
         level, r = row_levels(tl.load(shift + rows, mask=in_n, other=0.0)[:, None], factor, f)  # [BLOCK_N, 1] each

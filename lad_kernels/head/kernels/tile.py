@@ -28,49 +28,6 @@ def tile_order(tile, tiles_n, tiles_v, GROUP_N: tl.constexpr):
 
 
 @triton.jit
-def product(
-    h,  # [N, D], pointer or descriptor
-    w,  # [V, D], pointer or descriptor
-    row,
-    column,
-    N,
-    V,
-    D,
-    h_stride,
-    w_stride,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """Tile [BLOCK_N, BLOCK_V] of h W^T at (row, column), in fp32."""
-    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)  # [BLOCK_N, BLOCK_V]
-    if TMA:
-        for k in range(0, D, BLOCK_K):
-            acc = tl.dot(h.load([row, k]), w.load([column, k]).T, acc, input_precision="ieee")
-    else:
-        # One 64-bit base per operand that moves along D, and 32-bit offsets inside the tile: half the address
-        # registers of a tile of 64-bit pointers, which is what makes unaligned operands fit.
-        h += row.to(tl.int64) * h_stride
-        w += column.to(tl.int64) * w_stride
-        ks = tl.arange(0, BLOCK_K)  # [BLOCK_K]
-        rows = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - row)  # [BLOCK_N]
-        columns = tl.minimum(tl.arange(0, BLOCK_V), V - 1 - column)  # [BLOCK_V]
-        h_offsets = rows[:, None] * h_stride + ks[None, :]  # [BLOCK_N, BLOCK_K]
-        w_offsets = columns[None, :] * w_stride + ks[:, None]  # [BLOCK_K, BLOCK_V]
-        for k in range(0, D, BLOCK_K):
-            if EVEN_K:
-                a = tl.load(h + k + h_offsets)  # [BLOCK_N, BLOCK_K]
-                b = tl.load(w + k + w_offsets)  # [BLOCK_K, BLOCK_V]
-            else:
-                a = tl.load(h + k + h_offsets, mask=ks[None, :] < D - k, other=0.0)
-                b = tl.load(w + k + w_offsets, mask=ks[:, None] < D - k, other=0.0)
-            acc = tl.dot(a, b, acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
 def biases(bias, columns, inside, softcap):
     """Biases [C] of some columns in fp32. -inf, which excludes a word, becomes a number as good: 0 * -inf is NaN.
 
@@ -153,3 +110,61 @@ def inverse_temperatures(inv_temperature, rows, N, PER_TOKEN: tl.constexpr):
         return tl.load(inv_temperature + rows, mask=rows < N, other=1.0)
     else:
         return tl.zeros_like(rows).to(tl.float32) + inv_temperature
+
+
+@triton.jit
+def logit_tile(
+    h,  # [N, D], pointer or descriptor
+    w,  # [V, D], pointer or descriptor
+    bias,  # [V] or None
+    inv_temperature,  # [N] or a number
+    row,
+    column,
+    N,
+    V,
+    D,
+    h_stride,
+    w_stride,
+    scale,
+    softcap,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+):
+    """The tile of h W^T at (row, column) as (x, factor, slope) of `exponents`: with it every kernel begins.
+
+    x is [BLOCK_N, BLOCK_V], factor [BLOCK_N, 1], slope like either of them. Products are summed in fp32.
+    """
+    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)  # [BLOCK_N, BLOCK_V]
+    if TMA:
+        for k in range(0, D, BLOCK_K):
+            acc = tl.dot(h.load([row, k]), w.load([column, k]).T, acc, input_precision="ieee")
+    else:
+        # One 64-bit base per operand that moves along D, and 32-bit offsets inside the tile: half the address
+        # registers of a tile of 64-bit pointers, which is what makes unaligned operands fit.
+        h += row.to(tl.int64) * h_stride
+        w += column.to(tl.int64) * w_stride
+        ks = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        rows = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - row)  # [BLOCK_N]
+        columns = tl.minimum(tl.arange(0, BLOCK_V), V - 1 - column)  # [BLOCK_V]
+        h_offsets = rows[:, None] * h_stride + ks[None, :]  # [BLOCK_N, BLOCK_K]
+        w_offsets = columns[None, :] * w_stride + ks[:, None]  # [BLOCK_K, BLOCK_V]
+        for k in range(0, D, BLOCK_K):
+            if EVEN_K:
+                a = tl.load(h + k + h_offsets)  # [BLOCK_N, BLOCK_K]
+                b = tl.load(w + k + w_offsets)  # [BLOCK_K, BLOCK_V]
+            else:
+                a = tl.load(h + k + h_offsets, mask=ks[None, :] < D - k, other=0.0)
+                b = tl.load(w + k + w_offsets, mask=ks[:, None] < D - k, other=0.0)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
+    rows = row + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    columns = column + tl.arange(0, BLOCK_V)  # [BLOCK_V]
+    in_n, in_v = rows < N, columns < V  # [BLOCK_N], [BLOCK_V]
+    if bias is not None:
+        acc += biases(bias, columns, in_v, softcap)[None, :]
+    inv_t = inverse_temperatures(inv_temperature, rows, N, PER_TOKEN)  # [BLOCK_N]
+    x, factor, slope = exponents(acc, scale, softcap, inv_t[:, None])
+    return x, factor, slope, rows, columns, in_n, in_v

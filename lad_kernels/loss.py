@@ -52,10 +52,11 @@ def linear_lad_loss(
     """LAD (arXiv 2602.20132) from last hidden states and the lm_head weight, without storing N x V logits.
 
     Args:
-        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl: as for
-            `linear_logprobs`. With a group the backward is dense and `head_flops` counts this rank's.
-        old_logprobs: the behaviour policy's log-probs; None means on-policy: the ratio is exactly 1. Where one is not
-            finite its token is dropped, as by `lad_loss`.
+        hidden_states: [N, D] or [B, T, D], bfloat16, float16, float32 or float64; after the final norm.
+        lm_head_weight: [V, D], same dtype, as `lm_head.weight` stores it.
+        target_ids: [N] or [B, T] integers in [0, V), already shifted: target_ids[t] is predicted by hidden_states[t].
+        old_logprobs: the behaviour policy's log-probs in nats, shaped like target_ids; None means on-policy: the ratio
+            is exactly 1. Where one is not finite its token is dropped, as by `lad_loss`.
         advantages: one per sequence [B] or one per token. Give this or `rewards`.
         rewards: [B], turned into advantages by `config.advantage_scale`; needs `group_size` or `group_ids`.
         loss_mask: nonzero where a token counts. Others are dropped before the first product, get exactly zero
@@ -63,7 +64,9 @@ def linear_lad_loss(
         cu_seqlens: int32 [B + 1] cumulative lengths of packed [N] input, flash-attention's convention. Tokens beyond
             cu_seqlens[-1] are padding and count as masked; on an accelerator without loss_mask, where that bound is
             not read, they still pass through the head and their hidden states must be finite.
+        bias, temperature, logit_scale, softcap, impl: as for `linear_logprobs`.
         config, normalizer, ref_logprobs, rollout_is_weights: as for `lad_loss`.
+        vocab_group: as for `linear_logprobs`; the backward is dense then, and `head_flops` counts this rank's.
         return_entropy: also return per-token entropy and its mean as a metric; free otherwise.
         return_logprobs: with False the log-probs are not returned, and where coefficients are known in advance
             (`old_logprobs` None, no KL, no entropy) tokens whose coefficient is 0 skip the forward too.

@@ -101,7 +101,7 @@ SYNCS = {  # (path, ratio 1): host syncs of forward and backward with a loss_mas
 def test_host_syncs_are_those_of_the_page(path, on_policy, mask_dtype, device, monkeypatch):
     """A mask: one. Tokens with c = 0 dropped: one. One pass: one. Routing: one. Nothing else reads the device."""
     monkeypatch.setattr(checks, "may_read", lambda x: False)  # as on an accelerator
-    monkeypatch.setattr(cost, "kind", lambda device, triton: "cuda")
+    monkeypatch.setattr(cost, "architecture", lambda device, triton: "sm_90")
     hidden, weight, targets = inputs(150, 16, 300, device)
     mask = (torch.arange(150, device=device) % 5 != 0).to(mask_dtype)
     old = None if on_policy else torch.full((150,), -5.0, device=device)

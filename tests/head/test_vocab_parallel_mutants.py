@@ -51,11 +51,15 @@ BUGS = {  # bug: check that shows it, source, mutant
         "< self.shard.start + len(self.weight))",
         "<= self.shard.start + len(self.weight))",
     ),
-    "parts of dH not added": ("heads", "dist.all_reduce(found.hidden,", "dist.all_reduce(found.hidden.clone(),"),
+    "parts of dH not added": (
+        "heads",
+        "dist.all_reduce(gradients.hidden,",
+        "dist.all_reduce(gradients.hidden.clone(),",
+    ),
     "parts of dH rounded before they are added": (
         "rounding",
-        "dist.all_reduce(found.hidden,",
-        "dist.all_reduce(found.hidden.copy_(found.hidden.bfloat16()),",
+        "dist.all_reduce(gradients.hidden,",
+        "dist.all_reduce(gradients.hidden.copy_(gradients.hidden.bfloat16()),",
     ),
     "dH of the first tokens": ("heads", "dh[tokens if self.tokens is None else self.tokens[tokens]]", "dh[tokens]"),
     "lse of the first chunk": ("chunks", "lse[tokens], gradient", "lse[: tokens.stop - tokens.start], gradient"),
@@ -64,7 +68,7 @@ BUGS = {  # bug: check that shows it, source, mutant
         "gradient.select(tokens), needs",
         "gradient.select(slice(0, tokens.stop - tokens.start)), needs",
     ),
-    "ids compared whatever their order": ("refusals", "(targets * place).sum()", "targets.sum()"),
+    "ids compared whatever their order": ("refusals", "(targets * position).sum()", "targets.sum()"),
     "values compared whatever their order": (
         "disagreements",
         "(rows * torch.arange(1, len(rows) + 1, device=x.device)).sum()",

@@ -28,9 +28,9 @@ def test_parity_with_float64(name, impl, dtype, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("vocab_size", (50_257, 151_936, 256_000, 131_071))
+@pytest.mark.parametrize("vocab_size", (50_257, 151_936, 256_000))
 def test_vocabularies_of_real_models(vocab_size, impl, device):
-    """GPT-2's, Qwen's, Gemma's and a prime, whole: every block of every slab is written and reduced."""
+    """GPT-2's, Qwen's and Gemma's, whole: every block of every slab is written and reduced."""
     inputs = make_inputs(40, 32, vocab_size, dtype=torch.bfloat16, device=device, masked=0.0)
     print("\n" + format_report(check_head(head(impl), inputs)))
 

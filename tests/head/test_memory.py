@@ -87,7 +87,6 @@ CASES = {  # tokens, path, what is special, share of the budget that was measure
     "one pass, every second token masked": (1900, "one_pass", {"masked": True}, 0.69),
     "one pass, frozen head": (800, "one_pass", {"d": 512, "v": 4000, "frozen": True}, 0.70),
     "two passes": (600, "two_pass", {}, 0.76),
-    "two passes, pieces": (1300, "two_pass", {}, 0.41),
     "two passes, pieces of a slice of wider hidden states": (1300, "two_pass", {"sliced": True}, 0.42),
     "routed": (500, "routed", {}, 0.64),
     "routed, pieces": (1300, "routed", {}, 0.14),

@@ -39,7 +39,7 @@ CHECKS = {
     "chunks": lambda device, _: tests.test_a_token_does_not_depend_on_its_chunk(device, "bfloat16"),
 }
 KERNELS = {  # bug: check that shows it, source, mutant
-    "bias forgotten": ("float32", "raw += biases(", "raw += 0.0 * biases("),
+    "bias forgotten": ("float32", "h, w, bias, inv_temperature, row,", "h, w, None, inv_temperature, row,"),
     "columns beyond V counted": ("no prior", "d = tl.where(in_v[None, :], d, -1e30)", "d = d"),
     "blocks beyond V counted": ("whole blocks", "* _BLOCK < V  # [parts]", "* _BLOCK < 2 * V  # [parts]"),
     "rows' own scaling forgotten in F": ("common part", "(e * (slope * scaling))", "(e * slope)"),

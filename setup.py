@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "lad_kernels" / "__init__.py").read_text()).group(1)
 cli = ["rich>=13", "packaging>=24", "jsonargparse>=4.51,<5", "docstring-parser>=0.17"]
-train = ["transformers>=5.0", "reasoning-gym>=0.1.24", "matplotlib>=3.8", *cli]
+train = ["transformers>=5.0", "gguf>=0.10", "reasoning-gym>=0.1.24", "matplotlib>=3.8", *cli]
 oracles = ["liger-kernel>=0.8", "cut-cross-entropy>=25.1"]
 docs = ["sphinx>=9", "furo>=2025.12.19", "myst-parser>=5"]
 lint = ["ruff>=0.15", "mypy>=1.18"]

@@ -15,6 +15,7 @@ from integration import checkpoint
 from integration.policy import Policy, build_policy
 from integration.train_config import CONFIG, TrainConfig, saved_fields
 from lad_kernels.preflight import Refused
+from lad_kernels.pretrained import model_folder
 
 STATE = "trainer_state.pt"  # in a checkpoint
 logger = logging.getLogger(__name__)
@@ -57,10 +58,11 @@ def load_policy(config: TrainConfig) -> Policy:
     Raises:
         Refused: a damaged checkpoint, or a model that cannot be loaded or trained here.
     """
-    path = config.model
     if config.resume is not None:
         path = str(checkpoint.find(config.resume))
         checkpoint.verify(Path(path))
+    else:
+        path = config.model and model_folder(config.model)
     sizes = {"seed": config.seed, "hidden_size": config.hidden_size, "layers": config.layers}
     try:
         return build_policy(path, config.device, pretrained=config.model is not None, **sizes)

@@ -11,6 +11,7 @@ from functools import partial
 from integration import checkpoint
 from lad_kernels import LADConfig
 from lad_kernels.preflight import Refused, check_device, check_model
+from lad_kernels.pretrained import model_folder
 
 CONFIG = "trainer_config.json"  # in a checkpoint
 LEAST = {
@@ -33,7 +34,7 @@ class TrainConfig:
     task: str = "countdown"  # any reasoning-gym dataset
     train_size: int = 3000  # problems generated for training
     held_out_size: int = 200  # problems generated for evaluation
-    model: str | None = None  # path or hub id; none builds a small decoder
+    model: str | None = None  # path, hub id or known name (smollm2); none builds a small decoder
     device: str = "cpu"
     seed: int = 0  # of sampling and of the order of problems
     steps: int = 200  # rollouts
@@ -130,7 +131,7 @@ def check_machine(config: TrainConfig) -> None:
     check_device(config.device)
     check_task(config.task)
     if config.model is not None and config.resume is None:
-        check_model(config.model)
+        check_model(model_folder(config.model))
 
 
 def check_task(task: str) -> None:

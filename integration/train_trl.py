@@ -97,6 +97,7 @@ def main(arguments: list[str] | None = None) -> Any:
 
     from integration.tasks import Task, tagged_answer
     from lad_kernels.frameworks.trl import LADConfig, LADTrainer
+    from lad_kernels.pretrained import model_folder
 
     kinds = (TaskArguments, LADConfig, ModelConfig)
     parser = TrlParser(kinds)
@@ -105,9 +106,10 @@ def main(arguments: list[str] | None = None) -> Any:
     small = model_args.model_name_or_path is None
     if not small:
         chosen, args, model_args = TrlParser(kinds).parse_args_and_config(arguments)
-    config = settle(chosen, args, model_args.model_name_or_path)
+    path = None if small else model_folder(model_args.model_name_or_path, flag="model_name_or_path")
+    config = settle(chosen, args, path)
     task = Task(config.task, config.train_size, config.held_out_size, args.seed)
-    path = model_args.model_name_or_path or str(Path(args.output_dir) / "start")
+    path = path or str(Path(args.output_dir) / "start")
     with args.main_process_first():
         if small and args.process_index == 0:
             build_small_model(Path(path), task, config)

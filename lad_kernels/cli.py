@@ -1,7 +1,7 @@
 """The command line of this package.
 
     lad-kernels doctor                              # versions, devices, and the path that typical shapes take
-    lad-kernels profile --model PATH_OR_ID          # how sparse a policy's logit gradient is
+    lad-kernels profile --model smollm2 --prompts FILE  # how sparse a policy's logit gradient is
     lad-kernels train --algorithm lad --steps 100   # in a checkout: LAD or GRPO on verifiable problems, one process
     lad-kernels bench --one-thread                  # in a checkout: the benchmarks
 
@@ -28,7 +28,7 @@ class ProfileConfig:
     """The flags of `lad-kernels profile`.
 
     Attributes:
-        model: path or hub id of a causal language model
+        model: path or hub id of a causal language model, or a known name: smollm2
         ids: token ids [B, T + 1] of prompts and completions, a tensor written by torch.save
         prompts: a text file, one prompt a line; without `ids` the model completes these
         completions: samples of each prompt
@@ -110,6 +110,7 @@ def profile(arguments: list[str]) -> int:
 
     from lad_kernels import profile_sparsity
     from lad_kernels.preflight import Refused, check_device, check_model, claim_folder, complain
+    from lad_kernels.pretrained import model_folder
 
     device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -119,8 +120,9 @@ def profile(arguments: list[str]) -> int:
             if path is not None and not path.is_file():
                 raise Refused(f"{name}: expected a file, got {str(path)!r}; check the path")
         claim_folder(str(asked.out.parent), used=True)
-        check_model(asked.model)
-        model, tokenizer = _load(asked.model, device)
+        folder = model_folder(asked.model)
+        check_model(folder)
+        model, tokenizer = _load(folder, device)
     except Refused as error:
         return complain("lad-kernels profile", f"--{error}", 2)
     torch.manual_seed(asked.seed)

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lad_kernels import checks, linear_lad_loss
+from lad_kernels import checks, linear_lad_loss, pretrained
 from lad_kernels.head import dispatch
 
 PACKAGES = (
@@ -28,6 +28,7 @@ PACKAGES = (
     "numpy",
     "triton",
     "transformers",
+    "gguf",
     "accelerate",
     "trl",
     "peft",
@@ -139,7 +140,7 @@ def driver() -> str | None:
 
 
 def machine(device: torch.device, triton: str | None) -> list[tuple[str, str]]:
-    """(what, value) of interpreter, devices, driver, Triton and switches."""
+    """(what, value) of interpreter, devices, driver, Triton, known models and switches."""
     build = "CPU only"
     if torch.version.cuda or torch.version.hip:
         build = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
@@ -156,6 +157,7 @@ def machine(device: torch.device, triton: str | None) -> list[tuple[str, str]]:
         rows.append((f"cuda:{i}", f"{gpu.name}, {kind}, {gpu.total_memory / 2**30:.0f} GiB"))
     rows.append(("device used here", f"{device}, {torch.get_num_threads()} CPU threads"))
     rows.append(("Triton kernels", "usable" if triton is None else f"not used: {triton}"))
+    rows += [(f"model {name}", f"{model.title}: {pretrained.state(name)}") for name, model in pretrained.KNOWN.items()]
     for name, meaning in SWITCHES.items():
         value = os.environ.get(name, "0")
         state = meaning if value == "1" else "off" if value == "0" else f"no effect: expected 1 or 0, got {value!r}"

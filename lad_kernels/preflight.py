@@ -85,10 +85,6 @@ def check_model(model: str) -> None:
     """Raises Refused unless there is a model's configuration at this path or hub id."""
     from transformers import AutoConfig
 
-    if model.startswith((".", "/", "~")) and not Path(model).exists():
-        raise Refused(
-            f"model: expected a folder with a model or a hub id, got {model!r}, which does not exist; check it"
-        )
     try:
         AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:

@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "frameworks": {"frameworks", "objective", "outputs", *PUBLIC},
     "preflight": set(),
     "flags": {"preflight"},
-    "doctor": {"checks", "head.dispatch", *PUBLIC},
+    "pretrained": {"preflight"},
+    "doctor": {"checks", "head.dispatch", "pretrained", *PUBLIC},
     "cli": PUBLIC,
     "": {*HEAD, "objective", "loss", "outputs"},
 }
@@ -49,6 +50,7 @@ MAY_IMPORT_INSIDE_FUNCTIONS = {
     "doctor": "cli",
     "flags": "cli",
     "preflight": "cli",
+    "pretrained": "cli",
 }
 TRITON_LIVES_IN = ("head.kernels", "objective.kernels")
 

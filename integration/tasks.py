@@ -30,6 +30,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from integration import scoring
+from lad_kernels.preflight import Refused
 
 Entry = dict[str, Any]  # reasoning-gym: question, answer, metadata
 
@@ -121,12 +122,14 @@ class Task:
             return f"{' '.join(map(str, entry['metadata']['numbers']))}={entry['metadata']['target']}:"
         return entry["question"] + "\n"
 
-    def chat_prompt(self, entry: Entry, tokenizer: PreTrainedTokenizerBase) -> str | list[dict[str, str]]:
+    def chat_prompt(
+        self, entry: Entry, tokenizer: PreTrainedTokenizerBase, system: str = SYSTEM_PROMPTS["default"]
+    ) -> str | list[dict[str, str]]:
         """Prompt for a pretrained model: messages where the tokenizer has a chat template, text where it has none.
 
         Where the template has no system message, its text is put before the question.
         """
-        system, question = SYSTEM_PROMPTS["default"], entry["question"]
+        question = entry["question"]
         if tokenizer.chat_template is None:
             return f"{system}\n\n{question}\n\n"
         messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
@@ -201,6 +204,26 @@ class Task:
             return scoring.Outcome(float(self._dataset.score_answer(answer, entry)), 0.0)
         except Exception:  # the text is arbitrary; one that makes the scorer raise is not right
             return scoring.Outcome(0.0, 0.0)
+
+
+def build_task(config: Any, seed: int = 0) -> Task:
+    """The task that a configuration names by `task`, `train_size`, `held_out_size` and `task_options`.
+
+    Raises:
+        Refused: the data set has no such options, or no problems of them.
+    """
+    given = config.task_options
+    try:
+        return Task(config.task, config.train_size, config.held_out_size, seed, given)
+    except (AssertionError, TypeError, ValueError) as error:
+        if given is None:
+            raise Refused(
+                f"task: expected problems to train on, got {error}; take another or a larger --train-size"
+            ) from error
+        raise Refused(
+            f"task_options: expected options of {config.task!r}, got {given} ({error}); see reasoning-gym's own "
+            f"documentation of this data set"
+        ) from error
 
 
 def encode_prompt(prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 from integration import checkpoint
 from lad_kernels import LADConfig
@@ -17,9 +18,16 @@ CONFIG = "trainer_config.json"  # in a checkpoint
 LEAST = {
     "train_size": 1, "held_out_size": 1, "steps": 1, "prompts_per_step": 1, "updates_per_rollout": 1,
     "micro_batch": 1, "max_new_tokens": 0, "learning_rate_warmup": 0, "warm_batch": 1, "layers": 1, "save_every": 0,
+    "shots": 1,
 }  # fmt: skip
 POSITIVE = ("temperature", "learning_rate", "max_grad_norm", "warm_learning_rate")
-CHOICES = {"algorithm": ("lad", "grpo"), "level": ("token", "sequence", "sequence_sum")}
+CHOICES = {
+    "algorithm": ("lad", "grpo"),
+    "level": ("token", "sequence", "sequence_sum"),
+    "prompt": ("chat", "plain", "few_shot", None),
+    "answer": ("tag", "first_line", "whole", None),
+}
+RATE, PRETRAINED_RATE = 3e-4, 4e-6  # of the small decoder, of a pretrained model: 2e-5 took its entropy away
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,10 @@ class TrainConfig:
     task: str = "countdown"  # any reasoning-gym dataset
     train_size: int = 3000  # problems generated for training
     held_out_size: int = 200  # problems generated for evaluation
+    task_options: dict[str, Any] | None = None  # options of the dataset, as JSON; none takes ours, or its own defaults
+    prompt: str | None = None  # chat, plain or few_shot; none: chat for a pretrained model, plain for the small decoder
+    shots: int = 2  # solved problems in a few-shot prompt
+    answer: str | None = None  # tag, first_line or whole; none: tag for chat, first_line for few_shot, whole for plain
     model: str | None = None  # path, hub id or known name (smollm2); none builds a small decoder
     device: str = "cpu"
     seed: int = 0  # of sampling and of the order of problems
@@ -42,9 +54,9 @@ class TrainConfig:
     group_size: int = 8  # completions per prompt
     updates_per_rollout: int = 2  # optimiser steps per rollout; from the second one on the ratio is not 1
     micro_batch: int = 128  # completions per forward and backward
-    max_new_tokens: int = 0  # 0: as long as the longest training answer, or 512 for a pretrained model
+    max_new_tokens: int = 0  # 0: as long as the longest training answer, or 512 where the answer is in a tag
     temperature: float = 1.0
-    learning_rate: float = 3e-4
+    learning_rate: float | None = None  # none: 4e-6 for a pretrained model, 3e-4 for the small decoder
     learning_rate_warmup: int = 10  # steps; Adam's first steps are as long as later ones but estimated from far less
     max_grad_norm: float = 1.0
     divergence: str = "js"  # LAD
@@ -61,9 +73,12 @@ class TrainConfig:
     resume: str | None = None  # folder of a run, or a checkpoint
 
     def __post_init__(self) -> None:
+        usual = RATE if self.model is None else PRETRAINED_RATE
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", usual)
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                choices = " or ".join(map(repr, allowed))
+                choices = " or ".join(repr(choice) for choice in allowed if choice)
                 raise Refused(f"{name}: expected {choices}, got {getattr(self, name)!r}; name one of them")
         for name, least in LEAST.items():
             if getattr(self, name) < least:
@@ -72,7 +87,7 @@ class TrainConfig:
             if not 0 < getattr(self, name) < math.inf:
                 raise Refused(
                     f"{name}: expected a finite number > 0, got {getattr(self, name)!r}; leave it out for "
-                    f"{type(self).__dataclass_fields__[name].default:g}"
+                    f"{type(self).__dataclass_fields__[name].default or usual:g}"
                 )
         if self.group_size < 2:
             raise Refused(f"group_size: expected at least 2, got {self.group_size}; alone, an answer has no advantage")

@@ -7,7 +7,9 @@ r"""Train a causal language model with LAD on reasoning-gym problems, by TRL.
 
 Every option of `LADConfig`, and so of `trl.GRPOConfig` and `transformers.TrainingArguments`, is a flag or a key of the
 YAML file; so are those of `trl.ModelConfig` (dtype, LoRA, quantisation). Without a model a small decoder is built, with
-its tokenizer, and taught the answer's format by a few supervised steps; the defaults in SMALL are for that model.
+its tokenizer, and taught the answer's format by a few supervised steps; the defaults in SMALL are for that model. The
+defaults of a pretrained model are TRL's, but for a learning rate of 4e-6; without an accelerator it runs on the CPU, in
+bf16 where that is fast.
 """
 
 # /// script
@@ -16,6 +18,7 @@ its tokenizer, and taught the answer's format by a few supervised steps; the def
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +42,7 @@ SMALL = {
     "report_to": "none",
     "save_strategy": "no",
 }
+PRETRAINED = {"learning_rate": 4e-6}  # 2e-5 takes the entropy of a small model away
 WRITTEN = ("start", "*.safetensors", "checkpoint-*")  # by which a run's folder is recognised
 
 
@@ -50,7 +54,40 @@ class TaskArguments:
     train_size: int = field(default=3000, metadata={"help": "Problems generated for training."})
     held_out_size: int = field(default=200, metadata={"help": "Problems generated for evaluation."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the run in `output_dir`."})
+    task_options: str | None = field(default=None, metadata={"help": "Options of the dataset, as JSON."})
+    prompt: str | None = field(
+        default=None, metadata={"help": "chat, plain or few_shot; none: chat, or plain for the small decoder."}
+    )
+    shots: int = field(default=2, metadata={"help": "Solved problems in a few-shot prompt."})
+    answer: str | None = field(
+        default=None,
+        metadata={"help": "tag, first_line or whole; none: tag for chat, first_line for few_shot, whole for plain."},
+    )
     warm_steps: int = field(default=150, metadata={"help": "Supervised steps of the small decoder before LAD."})
+
+
+def cpu_options() -> dict[str, bool]:
+    """What transformers wants to be told where there is no accelerator: to use the CPU, in bf16 if that is fast."""
+    import torch
+
+    from integration.policy import fast_bf16
+
+    return {} if torch.accelerator.is_available() else {"use_cpu": True, "bf16": fast_bf16()}
+
+
+def parse(arguments: list[str] | None) -> tuple[TaskArguments, Any, Any]:
+    """Flags and YAML; defaults are those of the small decoder, or of a pretrained model where one is named."""
+    from trl import ModelConfig, TrlParser
+
+    from lad_kernels.frameworks.trl import LADConfig
+
+    for defaults in (SMALL, {**PRETRAINED, **cpu_options()}):
+        parser = TrlParser((TaskArguments, LADConfig, ModelConfig))
+        parser.set_defaults_with_config(**defaults)
+        given = parser.parse_args_and_config(arguments)
+        if given[-1].model_name_or_path is None:
+            break
+    return given
 
 
 def build_small_model(folder: Path, task: Any, config: Any) -> None:
@@ -75,8 +112,13 @@ def settle(chosen: TaskArguments, args: Any, model: str | None) -> Any:
             f"per_device_eval_batch_size: expected a multiple of {group} completions over all ranks, got {batch}; take "
             f"{args.per_device_eval_batch_size * group} a rank"
         )
-    sizes = {name: getattr(chosen, name) for name in ("task", "train_size", "held_out_size", "warm_steps")}
-    config = TrainConfig(model=model, seed=args.seed, **sizes)
+    names = ("task", "train_size", "held_out_size", "warm_steps", "prompt", "shots", "answer")
+    try:
+        options = json.loads(chosen.task_options or "null")
+    except ValueError as error:
+        raise Refused(f"task_options: expected JSON, got {chosen.task_options!r} ({error}); quote it") from error
+    given = {name: getattr(chosen, name) for name in names}
+    config = TrainConfig(model=model, seed=args.seed, task_options=options, **given)
     check_task(config.task)
     if args.process_index == 0:
         former = [p.name for mark in WRITTEN for p in Path(args.output_dir).glob(mark)]
@@ -93,22 +135,18 @@ def main(arguments: list[str] | None = None) -> Any:
     """Parse flags and YAML, train, save; returns the trainer."""
     from datasets import Dataset
     from transformers import AutoTokenizer
-    from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+    from trl import get_peft_config, get_quantization_config
 
-    from integration.tasks import Task, tagged_answer
-    from lad_kernels.frameworks.trl import LADConfig, LADTrainer
+    from integration.prompts import EqualRewards, form_of
+    from integration.tasks import build_task
+    from lad_kernels.frameworks.trl import LADTrainer
     from lad_kernels.pretrained import model_folder
 
-    kinds = (TaskArguments, LADConfig, ModelConfig)
-    parser = TrlParser(kinds)
-    parser.set_defaults_with_config(**SMALL)
-    chosen, args, model_args = parser.parse_args_and_config(arguments)
+    chosen, args, model_args = parse(arguments)
     small = model_args.model_name_or_path is None
-    if not small:
-        chosen, args, model_args = TrlParser(kinds).parse_args_and_config(arguments)
     path = None if small else model_folder(model_args.model_name_or_path, flag="model_name_or_path")
     config = settle(chosen, args, path)
-    task = Task(config.task, config.train_size, config.held_out_size, args.seed)
+    task, form, rewards = build_task(config, args.seed), form_of(config, not small), EqualRewards()
     path = path or str(Path(args.output_dir) / "start")
     with args.main_process_first():
         if small and args.process_index == 0:
@@ -116,16 +154,18 @@ def main(arguments: list[str] | None = None) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", revision=model_args.model_revision)
 
     def dataset(entries: list[dict]) -> Dataset:
-        write = task.prompt if small else lambda entry: task.chat_prompt(entry, tokenizer)
-        return Dataset.from_list([{"prompt": write(entry), "number": i} for i, entry in enumerate(entries)])
+        return Dataset.from_list(
+            [{"prompt": form.ask(task, entry, tokenizer), "number": i} for i, entry in enumerate(entries)]
+        )
 
     def score(completions: list[Any], number: list[int], trainer_state: Any, **_: Any) -> list[float]:
         """The dataset's own score of each completion: text, or the messages that answer messages."""
         entries = task.train if trainer.model.training else task.held_out
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        if not small:
-            texts = list(map(tagged_answer, texts))
-        return task.scores([entries[i] for i in number], texts)
+        scores = task.scores([entries[i] for i in number], list(map(form.read, texts)))
+        if trainer.model.training:
+            rewards.see(scores, texts)
+        return scores
 
     args.model_init_kwargs = {
         "revision": model_args.model_revision,

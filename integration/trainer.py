@@ -1,4 +1,4 @@
-"""LAD or GRPO on verifiable problems, top to bottom: rollouts, update, evaluation, loop, program.
+r"""LAD or GRPO on verifiable problems, top to bottom: rollouts, update, evaluation, loop, program.
 
 Without `--model` the policy is a small Qwen3-style decoder with random weights and a tokenizer built in process: a few
 supervised steps on generated solutions teach it the format, reinforcement learning does the rest. With
@@ -17,6 +17,8 @@ step. Every file of a checkpoint has a checksum, which `--resume` checks.
     python -m integration.trainer --algorithm lad --steps 100 --out runs/lad
     python -m integration.trainer --resume runs/lad --steps 150
     python -m integration.trainer --model Qwen/Qwen2.5-0.5B-Instruct --device cuda --task gsm_symbolic
+    python -m integration.trainer --model smollm2 --task chain_sum --prompt few_shot --max-new-tokens 4 \
+        --task-options '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}'
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,9 +43,10 @@ from torch import Tensor, nn
 
 from integration import checkpoint
 from integration.policy import Packed, Policy, logprobs_of, pack, sample, through_head
+from integration.prompts import EqualRewards, form_of
 from integration.runs import Interrupted, Signals, cut_log, open_log
 from integration.state import State, initial_state, load_policy, make_optimizer, save_checkpoint
-from integration.tasks import RIGHT, Entry, Task, encode_prompt, normalize, tagged_answer
+from integration.tasks import RIGHT, Entry, Task, build_task, encode_prompt, normalize
 from integration.train_config import TrainConfig, check_machine, parse_config
 from lad_kernels import (
     GRPOConfig,
@@ -61,6 +65,7 @@ class Rollout(NamedTuple):
     completions: list[list[int]]  # B token lists, the end token included when it was sampled
     scores: Tensor  # [B]
     distinct: float  # distinct right answers per problem
+    texts: list[str]  # B completions as text, without their ends
 
     @property
     def accuracy(self) -> float:
@@ -71,25 +76,23 @@ def rollout(
     policy: Policy, task: Task, entries: list[Entry], group_size: int, config: TrainConfig, generator: torch.Generator
 ) -> Rollout:
     """Sample completions for `entries` and score them."""
-    tokenizer = policy.tokenizer
-    texts = [task.chat_prompt(e, tokenizer) if policy.pretrained else task.prompt(e) for e in entries]
-    prompts = [encode_prompt(text, tokenizer) for text in texts]
+    tokenizer, form = policy.tokenizer, form_of(config, policy.pretrained)
+    prompts = [encode_prompt(form.ask(task, entry, tokenizer), tokenizer) for entry in entries]
     completions = sample(
         policy,
         prompts,
         group_size,
-        max_new_tokens=config.max_new_tokens or (512 if policy.pretrained else task.longest + 1),
+        max_new_tokens=config.max_new_tokens or (512 if form.answer == "tag" else task.longest + 1),
         temperature=config.temperature,
         generator=generator,
     )
     ended = [row[:-1] if row[-1] in policy.end_ids else row for row in completions]  # it may decode to text
-    answers = tokenizer.batch_decode(ended, skip_special_tokens=True)
-    if policy.pretrained:
-        answers = [tagged_answer(answer) for answer in answers]
+    texts = tokenizer.batch_decode(ended, skip_special_tokens=True)
+    answers = [form.read(text) for text in texts]
     scores = task.scores([entry for entry in entries for _ in range(group_size)], answers)
     right = {(i // group_size, normalize(a)) for i, a in enumerate(answers) if scores[i] >= RIGHT}
     repeated = [prompt for prompt in prompts for _ in range(group_size)]
-    return Rollout(repeated, completions, torch.tensor(scores), len(right) / len(entries))
+    return Rollout(repeated, completions, torch.tensor(scores), len(right) / len(entries), texts)
 
 
 # ---- Learning ------------------------------------------------------------------------------------------------------
@@ -229,6 +232,7 @@ def train(
     state, folder, records = initial_state(policy, config), Path(config.out), []
     title = f"{config.algorithm} seed {config.seed}"
     bar = progress and progress.add_task(title, total=config.steps, completed=state.step, text="")
+    rewards = EqualRewards(state.step)
     with open_log(folder) as log:
         if checkpoint.continues(config.resume, folder):
             checkpoint.tidy(folder)
@@ -240,7 +244,7 @@ def train(
                 f"{config.resume}: going on after step {state.step} of {config.steps}", soft_wrap=True
             )
         while state.step < config.steps and not stopped():
-            records.append(train_step(state, task, config))
+            records.append(train_step(state, task, config, rewards))
             log.write(json.dumps(records[-1]) + "\n")
             if progress is not None:
                 progress.update(bar, completed=state.step, text=progress_line(records[-1]))
@@ -251,13 +255,15 @@ def train(
     return records
 
 
-def train_step(state: State, task: Task, config: TrainConfig) -> dict[str, Any]:
+def train_step(state: State, task: Task, config: TrainConfig, rewards: EqualRewards | None = None) -> dict[str, Any]:
     """A rollout and its updates; returns the step's record."""
     started = time.perf_counter()
     for group in state.optimizer.param_groups:
         group["lr"] = config.learning_rate * min(1.0, (state.step + 1) / max(1, config.learning_rate_warmup))
     entries = problems_of_step(task, state.step, config)
     run = rollout(state.policy, task, entries, config.group_size, config, state.generator)
+    if rewards is not None:
+        rewards.see(run.scores.tolist(), run.texts)
     metrics = update(state.policy, state.optimizer, run, config)
     state.step += 1
     tokens = sum(map(len, run.prompts)) + sum(map(len, run.completions))
@@ -295,12 +301,13 @@ def make_progress(console: Console) -> Progress:
 def run_program(config: TrainConfig, console: Console, signals: Signals) -> int:
     """Everything between flags and exit status; `config.out` is the run's folder."""
     policy, again = load_policy(config), f"lad-kernels train --resume {config.out}"
-    try:
-        task = Task(config.task, config.train_size, config.held_out_size)
-    except (AssertionError, ValueError) as error:
-        raise Refused(
-            f"task: expected problems to train on, got {error}; take another or a larger --train-size"
-        ) from error
+    task = build_task(config)
+    if policy.pretrained:
+        precision = "float32" if isinstance(policy.autocast(), nullcontext) else "bf16 autocast, float32 weights"
+        form = form_of(config, True)
+        console.print(
+            f"{precision}; prompt {form.prompt}, answer {form.answer}, learning rate {config.learning_rate:g}"
+        )
     if policy.set_aside:
         console.print(f"sampling from the distribution that is trained: the model's own {policy.set_aside} set aside")
     if config.model is None and config.resume is None:

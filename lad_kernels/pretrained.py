@@ -258,6 +258,7 @@ def convert(model: KnownModel, gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **given)
     for name, token in model.tokens.items():
         setattr(tokenizer, name, token)
+    tokenizer.clean_up_tokenization_spaces = False  # decoding changes nothing
     plain = GgufConfig(dequantize=True)
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, quantization_config=plain, **given)
     read.save_pretrained(folder)

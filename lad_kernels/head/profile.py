@@ -6,7 +6,7 @@ forward and the routing rule of head/routing.py, without a backward, and reports
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from lad_kernels.head.memory import Work
 from lad_kernels.head.operands import HeadArguments, prepare
 from lad_kernels.head.records import BLOCK, LogitGradient, Needs
 from lad_kernels.head.routing import ErrorBound, route
+
+UNIT = "every coefficient is 0, as with equal rewards: measured with c = 1 for every token instead"
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,11 @@ class SparsityProfile:
     flops_share: float  # routed flops over the dense minimum 6 N D V
     predicted_speedup: float  # fastest dense path over routed, by the cost model of head/dispatch.py
     buckets: tuple[EntropyBucket, ...]
+    unit_coefficients: bool = False  # the given ones were all 0, so that c = 1 was measured in their place
 
     def __str__(self) -> str:
-        lines = [
+        lines = [UNIT] if self.unit_coefficients else []
+        lines += [
             f"{self.tokens} tokens, vocabulary {self.vocab_size}, mean entropy {self.mean_entropy:.3f} nats, "
             f"tail_mass {self.tail_mass:g}",
             f"kept {self.kept_share:.2%} of (token, block) pairs, {self.zero_share:.1%} of tokens without a gradient, "
@@ -112,7 +116,8 @@ def profile_sparsity(
         model_or_hidden: last hidden states, with `weight` and `target_ids` as for `linear_logprobs`; or a causal LM
             of transformers with `input_ids`, whose own forward runs. What it does to its logits is measured
             (`frameworks.transformers.attach_fused_head`), and the targets are the input shifted by one.
-        coefficients: c = d loss / d logp per token, for instance advantages; None: 1 for every token.
+        coefficients: c = d loss / d logp per token, for instance advantages; None: 1 for every token, as where they
+            are all 0 (equal rewards), which `unit_coefficients` of the result and its text say.
         loss_mask, bias, temperature, logit_scale, softcap, impl: as for `linear_logprobs`.
         tail_mass, tail: as in `LADConfig`.
         buckets: number of entropy buckets, equally filled.
@@ -159,7 +164,8 @@ def profile_sparsity(
 def _measure(head: Head, c: Tensor | None, tail_mass: float, tail: str, buckets: int) -> SparsityProfile:  # [M]
     """Forward and routing; c None: 1 for every token."""
     out = head.forward(want_entropy=True, want_block_lse=True)
-    c = torch.ones_like(out.lse) if c is None else c.to(out.lse.dtype)  # [M]
+    unit = c is not None and len(c) > 0 and not c.any()
+    c = torch.ones_like(out.lse) if c is None or unit else c.to(out.lse.dtype)  # [M]
     work = head.work(Needs(hidden=True, weight=True, bias=False))
     active, kept = c.nonzero()[:, 0], torch.zeros_like(head.targets)  # [A] the others have nothing to drop, [M]
     dense, bound = active, ErrorBound(*[out.lse.new_zeros(())] * 5)
@@ -173,7 +179,8 @@ def _measure(head: Head, c: Tensor | None, tail_mass: float, tail: str, buckets:
         dense = active[routing.dense]  # tokens that keep every block
         kept[active] = torch.bincount(routing.rows, minlength=len(active))
         kept[dense] = work.blocks
-    return _summarise(work, out.entropy, c, kept, bound, len(dense), tail_mass, buckets)
+    profile = _summarise(work, out.entropy, c, kept, bound, len(dense), tail_mass, buckets)
+    return replace(profile, unit_coefficients=unit)
 
 
 def _of_model(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -56,8 +58,19 @@ def test_tokens_without_a_gradient_have_nothing_to_drop():
     assert found.zero_share == pytest.approx(1 / 3)
     assert (found.dropped_mass_mean, found.dropped_mass_max) == (alone.dropped_mass_mean, alone.dropped_mass_max)
     assert found.kept_share == pytest.approx(alone.kept_share * 2 / 3)
+
+
+def test_coefficients_that_are_all_zero_are_measured_as_one_and_said_so():
+    """Equal rewards have no advantages, and a policy's sparsity is asked for none the less."""
+    x = make_inputs(12, 16, 300, masked=0.0, entropy=1.0)
+    ones = profile_sparsity(x.hidden, x.weight, x.targets)
     none = profile_sparsity(x.hidden, x.weight, x.targets, coefficients=torch.zeros(12))
-    assert (none.zero_share, none.kept_share, none.dropped_mass_max) == (1, 0, 0)
+    assert none == replace(ones, unit_coefficients=True)
+    assert none.kept_share > 0
+    said = "every coefficient is 0, as with equal rewards: measured with c = 1 for every token instead"
+    assert str(none) == f"{said}\n{ones}"
+    one = profile_sparsity(x.hidden, x.weight, x.targets, coefficients=torch.eye(12)[0])
+    assert (one.unit_coefficients, one.zero_share) == (False, pytest.approx(11 / 12))
 
 
 FAMILIES_THAT_MISLEAD = {"gemma2": "softcap 3", "mpt": "its config's scale is ignored", "falcon_h1": "scale 0.05"}

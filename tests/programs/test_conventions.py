@@ -14,7 +14,7 @@ pytest.importorskip("reasoning_gym", reason="needs the train extra: reasoning-gy
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from integration import trainer
+from integration import prompts, trainer
 from integration.policy import Policy, build_policy, pack, sample, small_decoder
 from integration.tasks import Task, encode_prompt
 from integration.trainer import TrainConfig
@@ -72,7 +72,7 @@ def task() -> Task:
 
 def test_a_completion_ends_at_the_first_of_three_ids_and_that_one_is_trained(tmp_path, task, monkeypatch):
     policy, scored = policy_of(tmp_path), []
-    monkeypatch.setattr(trainer, "tagged_answer", lambda text: scored.append(text) or text)
+    monkeypatch.setattr(prompts, "tagged_answer", lambda text: scored.append(text) or text)
     run = trainer.rollout(policy, task, task.train[:8], 16, SMALL, seeded())
     ends = {row[-1] for row in run.completions if len(row) < SMALL.max_new_tokens}
     assert ends == set(ENDS)

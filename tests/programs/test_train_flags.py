@@ -89,6 +89,10 @@ def refused(folder: Path, capsys, run, program: str, flags: str, *words: str) ->
         ("--out /proc/run", ("--out: ", "'/proc/run'", "name another")),
         ("--out model", ("--out: ", "'model'", "config.json", "--resume model", "--overwrite")),
         ("--steps many", ("steps", "many", "--help")),
+        ("--prompt few-shot", ("--prompt: ", "'chat' or 'plain' or 'few_shot'", "got 'few-shot'")),
+        ("--answer last", ("--answer: ", "'tag' or 'first_line' or 'whole'", "got 'last'")),
+        ("--shots 0", ("--shots: ", "got 0", "give 1 or more")),
+        ("--task-options [1]", ("task_options", "--help")),
         ("--stepz 1", ("--stepz", "--help")),
         ("--steps", ("--steps", "--help")),
         ("--config ghost.yaml", ("ghost.yaml", "--help")),
@@ -160,6 +164,8 @@ def test_the_trl_example_replaces_no_former_run(folder):
         ("--output_dir model", r"output_dir: .* got 'model', which holds model\.safetensors; .*--overwrite true"),
         ("--output_dir new --task ghost", "task: .* got 'ghost'; did you mean"),
         ("--output_dir file", "output_dir: .* got 'file' .*; name another"),
+        ("--output_dir new --task_options {", "task_options: expected JSON, got '{'"),
+        ("--output_dir new --prompt few", "prompt: expected 'chat' or 'plain' or 'few_shot', got 'few'"),
         ("--output_dir new --warm_steps 0", "warm_steps: expected at least 1, got 0"),
     ):
         before = listing(folder)

@@ -354,11 +354,12 @@ def test_programs_take_a_known_name(gguf, tmp_path, monkeypatch, capsys):
     assert "did you mean 'smollm2'?" in capsys.readouterr().err
     pytest.importorskip("trl", reason="needs the trl extra: trl; lost: a known name in the TRL example")
     with pytest.raises(Refused, match=r"^model_name_or_path: .*; did you mean 'smollm2'\?"):
-        train_trl.main(["--model_name_or_path", "smolm2", "--use_cpu", "--bf16", "false"])
+        train_trl.main(["--model_name_or_path", "smolm2"])
     sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "num_generations": 2, "max_steps": 1}
-    sizes |= {"train_size": 4, "held_out_size": 2, "max_completion_length": 2, "report_to": "none", "bf16": "false"}
+    sizes |= {"train_size": 4, "held_out_size": 2, "max_completion_length": 2, "report_to": "none"}
     flags = [f"--{name}={value}" for name, value in sizes.items()]
-    done = train_trl.main(["--model_name_or_path=smollm2", "--use_cpu", "--output_dir=trl", *flags])
+    done = train_trl.main(["--model_name_or_path=smollm2", "--output_dir=trl", *flags])
+    assert done.args.learning_rate == 4e-6
     assert done.state.global_step == 1
     assert done.model.config.hidden_size == 16
 

@@ -23,13 +23,13 @@ test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
 # While you work, in two minutes: linters, types, and the PyTorch paths of the package without any framework.
-INTERPRETED := triton or kernel or compiles or mutants or benchmarks or gpu_session or memory or scoring or flags or checkpoints or soak
+INTERPRETED := triton or kernel or compiles or mutants or benchmarks or gpu_session or memory or scoring or flags or checkpoints or soak or real_model
 FAST := tests/head tests/objective tests/loss tests/repository/test_architecture.py tests/repository/test_extensions.py
 test-fast: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n 2 -m 'not slow' -k 'not ($(INTERPRETED) or distributed or oracles or fuzz)' $(FAST) $(ARGS)
 
 # Again with the kernels of a CPU without AVX, which round otherwise: no verdict may hang on that. Without the tests whose
-# time goes into Triton's interpreter and compiler, whose numbers come from numpy or are none, and those of files and processes.
+# time goes into Triton's interpreter and compiler, whose numbers come from numpy or are none, and those of files, processes and a real model.
 test-isa: $(VENV)/.test
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=1 \
 	    TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest -n 2 -m 'not slow' -k 'not ($(INTERPRETED))' $(ARGS)

@@ -22,6 +22,7 @@ GENERATORS = {
     "pearson": lambda x, log_x: (x - 1) ** 2,
 }
 SLOPE_AT_ONE = {"kl": 1.0, "rkl": -1.0}  # f'(1); zero for every other divergence
+TURNS = {"kl": -1.0, "rkl": math.inf}  # log x where f' changes its sign; 0 for every other divergence
 
 
 def lad_loss(
@@ -52,7 +53,17 @@ def lad_loss(
     u_raw = t.per_token(u_given).to(t.logprobs.dtype)  # [M]
     u = u_raw if config.target_clamp is None else u_raw.clamp(-config.target_clamp, config.target_clamp)
 
+    low = -math.inf if config.epsilon_low is None or config.epsilon_low >= 1 else math.log1p(-config.epsilon_low)
+    high = math.inf if config.epsilon_high is None else math.log1p(config.epsilon_high)
+    turn = u if config.centered else u + TURNS.get(config.divergence, 0.0)  # the loss falls below it and rises above
+
+    def beyond(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """Above the upper bound where a step raises the ratio, below the lower one where it lowers it."""
+        return (log_ratio > high) & (log_ratio < turn), (log_ratio < low) & (log_ratio > turn)
+
     def value(log_ratio: Tensor) -> Tensor:
+        above, below = beyond(log_ratio)
+        log_ratio = torch.where(above, high, torch.where(below, low, log_ratio))
         log_x = log_ratio - u
         f = GENERATORS[config.divergence](log_x.exp(), log_x)
         if config.divergence == "rkl":  # -e^u ln r: the gradient-free e^u u is dropped
@@ -63,6 +74,9 @@ def lad_loss(
         return loss
 
     extra = {"frac_over_target": t.mean(t.log_ratio > u)}
+    if low > -math.inf or high < math.inf:
+        above, below = beyond(t.log_ratio.detach())
+        extra["clip_share"] = t.mean(above | below)
     bites = (t.log_ratio_raw != t.log_ratio) | (u_raw != u)
     return t.finish(value, advantages, bites, extra, normalizer, ref_logprobs, entropy, rollout_is_weights)
 

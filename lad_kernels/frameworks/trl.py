@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from lad_kernels import LinearLogprobs, LossOutput, lad_loss, linear_lad_loss, linear_logprobs
 from lad_kernels.frameworks.distributed import require_sound_ranks
+from lad_kernels.frameworks.options import say_bounds
 from lad_kernels.frameworks.transformers import attach_fused_head
 from lad_kernels.frameworks.trl_options import GRPOTrainer, LADConfig, RLOOTrainer, require_trl, trl_has_fused_head
 from lad_kernels.outputs import METRICS
@@ -160,7 +161,7 @@ class FusedHeadMixin:
 class LADTrainer(FusedHeadMixin, GRPOTrainer):
     """`trl.GRPOTrainer` with the LAD loss (arXiv 2602.20132), fused with the head; same arguments, `args: LADConfig`.
 
-    Logs what TRL logs except the clip ratios, and `lad/...`: the metrics of `lad_kernels`, over all ranks. The loss
+    Logs what TRL logs except its clip ratios, and `lad/...`: the metrics of `lad_kernels`, over all ranks. The loss
     itself is dominated by a constant; watch `lad/loss_above_start`, or the reward where it is 0 (ratio exactly 1).
 
     Raises:
@@ -186,6 +187,8 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
             raise TypeError(f"args: expected lad_kernels.frameworks.trl.LADConfig, got {type(args).__name__}")
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         self.objective = replace(args.objective(), target_norm=None)  # applied to the advantages of whole groups
+        if self.accelerator.is_main_process:
+            say_bounds("LADTrainer", *args.ratio_bounds(), unset="TRL's default epsilon")
         self.corrects_kl = args.beta != 0 and args.use_bias_correction_kl
         self.needs_logprobs_first = self.corrects_kl or args.top_entropy_quantile < 1 or args.entropy_coef != 0
 

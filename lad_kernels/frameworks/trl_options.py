@@ -26,14 +26,11 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: TRL lacks a packag
     unusable, trl_has_fused_head = f"one that cannot be imported ({error})", False
 
 # Options of TRL that have no meaning for LAD: refused unless they keep TRL's default.
-NO_CLIP = "LAD does not clip the ratio; log_ratio_clamp bounds it"
 SAPO, VESPO = "TRL's loss_type='sapo' alone reads it; drop it", "TRL's loss_type='vespo' alone reads it; drop it"
 ADAPTIVE = "only a constant entropy_coef is supported"
 REFUSED = {
     "loss_type": "LAD is the loss; loss_agg_mode chooses the average ('token-mean' averages as TRL's dapo does)",
-    "epsilon": NO_CLIP,
-    "epsilon_high": NO_CLIP,
-    "delta": NO_CLIP,
+    "delta": "LAD has no dual clip; epsilon_low and epsilon_high bound the ratio",
     "sapo_temperature_neg": SAPO,
     "sapo_temperature_pos": SAPO,
     "vespo_k_pos": VESPO,
@@ -71,7 +68,7 @@ SOFT_GATES = (
 )
 
 # Fields of lad_kernels.LADConfig that are options under the same name; TRL has options of its own for the others.
-OF_TRL = ("advantage_scale", "kl_coef", "kl_clamp", "entropy_coef")
+OF_TRL = ("advantage_scale", "kl_coef", "kl_clamp", "entropy_coef", "epsilon_low", "epsilon_high")
 OBJECTIVE = tuple(f.name for f in fields(lad_kernels.LADConfig) if f.name not in OF_TRL)
 
 
@@ -93,6 +90,10 @@ class LADConfig(GRPOConfig):
     Taken from TRL: `importance_sampling_level` (which may also be `sequence_sum`), `beta` (with
     `use_bias_correction_kl`), `entropy_coef`, `top_entropy_quantile`, `scale_rewards`, `temperature`.
 
+    The bound on the ratio: TRL's default `epsilon=0.2` alone sets none, which is the paper's objective. `epsilon` at
+    another value, or `epsilon_high`, sets both sides as TRL reads them (`epsilon_high` None: `epsilon`). `epsilon_low`
+    sets the lower side whatever the default `epsilon` is: alone no upper one, with `epsilon_high=0.2` both.
+
     Raises:
         ImportError: no supported TRL.
         ValueError, TypeError: an option out of range, or one of TRL's that has no meaning for LAD.
@@ -109,6 +110,7 @@ class LADConfig(GRPOConfig):
     centered: bool = _option("centered", "Subtract f'(1)(x - 1) from f: no drift in groups without reward variance.")
     log_ratio_clamp: float | None = _option("log_ratio_clamp", "Bound on |log ratio|; beyond it the gradient is zero.")
     target_clamp: float | None = _option("target_clamp", "Bound on |advantage / eta|.")
+    epsilon_low: float | None = _option("epsilon_low", "A ratio below 1 - epsilon_low is not pushed further down.")
     tail_mass: float | None = _option(
         "tail_mass",
         "Threshold below which vocabulary blocks may be dropped; None: 3e-4 in 16-bit precision, else 0 (exact).",
@@ -134,7 +136,20 @@ class LADConfig(GRPOConfig):
     def objective(self) -> lad_kernels.LADConfig:
         """The same settings for `lad_kernels`."""
         kl_coef = 0.0 if self.use_bias_correction_kl else self.beta  # the corrected term is the trainer's
-        return lad_kernels.LADConfig(kl_coef=kl_coef, **{name: getattr(self, name) for name in OBJECTIVE})
+        low, high = self.ratio_bounds()
+        own = {name: getattr(self, name) for name in OBJECTIVE}
+        return lad_kernels.LADConfig(kl_coef=kl_coef, epsilon_low=low, epsilon_high=high, **own)
+
+    def ratio_bounds(self) -> tuple[float | None, float | None]:
+        """epsilon_low and epsilon_high of `lad_kernels.LADConfig`; None: no bound."""
+        low, high, usual = self.epsilon_low, self.epsilon_high, GRPOConfig.epsilon
+        if self.epsilon == usual and (low is not None or high is None):
+            return low, high
+        if self.epsilon != usual and low not in (None, self.epsilon):
+            raise ValueError(
+                f"epsilon_low: expected epsilon's {self.epsilon!r}, got {low!r}; set one of both, or the same value"
+            )
+        return self.epsilon, self.epsilon if high is None else high
 
 
 def grpo_config(args: GRPOConfig) -> lad_kernels.GRPOConfig:

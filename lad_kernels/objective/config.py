@@ -16,9 +16,9 @@ ADVANTAGE_SCALES = ("group", "batch", "none", "loo")
 POLICY_LOSSES = ("ppo", "cispo", "reinforce", "sapo", "vespo", "luspo")
 DIRECT_LOSSES = ("cispo", "reinforce", "vespo")  # c is per log-prob: the ratio is a constant weight, or absent
 _LEVEL_OF = {"cispo": "token", "reinforce": "token", "vespo": "sequence_sum", "luspo": "sequence"}
-# The fields that an objective's terms read besides log-ratio and advantage, at most four.
+# What an objective's terms read of the config besides log-ratio and advantage, at most four.
 SETTINGS = {
-    **dict.fromkeys(DIVERGENCES, ("eta", "target_clamp")),
+    **dict.fromkeys(DIVERGENCES, ("eta", "target_clamp", "log_ratio_low", "log_ratio_high")),
     **dict.fromkeys(("ppo", "cispo", "reinforce"), ("epsilon_low", "epsilon_high", "dual_clip")),
     "sapo": ("sapo_temperature_pos", "sapo_temperature_neg"),
     "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
@@ -96,6 +96,11 @@ class PolicyConfig:
         """Whether e^u is divided by its mean over the group."""
         return False
 
+    @property
+    def clips(self) -> bool:
+        """Whether the gradient of a token may stop at a bound on its ratio; `clip_share` is then measured."""
+        return True
+
 
 @dataclass(frozen=True)
 class LADConfig(PolicyConfig):
@@ -128,6 +133,11 @@ class LADConfig(PolicyConfig):
             the error measured with the unbiased tail is that of rounding dH to 16 bits. `metrics` bound the error.
         tail: what happens to pairs below the threshold: `unbiased` keeps some, by a hash and scaled so that the
             expected gradient is exact, `drop` none.
+        epsilon_low, epsilon_high: offsets of a one-sided trust region, as in PPO's clip: a token (a sequence, at the
+            sequence levels) whose ratio is above 1 + epsilon_high and whose coefficient c would raise it further, or
+            below 1 - epsilon_low and lower it further, has no gradient from the divergence, and the loss it has at the
+            bound. A move back is never stopped, unlike with `log_ratio_clamp`. epsilon_low of 1 or more: no lower
+            bound. None: no bound on that side; None twice is the paper's objective.
     """
 
     divergence: str = "js"
@@ -145,6 +155,8 @@ class LADConfig(PolicyConfig):
     tail: str = "unbiased"
     target_clamp: float | None = None
     kl_clamp: float | None = None
+    epsilon_low: float | None = None
+    epsilon_high: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("divergence", self.divergence, DIVERGENCES)
@@ -155,6 +167,8 @@ class LADConfig(PolicyConfig):
         if self.target_norm is not None:
             check_choice("target_norm", self.target_norm, ("group",))
         self._number("target_clamp", 0.0, strict=True, optional=True)
+        self._number("epsilon_low", 0.0, optional=True)
+        self._number("epsilon_high", 0.0, optional=True)
 
     @property
     def objective(self) -> str:
@@ -163,6 +177,20 @@ class LADConfig(PolicyConfig):
     @property
     def norms_target(self) -> bool:
         return self.target_norm is not None
+
+    @property
+    def clips(self) -> bool:
+        return self.log_ratio_low > -math.inf or self.log_ratio_high < math.inf
+
+    @property
+    def log_ratio_low(self) -> float:
+        """log(1 - epsilon_low); -inf: no bound."""
+        return -math.inf if self.epsilon_low is None or self.epsilon_low >= 1 else math.log1p(-self.epsilon_low)
+
+    @property
+    def log_ratio_high(self) -> float:
+        """log(1 + epsilon_high); inf: no bound."""
+        return math.inf if self.epsilon_high is None else math.log1p(self.epsilon_high)
 
 
 @dataclass(frozen=True)

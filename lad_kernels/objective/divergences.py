@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lad_kernels.objective.config import GRPOConfig
+from lad_kernels.objective.config import GRPOConfig, LADConfig
 
 LN2 = math.log(2.0)
 
@@ -129,12 +129,24 @@ def _pearson(d: Tensor, u: Tensor) -> Terms:
 
 _LAD_TERMS = {"js": _js, "hd": _hd, "tv": _tv, "kl": _kl, "rkl": _rkl, "jf": _jf, "ps": _ps, "pearson": _pearson}
 _CENTERED = {"kl": _kl_centered, "rkl": _rkl_centered}  # f'(1) is 1 and -1; it is zero for every other divergence
+_TURN = {"kl": -1.0, "rkl": math.inf}  # log x at which c changes sign unless centered; 0 for every other divergence
 
 
 def lad_terms(divergence: str, log_ratio: Tensor, target: Tensor, *, centered: bool = False) -> Terms:
     """Terms of e^u f(r / e^u) for log_ratio d [M] and target u [M]; `centered` uses f(x) - f'(1) (x - 1)."""
     kinds = _LAD_TERMS | _CENTERED if centered else _LAD_TERMS
     return kinds[divergence](log_ratio, target)
+
+
+def clip(config: LADConfig, log_ratio: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-ratio, put on a bound where it is beyond it and c would move it further out; and where that is. All [M].
+
+    c is negative below the log-ratio at which it changes sign and positive above.
+    """
+    turn = target + (0.0 if config.centered else _TURN.get(config.divergence, 0.0))
+    low, high = config.log_ratio_low, config.log_ratio_high
+    above, below = (log_ratio > high) & (log_ratio < turn), (log_ratio < low) & (log_ratio > turn)
+    return torch.where(above, high, torch.where(below, low, log_ratio)), above | below
 
 
 def grpo_terms(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lad_kernels.objective.advantages import advantages_of, group_log_mean_exp
 from lad_kernels.objective.config import DIRECT_LOSSES, DIVERGENCES, PolicyConfig
-from lad_kernels.objective.divergences import Terms, grpo_terms, lad_terms
+from lad_kernels.objective.divergences import Terms, clip, grpo_terms, lad_terms
 from lad_kernels.objective.inputs import PackedInputs, lengths_of
 from lad_kernels.packing import sequence_of
 
@@ -61,7 +61,9 @@ def policy_terms(
     seq = _Sequences(logprobs, inputs)
     t = _token_terms(seq, logprobs, inputs, config)
     loss, dentropy = (t.policy_weight * t.terms.loss).sum(), None
-    extra = {"frac_over_target" if config.objective in DIVERGENCES else "clip_share": seq.mean(t.marked)}
+    extra = {} if t.over is None else {"frac_over_target": seq.mean(t.over)}
+    if config.clips:
+        extra["clip_share"] = seq.mean(t.clipped)
     if config.kl_coef != 0:
         loss = loss + config.kl_coef * (t.weight * t.k3).sum()
         extra["kl_ref"] = seq.mean(t.k3)
@@ -82,7 +84,8 @@ class _TokenTerms(NamedTuple):
     log_ratio: Tensor  # of the level, clamped
     advantage: Tensor
     terms: Terms
-    marked: Tensor  # bool: the ratio is above its target, or clipped
+    over: Tensor | None  # bool: the ratio is above its target; None without a target
+    clipped: Tensor  # bool: the ratio is beyond a bound that stops the gradient there
     clamped: Tensor  # bool: a clamp on ratio or target is active
     weight: Tensor  # w of the KL and entropy terms
     policy_weight: Tensor  # w times the rollout's importance weight
@@ -97,16 +100,18 @@ def _token_terms(seq: _Sequences, logprobs: Tensor, inputs: PackedInputs, config
     bound = torch.inf if config.log_ratio_clamp is None else config.log_ratio_clamp
     d, stopped = raw_d.clamp(-bound, bound), raw_d.abs() > bound  # [M], [M]; NaN is not stopped
     expand = seq.clean if inputs.advantages_by_token else seq.expand
-    a, clamped = expand(inputs.advantages), stopped  # [M], [M]
+    a, clamped, over = expand(inputs.advantages), stopped, None  # [M], [M]
     if config.objective in DIVERGENCES:
         u = inputs.advantages / config.eta  # [B] or [M]
         raw_u = expand(u if inputs.shift is None else u - inputs.shift)  # [M]
         target_bound = torch.inf if config.target_clamp is None else config.target_clamp
         u = raw_u.clamp(-target_bound, target_bound)  # [M]
-        terms = lad_terms(config.objective, d, u, centered=config.centered)
-        marked, clamped = d > u, stopped | (raw_u.abs() > target_bound)
+        inside, clipped = clip(config, d, u)  # [M], [M]
+        terms = lad_terms(config.objective, inside, u, centered=config.centered)
+        terms = terms._replace(coef=torch.where(clipped, 0.0, terms.coef))
+        over, clamped = d > u, stopped | (raw_u.abs() > target_bound)
     else:
-        terms, marked = grpo_terms(config, logprobs, d, a, own)
+        terms, clipped = grpo_terms(config, logprobs, d, a, own)
     w = 1 / inputs.normalizer
     w = (w / seq.lengths)[seq.index] if config.loss_agg_mode == "seq-mean-token-mean" else w.expand(len(d))  # [M]
     w = seq.clean(w)
@@ -124,7 +129,7 @@ def _token_terms(seq: _Sequences, logprobs: Tensor, inputs: PackedInputs, config
         beyond = k3 > (torch.inf if config.kl_clamp is None else config.kl_clamp)  # [M]
         k3 = torch.where(beyond, config.kl_clamp or 0.0, k3)
         dlogprobs = dlogprobs - config.kl_coef * w * torch.where(beyond, 0.0, gap.expm1())
-    return _TokenTerms(own, d, a, terms, marked, clamped, w, s, k3, dlogprobs)
+    return _TokenTerms(own, d, a, terms, over, clipped, clamped, w, s, k3, dlogprobs)
 
 
 def _log_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:

@@ -139,7 +139,9 @@ def truth(trainer, model, batches, rollout=None, untrained=False) -> tuple[torch
     mask, mode, count = mask.double(), args.loss_agg_mode, len(ids)
     tokens = (whole["completion_mask"] * whole.get("tool_mask", 1)).sum() * count / len(whole["prompt_ids"])
     normalizer = {"token-mean": tokens, "seq-mean-token-sum-norm": count * args.max_completion_length}
-    config = lad_kernels.LADConfig(**{name: getattr(args, name) for name in SETTINGS})
+    low, high = args.ratio_bounds()  # test_trl_options.py says what they are
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    config = lad_kernels.LADConfig(epsilon_low=low, epsilon_high=high, **settings)
     given = dict(
         advantages=padded.get("raw_advantages", padded["advantages"]).double(),
         loss_mask=mask,
@@ -188,6 +190,8 @@ LAD = {
     "sequence, iterations": dict(importance_sampling_level="sequence", num_iterations=3, max_steps=3),
     "sequence_sum, iterations": dict(importance_sampling_level="sequence_sum", num_iterations=2, learning_rate=1e-3),
     "clamps": dict(log_ratio_clamp=0.5, target_clamp=3.0, num_iterations=2),
+    "bounds": dict(epsilon_low=0.001, epsilon_high=0.002, num_iterations=2),
+    "bounds of TRL": dict(epsilon=0.001, num_iterations=2),
     "steps per generation": dict(gradient_accumulation_steps=2, steps_per_generation=4, max_steps=4),
     "kl, centered, temperature": dict(divergence="kl", centered=True, temperature=0.7, eta=1.0, num_iterations=2),
     "tools": dict(extras=("tools",), gradient_accumulation_steps=2),

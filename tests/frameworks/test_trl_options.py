@@ -29,6 +29,8 @@ OURS = {
     "top_entropy_quantile": "high entropy",
     "importance_sampling_level": "sequence, iterations",
     "temperature": "kl, centered, temperature",
+    "epsilon": "bounds of TRL",
+    "epsilon_high": "bounds",
     "num_iterations": "clamps",
     "gradient_accumulation_steps": "token-mean, accumulation",
     "steps_per_generation": "steps per generation",
@@ -111,6 +113,24 @@ def test_what_has_no_meaning_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match=f"^{name}: expected ") as caught:
         LADConfig(**options(tmp_path, **{name: given}))
     assert repr(given) in str(caught.value) and repr(default) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "bounds"),
+    [
+        ({}, (None, None)),
+        (dict(epsilon=0.3), (0.3, 0.3)),
+        (dict(epsilon=0.1, epsilon_high=0.28), (0.1, 0.28)),
+        (dict(epsilon_high=0.28), (0.2, 0.28)),
+        (dict(epsilon_low=0.2), (0.2, None)),
+        (dict(epsilon_low=0.2, epsilon_high=0.2), (0.2, 0.2)),
+        (dict(epsilon_low=1.0, epsilon_high=0.28), (1.0, 0.28)),
+        (dict(epsilon=0.3, epsilon_low=0.3), (0.3, 0.3)),
+    ],
+)
+def test_which_bounds_are_in_effect(given, bounds, tmp_path):
+    args = LADConfig(**options(tmp_path, **given))
+    assert args.ratio_bounds() == bounds == (args.objective().epsilon_low, args.objective().epsilon_high)
 
 
 TRANSLATED = {name: dict(loss_type=name) for name in LOSS_TYPES} | {

@@ -153,6 +153,8 @@ def test_the_arguments_that_the_bad_ones_vary_are_good():
         ({"kl_coef": -1.0}, "kl_coef: expected a finite number >= 0"),
         ({"log_ratio_clamp": 0.0}, "log_ratio_clamp"),
         ({"tail_mass": -0.1}, "tail_mass"),
+        ({"epsilon_low": -0.1}, "epsilon_low: expected a finite number >= 0, got -0.1"),
+        ({"epsilon_high": float("inf")}, "epsilon_high: expected a finite number >= 0, got inf"),
         ({"backward": "sparse"}, "backward"),
         ({"target_norm": "batch"}, "target_norm"),
     ],

@@ -62,6 +62,7 @@ _FIELDS = {
     "lad": _SHARED | {
         "divergence": _choice(names.DIVERGENCES), "eta": _choice([0.25, 1.0, 3.0]), "centered": st.booleans(),
         "target_norm": _choice([None, "group"]), "kl_clamp": _choice([None, 1.0]), "target_clamp": _choice([None, 1.5]),
+        "epsilon_low": _choice([None, 0.1, 0.2, 1.0]), "epsilon_high": _choice([None, 0.1, 0.28]),
     },
     "grpo": _SHARED | {
         "policy_loss": _choice(names.POLICY_LOSSES), "epsilon_low": _choice([0.05, 0.2]),

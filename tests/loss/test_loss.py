@@ -91,6 +91,8 @@ LAD = {
     "target norm": LADConfig(target_norm="group"),
     "clamps": LADConfig(log_ratio_clamp=0.5, target_clamp=1.0),
     "clamps, sequence": LADConfig(log_ratio_clamp=4.0, importance_sampling_level="sequence"),
+    "bounds": LADConfig(epsilon_low=0.1, epsilon_high=0.1),
+    "bounds, sequence": LADConfig(epsilon_low=0.02, epsilon_high=0.02, importance_sampling_level="sequence"),
     "kl to reference": LADConfig(kl_coef=0.3),
     "entropy bonus": LADConfig(entropy_coef=0.2, kl_coef=0.1, loss_agg_mode="seq-mean-token-mean"),
 }
@@ -126,7 +128,7 @@ def test_grpo_float64(name):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
-    "name", ("js-token", "hd-sequence", "tv-sequence_sum", "entropy bonus", "target norm", "clamps")
+    "name", ("js-token", "hd-sequence", "tv-sequence_sum", "entropy bonus", "target norm", "clamps", "bounds")
 )
 def test_lad_float32(name, impl, device):
     kw = batch(torch.float32, device, padded=False)

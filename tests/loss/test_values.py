@@ -141,8 +141,20 @@ def test_numpy_scalars_are_numbers(kind):
         kl_clamp=kind(2),
         entropy_coef=one,
         tail_mass=kind(0),
+        epsilon_low=kind(0),
+        epsilon_high=one,
     )
-    plain = LADConfig(eta=1, log_ratio_clamp=3, target_clamp=2, kl_coef=1, kl_clamp=2, entropy_coef=1, tail_mass=0)
+    plain = LADConfig(
+        eta=1,
+        log_ratio_clamp=3,
+        target_clamp=2,
+        kl_coef=1,
+        kl_clamp=2,
+        entropy_coef=1,
+        tail_mass=0,
+        epsilon_low=0,
+        epsilon_high=1,
+    )
     assert config == plain and type(config.eta) in (int, float)
     assert GRPOConfig(epsilon_low=one, epsilon_high=one, dual_clip=kind(2)) == GRPOConfig(
         epsilon_low=1, epsilon_high=1, dual_clip=2

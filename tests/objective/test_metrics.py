@@ -11,6 +11,7 @@ from lad_kernels.outputs import METRICS
 OBJECTIVES = (
     (lad_loss, LADConfig(kl_coef=0.1, log_ratio_clamp=0.3)),
     (lad_loss, LADConfig(importance_sampling_level="sequence", kl_coef=0.1)),
+    (lad_loss, LADConfig(epsilon_low=0.1, epsilon_high=0.1)),
     (grpo_loss, GRPOConfig(kl_coef=0.1)),
 )
 

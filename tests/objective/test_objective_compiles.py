@@ -19,14 +19,15 @@ from lad_kernels.objective.kernels import policy as kernel
 
 
 def compile_everything(arch: str) -> list[dict]:
-    """What is launched: objectives with everything on (for one target all of them), two plain forms, and a chunk."""
+    """What is launched: objectives with everything on (for one target all of them), three plain forms, and a chunk."""
     given = inputs("cpu")
     rewards, ids, weights = torch.ones(6), torch.tensor(GROUPS), torch.ones(len(given["logprobs"]))
     everything = dict(
         rewards=rewards, group_ids=ids, rollout_is_weights=weights, weights_by_token=True, usable=weights > 0
     )
     shared = dict(advantage_scale="batch", kl_coef=0.1, entropy_coef=0.1, loss_agg_mode="seq-mean-token-mean")
-    lad = dict(importance_sampling_level="sequence", target_norm="group", centered=True)
+    bounds = dict(epsilon_low=0.2, epsilon_high=0.2)
+    lad = dict(importance_sampling_level="sequence", target_norm="group", centered=True, **bounds)
     plain = given | {"old_logprobs": None, "cu_seqlens": None}
     with compiling(arch) as compiled:
         for divergence in DIVERGENCES if arch == FULLEST else ("js",):
@@ -34,7 +35,8 @@ def compile_everything(arch: str) -> list[dict]:
         for loss in POLICY_LOSSES[:-1] if arch == FULLEST else ("ppo",):  # luspo is ppo
             level = "sequence_sum" if loss == "vespo" else "token"
             ours(given, GRPOConfig(policy_loss=loss, importance_sampling_level=level, **shared), **everything)
-        ours(plain, LADConfig(), advantages=weights, advantages_by_token=True)
+        for config in (LADConfig(), LADConfig(**bounds)):
+            ours(plain, config, advantages=weights, advantages_by_token=True)
         summed = GRPOConfig(importance_sampling_level="sequence_sum")
         ours(given, summed, advantages=rewards, rollout_is_weights=rewards)
         config = LADConfig(loss_agg_mode="seq-mean-token-mean", target_norm="group")  # in chunks: two kernels
@@ -65,7 +67,7 @@ def compiled(tmp_path_factory) -> dict[str, list[dict]]:
 @pytest.mark.parametrize("arch", TARGETS)
 def test_compiles_without_spills(arch, compiled):
     report = compiled[arch]
-    assert len(report) == (17 if arch == FULLEST else 6)
+    assert len(report) == (18 if arch == FULLEST else 7)
     assert max(row["spilled"] for row in report) == 0, report
     assert not any(row["doubles"] for row in report), report
     assert max(row["registers"] for row in report) <= 72, report  # 61 on triton 3.6.0, 66 on 3.9.0

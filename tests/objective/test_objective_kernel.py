@@ -122,7 +122,7 @@ def test_elementary_functions(device):
 def _terms(d_ptr, u_ptr, out, N, OBJECTIVE: tl.constexpr, CENTERED: tl.constexpr, BLOCK: tl.constexpr):
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d, u = tl.load(d_ptr + t, mask=t < N, other=0.0), tl.load(u_ptr + t, mask=t < N, other=0.0)
-    loss, c, above, _marked = term_kernels._lad_term(d, u, OBJECTIVE, CENTERED)
+    loss, c, above = term_kernels._lad_term(d, u, OBJECTIVE, CENTERED)
     tl.store(out + t, loss, mask=t < N)
     tl.store(out + N + t, c, mask=t < N)
     tl.store(out + 2 * N + t, above, mask=t < N)

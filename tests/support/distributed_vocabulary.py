@@ -167,6 +167,7 @@ POLICIES = {
     "lad": LADConfig(eta=0.5, kl_coef=0.1, entropy_coef=0.02),
     "lad, sequence": LADConfig("hd", eta=1.0, importance_sampling_level="sequence"),
     "lad, sum": LADConfig(importance_sampling_level="sequence_sum", target_norm="group", kl_coef=0.2, eta=1.0),
+    "lad, bounds": LADConfig(eta=1.0, importance_sampling_level="sequence", epsilon_low=0.02, epsilon_high=0.02),
     "lad, norm": LADConfig("kl", eta=1.0, loss_agg_mode="seq-mean-token-sum-norm", target_clamp=0.7),
     "grpo": GRPOConfig(kl_coef=0.1, entropy_coef=-0.02, loss_agg_mode="seq-mean-token-mean"),
     "gspo": GRPOConfig(epsilon_low=0.05, epsilon_high=0.05, importance_sampling_level="sequence"),

@@ -126,7 +126,20 @@ def _lad_term(d, u, OBJECTIVE: tl.constexpr, CENTERED: tl.constexpr):
         loss = _exp(u + 2.0 * tl.maximum(w, 0.0)) * gap * gap
         c = 2.0 * sign * _exp(d + tl.maximum(w, 0.0)) * gap
         above = e1 * (_exp(-u) * e1 + 2.0 * _expm1(-u))
-    return loss, c, tl.where(d == 0.0, 0.0, above), w > 0.0
+    return loss, c, tl.where(d == 0.0, 0.0, above)
+
+
+@triton.jit
+def _clip(d, u, low, high, OBJECTIVE: tl.constexpr, CENTERED: tl.constexpr):
+    """The log ratio, put on a bound where it is beyond it and c would move it further out; and where that is."""
+    turn = u  # the log ratio at which c changes sign: negative below, positive above
+    if OBJECTIVE == "kl" and not CENTERED:
+        turn = u - 1.0
+    if OBJECTIVE == "rkl" and not CENTERED:
+        turn = tl.zeros_like(u) + float("inf")
+    bound = tl.minimum(tl.maximum(d, low), high)
+    beyond = (d - bound) * (turn - d) > 0.0  # of one sign: past the bound, and pushed on; False for NaN and inf - inf
+    return tl.where(beyond, bound, d), beyond
 
 
 @triton.jit
@@ -175,26 +188,42 @@ def _grpo_term(logp, d, own, adv, settings, OBJECTIVE: tl.constexpr):
 
 
 @triton.jit
-def _policy_term(logp, d, own, adv, shift, ratio_clamp, settings, OBJECTIVE: tl.constexpr, CENTERED: tl.constexpr):
-    """Log ratio as used, loss, c, where the clamp stops the gradient, loss above start, x > 1 or clipped, clamped.
+def _policy_term(
+    logp,
+    d,
+    own,
+    adv,
+    shift,
+    ratio_clamp,
+    settings,
+    OBJECTIVE: tl.constexpr,
+    CENTERED: tl.constexpr,
+    CLIPS: tl.constexpr,  # whether a ratio can be clipped
+):
+    """Log ratio as used, loss, c, where the clamp stops the gradient, loss above start, x > 1, clipped, clamped.
 
-    d is the log ratio of the level, own that of the token. settings are the objective's own: eta and target_clamp of
-    LAD; eps_low, eps_high, dual_clip of PPO and CISPO; both tau of SAPO; k and lambda where A >= 0, then elsewhere, of
-    VESPO.
+    d is the log ratio of the level, own that of the token. settings are the objective's own: eta, target_clamp and the
+    bounds on the log ratio of LAD; eps_low, eps_high, dual_clip of PPO and CISPO; both tau of SAPO; k and lambda where
+    A >= 0, then elsewhere, of VESPO.
     """
     stopped = tl.abs(d) > ratio_clamp
     clamped = stopped
     d = tl.where(stopped, tl.where(d > 0.0, ratio_clamp, -ratio_clamp), d)
     direct: tl.constexpr = OBJECTIVE == "cispo" or OBJECTIVE == "reinforce" or OBJECTIVE == "vespo"
     if direct or OBJECTIVE == "ppo" or OBJECTIVE == "sapo":
-        loss, c, above, marked = _grpo_term(logp, d, own, adv, settings, OBJECTIVE)
+        loss, c, above, clipped = _grpo_term(logp, d, own, adv, settings, OBJECTIVE)
+        over = tl.zeros_like(d) > 0.0
         if direct:
             stopped = tl.zeros_like(d) > 0.0  # c multiplies logp itself, not the ratio
     else:
-        eta, target_clamp, _, _ = settings
+        eta, target_clamp, low, high = settings
         u = adv / eta - shift
         beyond = tl.abs(u) > target_clamp
         u = tl.where(beyond, tl.where(u > 0.0, target_clamp, -target_clamp), u)
         clamped = clamped | beyond
-        loss, c, above, marked = _lad_term(d, u, OBJECTIVE, CENTERED)
-    return d, loss, c, stopped, above, marked, clamped
+        inside, clipped = d, tl.zeros_like(d) > 0.0
+        if CLIPS:
+            inside, clipped = _clip(d, u, low, high, OBJECTIVE, CENTERED)
+        loss, c, above = _lad_term(inside, u, OBJECTIVE, CENTERED)
+        c, over = tl.where(clipped, 0.0, c), d > u
+    return d, loss, c, stopped, above, over, clipped, clamped

@@ -36,11 +36,11 @@ SEGMENT = tl.constexpr(4096)  # tokens per program where there are no sequences
 BLOCK = tl.constexpr(256)  # tokens per step: one per thread at 8 warps, which ptxas fits without spills
 
 # Rows of the partial results [ROWS, B]: sums over the tokens of a sequence, largest values, the sequence's advantage.
-LOSS, ABOVE_START, MARKED, CLAMPED, ZEROS, K1, K3, KL, ENTROPY = map(tl.constexpr, range(9))
-RATIOS, SQUARES, TOKENS, POSITIVE_SIZE, NEGATIVE_SIZE, POSITIVE, NEGATIVE = map(tl.constexpr, range(9, 16))
-PEAK, POSITIVE_MAX, NEGATIVE_MAX, USED_ADVANTAGE = map(tl.constexpr, range(16, 20))
-ROWS = 20
-# Metrics that are a row's mean over the tokens that take part; objectives call what is marked by names of their own.
+LOSS, ABOVE_START, OVER, CLIPPED, CLAMPED, ZEROS, K1, K3, KL, ENTROPY = map(tl.constexpr, range(10))
+RATIOS, SQUARES, TOKENS, POSITIVE_SIZE, NEGATIVE_SIZE, POSITIVE, NEGATIVE = map(tl.constexpr, range(10, 17))
+PEAK, POSITIVE_MAX, NEGATIVE_MAX, USED_ADVANTAGE = map(tl.constexpr, range(17, 21))
+ROWS = 21
+# Metrics of every objective that are a row's mean over the tokens that take part.
 MEANS = {"clamp_share": CLAMPED, "zero_coef_share": ZEROS, "approx_kl_k1": K1, "approx_kl_k3": K3}
 
 
@@ -87,6 +87,7 @@ def _policy_kernel(
     LEVEL: tl.constexpr,  # of the ratio: token, sequence or sequence_sum
     DIVISOR: tl.constexpr,  # see normalizer
     CENTERED: tl.constexpr,
+    CLIPS: tl.constexpr,
     TARGET_NORM: tl.constexpr,
     ADVANTAGE: tl.constexpr,  # see source
     ISW_TOKEN: tl.constexpr,
@@ -128,8 +129,8 @@ def _policy_kernel(
     if shared:
         for t0 in range(start, end, BLOCK):
             t, mask, logp, d, a, rollout = _load_tokens(tokens, t0, end, ADVANTAGE, ISW_TOKEN)
-            d, loss, c, stopped, above, marked, clamped = _policy_term(
-                logp, level_d, d, a, shift, ratio_clamp, settings, OBJECTIVE, CENTERED
+            d, loss, c, stopped, above, over, clipped, clamped = _policy_term(
+                logp, level_d, d, a, shift, ratio_clamp, settings, OBJECTIVE, CENTERED, CLIPS
             )
             level_c += tl.where(mask & ~stopped, weight * rollout * c, 0.0)
         level_c = tl.sum(level_c) * share + zero
@@ -139,7 +140,7 @@ def _policy_kernel(
     base = tl.where(tl.abs(peak) < float("inf"), peak, 0.0)  # [] no power of a ratio relative to it overflows
     loss_sum, above_sum = zero, zero  # [BLOCK] of the loss, and of what it has moved since ratio 1
     e_sum, e_squares = zero, zero  # [BLOCK] of ratios relative to e^base
-    marked_sum, clamped_sum, zeros = zero, zero, zero  # [BLOCK] counts of tokens
+    over_sum, clipped_sum, clamped_sum, zeros = zero, zero, zero, zero  # [BLOCK] counts of tokens
     k1, k3, kl_sum, entropy_sum = zero, zero, zero, zero  # [BLOCK]
     up_sum, up_count, up_max = zero, zero, zero  # [BLOCK] of abs(c) where A > 0
     down_sum, down_count, down_max = zero, zero, zero  # [BLOCK] where A < 0
@@ -149,8 +150,8 @@ def _policy_kernel(
         k3 += _exps(d)[2]
         own = d  # [BLOCK], as all in this loop
         d = d if LEVEL == "token" else level_d
-        d, loss, c, stopped, above, marked, clamped = _policy_term(
-            logp, d, own, a, shift, ratio_clamp, settings, OBJECTIVE, CENTERED
+        d, loss, c, stopped, above, over, clipped, clamped = _policy_term(
+            logp, d, own, a, shift, ratio_clamp, settings, OBJECTIVE, CENTERED, CLIPS
         )
         total = weight * rollout * loss
         gradient = tl.where(stopped, 0.0, weight * rollout * c) if not shared else level_c
@@ -175,7 +176,9 @@ def _policy_kernel(
         above_sum += tl.where(mask, weight * rollout * above, 0.0)
         e_sum += e
         e_squares += e * e
-        marked_sum += tl.where(mask & marked, 1.0, 0.0)
+        over_sum += tl.where(mask & over, 1.0, 0.0)
+        if CLIPS:
+            clipped_sum += tl.where(mask & clipped, 1.0, 0.0)
         clamped_sum += tl.where(mask & clamped, 1.0, 0.0)
         zeros += tl.where(mask & (gradient == 0.0), 1.0, 0.0)
         up_sum += up_size
@@ -188,7 +191,8 @@ def _policy_kernel(
     row = partials + s  # all that is stored is []
     tl.store(row + B * LOSS, tl.sum(loss_sum))
     tl.store(row + B * ABOVE_START, tl.sum(above_sum))
-    tl.store(row + B * MARKED, tl.sum(marked_sum))
+    tl.store(row + B * OVER, tl.sum(over_sum))
+    tl.store(row + B * CLIPPED, tl.sum(clipped_sum))
     tl.store(row + B * CLAMPED, tl.sum(clamped_sum))
     tl.store(row + B * ZEROS, tl.sum(zeros))
     tl.store(row + B * K1, tl.sum(k1))
@@ -284,6 +288,7 @@ def _launch(
                 LEVEL=config.importance_sampling_level,
                 DIVISOR=divisor,
                 CENTERED=config.objective in DIVERGENCES and config.centered,
+                CLIPS=config.clips,
                 TARGET_NORM=config.norms_target,
                 ADVANTAGE=advantage,
                 ISW_TOKEN=inputs.rollout_is_weights is not None and inputs.weights_by_token,
@@ -311,9 +316,13 @@ def _finish(partials: Tensor, config: PolicyConfig, has_entropy: bool) -> tuple[
     """Rows [ROWS, B] of all programs -> loss and metrics, in a fixed order and without a host sync."""
     sums = partials[: PEAK.value].sum(1)  # [PEAK]
     tokens = sums[TOKENS.value].clamp(min=1)  # []
-    marked = "frac_over_target" if config.objective in DIVERGENCES else "clip_share"
-    rows = {**MEANS, marked: MARKED} | ({"kl_ref": KL} if config.kl_coef != 0 else {})
-    rows |= {"entropy": ENTROPY} if has_entropy else {}
+    given = {
+        "frac_over_target": (OVER, config.objective in DIVERGENCES),
+        "clip_share": (CLIPPED, config.clips),
+        "kl_ref": (KL, config.kl_coef != 0),
+        "entropy": (ENTROPY, has_entropy),
+    }
+    rows = MEANS | {name: row for name, (row, used) in given.items() if used}
     means = sums / tokens  # [PEAK]
     metrics = {name: means[row.value] for name, row in rows.items()}
     for sign, size, count, largest in (

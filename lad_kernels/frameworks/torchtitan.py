@@ -39,9 +39,11 @@ class LADLoss(BaseLoss):
         centered: bool = LADConfig.centered
         log_ratio_clamp: float | None = LADConfig.log_ratio_clamp
         target_clamp: float | None = LADConfig.target_clamp
+        epsilon_low: float | None = LADConfig.epsilon_low
+        epsilon_high: float | None = LADConfig.epsilon_high
 
     def __init__(self, config: Config, *, compile_config: Any = None) -> None:
-        names = ("divergence", "eta", "centered", "log_ratio_clamp", "target_clamp")
+        names = ("divergence", "eta", "centered", "log_ratio_clamp", "target_clamp", "epsilon_low", "epsilon_high")
         self.config = LADConfig(**{name: getattr(config, name) for name in names})
 
     def __call__(

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lad_kernels import LADConfig, LinearLogprobs, lad_loss, linear_logprobs
+from lad_kernels.frameworks.options import say_bounds
 
 logger = logging.getLogger(__name__)
 try:
@@ -41,6 +42,7 @@ except Exception as error:
     monkey_patch, PolicyLossConfig = None, object
 
 BACKEND = "lad_kernels"
+CLIP_RATIO = 0.2  # verl's default of clip_ratio, clip_ratio_low and clip_ratio_high, which sets no bound here
 
 
 @dataclass
@@ -62,14 +64,17 @@ class LADPolicyLossConfig(PolicyLossConfig):
     centered: bool = LADConfig.centered
     log_ratio_clamp: float | None = LADConfig.log_ratio_clamp
     target_clamp: float | None = LADConfig.target_clamp
+    epsilon_low: float | None = LADConfig.epsilon_low
+    epsilon_high: float | None = LADConfig.epsilon_high
 
     def __post_init__(self) -> None:
         if monkey_patch is None:
             raise ImportError("LADPolicyLossConfig: verl is not installed; pip install 'verl>=0.9'")
         self.lad_config()
 
-    def lad_config(self, loss_agg_mode: str = "token-mean") -> LADConfig:
-        """The same settings for `lad_loss`."""
+    def lad_config(self, loss_agg_mode: str = "token-mean", actor: Any = None) -> LADConfig:
+        """The same settings for `lad_loss`, with verl's clip range where the actor has one that is not its default."""
+        low, high = self._ratio_bounds(actor)
         return LADConfig(
             divergence=self.divergence,
             eta=self.eta,
@@ -78,7 +83,23 @@ class LADPolicyLossConfig(PolicyLossConfig):
             centered=self.centered,
             log_ratio_clamp=self.log_ratio_clamp,
             target_clamp=self.target_clamp,
+            epsilon_low=low,
+            epsilon_high=high,
         )
+
+    def _ratio_bounds(self, actor: Any) -> tuple[float | None, float | None]:
+        """epsilon_low and epsilon_high: LAD's own, or clip_ratio_low and clip_ratio_high as verl reads them."""
+        both = getattr(actor, "clip_ratio", CLIP_RATIO)
+        found = [getattr(actor, name, None) for name in ("clip_ratio_low", "clip_ratio_high")]
+        low, high = (both if x is None else x for x in found)
+        if both != CLIP_RATIO and low == high == CLIP_RATIO:  # verl's own YAML sets all three; its losses then differ
+            low = high = both
+        if low == high == CLIP_RATIO:
+            return self.epsilon_low, self.epsilon_high
+        for name, own, theirs in (("epsilon_low", self.epsilon_low, low), ("epsilon_high", self.epsilon_high, high)):
+            if own not in (None, theirs):
+                raise ValueError(f"{name}: expected {theirs!r} as the actor's clip_ratio, got {own!r}; set one of both")
+        return low, high
 
 
 def lad_policy_loss(
@@ -118,12 +139,15 @@ def lad_policy_loss(
         )
     mask = response_mask.bool()  # [B, T]
     here, share, width = _counts(loss_agg_mode, mask, dict(getattr(config, "global_batch_info", {})))
+    objective = settings.lad_config("token-mean" if loss_agg_mode == "token-sum" else loss_agg_mode, config)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        say_bounds("lad", objective.epsilon_low, objective.epsilon_high, unset="verl's default clip_ratio")
     out = lad_loss(
         log_prob,
         old_log_prob,
         advantages,
         loss_mask=mask,
-        config=settings.lad_config("token-mean" if loss_agg_mode == "token-sum" else loss_agg_mode),
+        config=objective,
         normalizer=here * width,
         rollout_is_weights=rollout_is_weights,
     )

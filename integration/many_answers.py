@@ -1,0 +1,242 @@
+"""A task with many right answers, whose measures are sums over all of them and need no sampling.
+
+Three solved lines, then `A number larger than 40 but smaller than 52: `, which the model continues: every number in
+between is right, if a newline follows. The right answers can be listed, so accuracy, pass@8, the number of distinct
+right answers in 64 draws and the entropy over right answers are exact for a given policy.
+
+All prompts begin with the same lines and many completions are equal, so a batch is run as one tree of tokens in which
+a common beginning occurs once: 256 completions of 8 prompts are some 350 tokens, under an attention mask that lets a
+token see its own ancestors. The last hidden states are those of separate sequences.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from integration.policy import fast_bf16
+from lad_kernels import linear_logprobs
+
+SOLVED = (
+    "A number larger than 40 but smaller than 52: 47\n"
+    "A number larger than 65 but smaller than 83: 70\n"
+    "A number larger than 21 but smaller than 29: 24\n"
+)
+BOUNDS = [(low, low + gap) for gap in (9, 14, 21) for low in range(13, 78, 3)]  # 66 problems
+HELD_OUT = 10
+Answer = tuple[int, ...]  # token ids, up to and with the newline
+
+
+class Problem(NamedTuple):
+    """A prompt and everything that answers it."""
+
+    bounds: tuple[int, int]
+    prompt: list[int]  # token ids
+    right: list[Answer]
+
+
+class Split(NamedTuple):
+    """Problems to train on, and those that no update sees."""
+
+    train: list[Problem]
+    held_out: list[Problem]
+    newline: int  # token id that ends an answer
+
+
+def make_problems(tokenizer: PreTrainedTokenizerBase) -> Split:
+    """All problems, in an order that no seed changes.
+
+    Raises:
+        ValueError: the tokenizer joins the end of a prompt with an answer, or a newline is not one token.
+    """
+
+    problems, newline = [], tokenizer("\n", add_special_tokens=False).input_ids
+    for low, high in BOUNDS:
+        text = f"{SOLVED}A number larger than {low} but smaller than {high}: "
+        prompt, right = tokenizer(text).input_ids, []
+        for number in range(low + 1, high):
+            whole = tokenizer(f"{text}{number}\n").input_ids
+            if whole[: len(prompt)] != prompt or whole[-1:] != newline:
+                raise ValueError(
+                    f"model: expected a tokenizer that splits a prompt from its answer and an answer from its newline, "
+                    f"got {tokenizer.convert_ids_to_tokens(whole[-5:])}; take another model"
+                )
+            right.append(tuple(whole[len(prompt) :]))
+        problems.append(Problem((low, high), prompt, right))
+    random.Random(0).shuffle(problems)
+    return Split(problems[HELD_OUT:], problems[:HELD_OUT], newline[0])
+
+
+class TokenTree:
+    """Sequences that share their beginnings: one node a token, numbered in the order of insertion."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self._parent: list[int] = []
+        self._depth: list[int] = []
+        self._child: dict[tuple[int, int], int] = {}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add(self, tokens: list[int] | Answer, node: int = -1) -> int:
+        """The node at which `tokens`, continued from `node` (-1: the beginning), end."""
+        for token in tokens:
+            key = (node, token)
+            if key not in self._child:
+                self._child[key] = len(self.tokens)
+                self.tokens.append(token)
+                self._parent.append(node)
+                self._depth.append(self._depth[node] + 1 if node >= 0 else 0)
+            node = self._child[key]
+        return node
+
+    def inputs(self, device: torch.device, first: int = 0) -> dict[str, Tensor]:
+        """Arguments of the model for the nodes from `first` on; the nodes before are in its cache."""
+        size = len(self)
+        sees = torch.zeros(size, size, dtype=torch.bool)  # [K, K]
+        for node, parent in enumerate(self._parent):
+            if parent >= 0:
+                sees[node] = sees[parent]
+            sees[node, node] = True
+        return {
+            "input_ids": torch.tensor([self.tokens[first:]], device=device),  # [1, K - first]
+            "position_ids": torch.tensor([self._depth[first:]], device=device),  # [1, K - first]
+            "attention_mask": sees[None, None, first:].to(device),  # [1, 1, K - first, K]
+        }
+
+
+class Paths(NamedTuple):
+    """R answers in a tree: for each of up to T tokens the node before it."""
+
+    tree: TokenTree
+    node: Tensor  # [R, T]
+    token: Tensor  # [R, T]
+    mask: Tensor  # [R, T] bool
+
+    def steps(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The distinct (node, token) pairs: nodes [S], tokens [S], and for each of R x T its pair [R, T]."""
+        pairs = torch.stack([self.node, self.token], -1).where(self.mask[..., None], -1)  # [R, T, 2]
+        distinct, index = pairs.flatten(0, 1).unique(dim=0, return_inverse=True)  # [S, 2], [R * T]
+        return distinct[:, 0].clamp(min=0), distinct[:, 1].clamp(min=0), index.view_as(self.node)
+
+
+def paths_of(problems: list[Problem], answers: list[list[Answer]], device: torch.device) -> Paths:
+    """`answers[i]` continue the prompt of `problems[i]`."""
+    tree, rows = TokenTree(), []
+    ends = [tree.add(problem.prompt) for problem in problems]
+    width = max(len(answer) for group in answers for answer in group)  # T
+    for end, group in zip(ends, answers, strict=True):
+        for answer in group:
+            nodes = [end]
+            for token in answer[:-1]:
+                nodes.append(tree.add([token], nodes[-1]))
+            padding = [0] * (width - len(answer))
+            rows.append((nodes + padding, [*answer, *padding], [True] * len(answer) + [False] * len(padding)))
+    return Paths(tree, *(torch.tensor(column, device=device) for column in zip(*rows)))
+
+
+def hidden_states(model: PreTrainedModel, inputs: dict[str, Tensor], **cache: Any) -> Tensor:  # [K, D] float32
+    """Last hidden states of the nodes of a tree, which the head multiplies."""
+    kind = inputs["input_ids"].device.type
+    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda" or fast_bf16()):
+        return model.base_model(**inputs, use_cache=bool(cache), **cache).last_hidden_state[0].float()
+
+
+class Scores(NamedTuple):
+    """Of every token of every answer, 0 where the mask is False; differentiable."""
+
+    logprobs: Tensor  # [R, T]
+    entropy: Tensor | None  # [R, T], of the distribution the token was drawn from, nats
+
+
+def score(model: PreTrainedModel, paths: Paths, return_entropy: bool = False) -> Scores:
+    """Equal answers have equal log-probs, so the head runs once for all of them."""
+    nodes, tokens, index = paths.steps()  # [S], [S], [R, T]
+    hidden = hidden_states(model, paths.tree.inputs(nodes.device))[nodes]  # [S, D]
+    weight = model.get_output_embeddings().weight  # [V, D]
+    out = linear_logprobs(hidden, weight, tokens, return_entropy=return_entropy)  # [S]
+    entropy = torch.where(paths.mask, out.entropy[index], 0.0) if return_entropy else None
+    return Scores(torch.where(paths.mask, out.logprobs[index], 0.0), entropy)
+
+
+@torch.no_grad()
+def right_probabilities(model: PreTrainedModel, problems: list[Problem]) -> list[Tensor]:
+    """The probability of each right answer, one tensor a problem."""
+    answers = [problem.right for problem in problems]
+    logprobs = score(model, paths_of(problems, answers, model.device)).logprobs  # [R, T]
+    return list(logprobs.double().sum(-1).exp().cpu().split([len(right) for right in answers]))
+
+
+def measures(right: list[Tensor], start: list[Tensor]) -> dict[str, float]:
+    """Means over problems, from the probabilities of the right answers; `start`: those before training.
+
+    Keys: accuracy; pass@8; distinct: right answers expected to occur in 64 draws; entropy: over right answers, given
+    that the answer is right, in nats; tv_to_start: total variation to the start's distribution over right answers.
+    """
+    rows = []
+    for p, before in zip(right, start, strict=True):
+        accuracy = p.sum()
+        share, share_before = p / accuracy, before / before.sum()
+        rows.append(
+            {
+                "accuracy": accuracy,
+                "pass@8": 1 - (1 - accuracy).clamp(min=0) ** 8,
+                "distinct": (1 - (1 - p) ** 64).sum(),
+                "entropy": torch.special.entr(share).sum(),
+                "tv_to_start": 0.5 * (share - share_before).abs().sum(),
+            }
+        )
+    return {name: torch.stack([row[name] for row in rows]).mean().item() for name in rows[0]}
+
+
+class Draws(NamedTuple):
+    """Sampled answers, `group_size` a problem."""
+
+    answers: list[list[Answer]]
+    entropy: float  # of the next token, nats, mean over sampled tokens
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel, problems: list[Problem], group_size: int, newline: int, generator: torch.Generator
+) -> Draws:
+    """Answers at temperature 1, up to a newline or the length of the longest right answer."""
+    weight = model.get_output_embeddings().weight.float()  # [V, D]
+    ends = {newline, *_ids(model.generation_config.eos_token_id)}
+    longest = max(len(answer) for problem in problems for answer in problem.right)
+    tree, cache, done = TokenTree(), DynamicCache(config=model.config), 0
+    at = [node for problem in problems for node in [tree.add(problem.prompt)] * group_size]  # [B] node of each draw
+    answers: list[list[int]] = [[] for _ in at]
+    live, spread, counted = list(range(len(at))), 0.0, 0
+    for _ in range(longest):
+        hidden = hidden_states(model, tree.inputs(model.device, done), past_key_values=cache)  # [K - done, D]
+        waiting = Counter(at[draw] for draw in live)
+        nodes = sorted(waiting)
+        logprobs = (hidden[torch.tensor(nodes) - done] @ weight.T).log_softmax(-1).cpu()  # [W, V]
+        entropy = torch.special.entr(logprobs.exp()).sum(-1)  # [W]
+        done = len(tree)
+        drawn = {
+            node: torch.multinomial(row.exp(), waiting[node], replacement=True, generator=generator).tolist()
+            for node, row in zip(nodes, logprobs)
+        }
+        spread += sum(entropy[i].item() * waiting[node] for i, node in enumerate(nodes))
+        counted += len(live)
+        for draw in live:
+            answers[draw].append(drawn[at[draw]].pop())
+        live = [draw for draw in live if answers[draw][-1] not in ends and len(answers[draw]) < longest]
+        if not live:
+            break
+        for draw in live:
+            at[draw] = tree.add(answers[draw][-1:], at[draw])
+    groups = [[tuple(x) for x in answers[i : i + group_size]] for i in range(0, len(at), group_size)]
+    return Draws(groups, spread / counted)
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    return [value] if isinstance(value, int) else value or []

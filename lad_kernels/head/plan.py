@@ -67,17 +67,17 @@ def takes_one_pass(
         few = part.select(chosen)
         out = few.forward(want_entropy=False, want_block_lse=True)
         c = coefficients(chosen, out.logprobs)  # [S]
-        density = c.new_ones(())  # []
+        kept = c.new_ones(2)  # [2] pairs, tokens that are whole
         if sparsity.threshold > 0:
-            density = kept_share(
+            kept = kept_share(
                 out,
                 few.targets,
                 c,
                 sparsity.threshold,
                 dense_share=cost.speeds(work).gathered,
                 unbiased=sparsity.unbiased,
-            ).nan_to_num(0.0)  # []
-        shares = Shares(*torch.stack([(c != 0).to(c.dtype).mean(), density]).tolist())
+            ).nan_to_num(0.0)  # [2]
+        shares = Shares(*torch.cat([(c != 0).to(c.dtype).mean()[None], kept]).tolist())
     return dispatch.takes_one_pass(work, sparsity, shares)
 
 

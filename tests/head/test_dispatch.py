@@ -48,6 +48,9 @@ def test_whole_tokens_cost_what_they_cost_in_the_dense_backward():
     pairs = dense * work.blocks + work.tokens
     assert dispatch.takes_routed(work, work.tokens, pairs, dense, backward="auto")
     assert not dispatch.takes_routed(work, work.tokens, pairs, 0, backward="auto")
+    seen = Shares(density=0.3, dense=0.2)  # of a sample
+    assert not dispatch.takes_one_pass(work, ROUTABLE, seen)
+    assert dispatch.takes_one_pass(work, ROUTABLE, Shares(density=0.3))
 
 
 def test_the_call_looks_where_it_matters_and_costs_little():

@@ -23,7 +23,8 @@ def test_a_call_looks_at_its_own_tokens(impl, device, monkeypatch):
     """A high-entropy policy takes one pass, a low-entropy one is routed, independently of earlier calls."""
     two_pass = lambda work: cost.score(work) + cost.dense(work, M)  # noqa: E731
     monkeypatch.setattr(cost, "one_pass", lambda work, active=None: 0.9 * two_pass(work))
-    dear = lambda work, pairs, dense=0, active=None: 9.0 * (pairs > 0.5 * M * work.blocks)  # noqa: E731
+    most = lambda work, pairs, dense: pairs + dense * work.blocks > 0.5 * M * work.blocks  # noqa: E731
+    dear = lambda work, pairs, dense=0, active=None: 9.0 * most(work, pairs, dense)  # noqa: E731
     monkeypatch.setattr(cost, "routed", dear)
     monkeypatch.setattr(dispatch, "SAMPLE_COST", 1.0)
     config, look = LADConfig(tail_mass=1e-3), 2 * 8 / (M - 3)

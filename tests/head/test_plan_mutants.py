@@ -82,7 +82,7 @@ PLAN = {  # bug: check that shows it, source, mutant
     "upstream gradient forgotten": ("twice, two passes", "self.gradient.scaled(upstream)", "self.gradient"),
     "gradients of one pass handed out twice": ("twice", "ready, self.ready = self.ready, None", "ready = self.ready"),
     "share of tokens with a gradient": ("looks", "(c != 0).to(c.dtype).mean()", "(c == c).to(c.dtype).mean()"),
-    "density of a dropped tail": ("looks", "density]).tolist()", "density * 0]).tolist()"),
+    "density of a dropped tail": ("looks", "kept]).tolist()", "kept * 0]).tolist()"),
     "a sample of the first tokens": ("sample", " * work.tokens // work.sample  # [S]", "  # [S]"),
     "chunks longer than memory": ("sequences", "if bound - start > rows:", "if bound - last > rows:"),
     "a sequence longer than memory": ("sequences", "if bound - last > rows:", "if False:"),
@@ -111,7 +111,12 @@ DISPATCH = {
     ),
     "dearer of two backwards": ("model", "after = min(after,", "after = max(after,"),
     "dead tokens counted": ("model", "active = work.tokens * shares.active", "active = work.tokens"),
-    "density assumed, not seen": ("model", "work.blocks * shares.density", "work.blocks * DENSITY"),
+    "density assumed, not seen": ("model", "(shares.density - shares.dense)", "(DENSITY - shares.dense)"),
+    "whole tokens of a sample as pairs": (
+        "whole tokens",
+        "pairs, round(active * shares.dense), active",
+        "pairs + active * shares.dense * work.blocks, 0, active",
+    ),
     "whole tokens as pairs": ("whole tokens", "pairs - dense * work.blocks, dense, active)", "pairs, 0, active)"),
     "a sample that is too dear": (
         "worth",

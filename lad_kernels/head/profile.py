@@ -50,8 +50,9 @@ class SparsityProfile:
     dropped_mass_max: float
     dense_tokens: int  # tokens with so many pairs that the dense path takes them
     flops_share: float  # routed flops over the dense minimum 6 N D V
-    predicted_speedup: float  # fastest dense path over routed, by the cost model of head/dispatch.py
+    predicted_speedup: float  # fastest dense path over routed, by the cost model that chooses a path
     buckets: tuple[EntropyBucket, ...]
+    path: str  # that backward="auto" takes for these tokens with token-level ratios: one_pass, two_pass or routed
     unit_coefficients: bool = False  # the given ones were all 0, so that c = 1 was measured in their place
 
     def __str__(self) -> str:
@@ -63,7 +64,7 @@ class SparsityProfile:
             f"{self.dense_tokens} tokens dense",
             f"dropped gradient mass: mean {self.dropped_mass_mean:.2e}, largest {self.dropped_mass_max:.2e}",
             f"flops {self.flops_share:.2f} of the dense minimum; predicted time {1 / self.predicted_speedup:.2f} of "
-            f"the fastest dense path's",
+            f"the fastest dense path's; backward='auto' takes {self.path}",
             "",
             "| entropy, nats | tokens | kept pairs | zero coefficient |",
             "|---|---|---|---|",
@@ -176,10 +177,11 @@ def _measure(head: Head, c: Tensor | None, tail_mass: float, tail: str, buckets:
             out.block_lse[:, active], LogitGradient(c[active], -c[active]), tail_mass, tokens=part.tokens,
             dense_share=cost.speeds(work).gathered, unbiased=tail == "unbiased", triton=part.triton,
         )  # fmt: skip
-        dense = active[routing.dense]  # tokens that keep every block
+        dense = active[routing.dense]  # [Nd] tokens that keep every block
         kept[active] = torch.bincount(routing.rows, minlength=len(active))
         kept[dense] = work.blocks
-    profile = _summarise(work, out.entropy, c, kept, bound, len(dense), tail_mass, buckets)
+    one_pass = head.has_one_pass(need_bias=False)
+    profile = _summarise(work, out.entropy, c, kept, bound, len(dense), tail_mass, buckets, one_pass)
     return replace(profile, unit_coefficients=unit)
 
 
@@ -224,7 +226,9 @@ def _summarise(
     dense: int,
     theta: float,
     count: int,
+    one_pass: bool,
 ) -> SparsityProfile:
+    """`one_pass`: whether the head can compute its gradient in the forward."""
     tokens, active = work.tokens, int((c != 0).sum())
     pairs = int(kept.sum())
     filled = []
@@ -235,7 +239,13 @@ def _summarise(
             zero = (c[part] == 0).double().mean().item()
             filled.append(EntropyBucket(nats.min().item(), nats.max().item(), len(part), share, zero))
     fastest = cost.score(work) + cost.dense(work, active)
-    routed = cost.score(work) + cost.routed(work, pairs - dense * work.blocks, dense)
+    routed = cost.score(work) + cost.routed(work, pairs - dense * work.blocks, dense, active)
+    rule = dispatch.Sparsity(theta, unbiased=True, backward="auto")
+    shares = dispatch.Shares(active / tokens, pairs / max(active * work.blocks, 1), dense / max(active, 1))
+    path = "routed" if dispatch.takes_routed(work, active, pairs, dense, backward="auto") else "two_pass"
+    if one_pass:
+        fastest = min(fastest, cost.one_pass(work, active))
+        path = "one_pass" if dispatch.takes_one_pass(work, rule, shares) else path
     return SparsityProfile(
         tokens=tokens,
         vocab_size=work.vocab_size,
@@ -247,6 +257,7 @@ def _summarise(
         dropped_mass_max=bound.dropped_mass_max.item(),
         dense_tokens=dense,
         flops_share=1 / 3 + pairs / (tokens * work.blocks),
-        predicted_speedup=min(fastest, cost.one_pass(work)) / routed,
+        predicted_speedup=fastest / routed,
         buckets=tuple(filled),
+        path=path,
     )

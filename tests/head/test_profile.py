@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
-from lad_kernels import LADConfig, linear_lad_loss, profile_sparsity
-from lad_kernels.head import cost, dispatch
+from lad_kernels import GRPOConfig, LADConfig, linear_grpo_loss, linear_lad_loss, profile_sparsity
+from lad_kernels.head import cost, dispatch, memory
+from lad_kernels.head.head import Head
 from lad_kernels.testing import make_inputs
 
 N, D, V, THETA = 60, 32, 128 * 9 + 40, 3e-3
@@ -114,3 +116,24 @@ def test_what_it_refuses():
         profile_sparsity(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="coefficients"):
         profile_sparsity(x.hidden, x.weight, x.targets, coefficients=torch.ones(3))
+
+
+@pytest.mark.parametrize("entropy", [None, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_profile_names_the_path_that_a_call_takes(entropy, dtype, monkeypatch):
+    """At speeds at which a flat policy is dense and a certain one is routed; the sample holds all tokens."""
+    monkeypatch.setattr(cost, "speeds", lambda work: cost.Speeds(8e10, 8e9, 1e-9, 0.4, 1e-7))
+    monkeypatch.setattr(memory.Work, "sample", property(lambda work: work.tokens))
+    monkeypatch.setattr(dispatch, "SAMPLE_COST", 1e9)
+    x = make_inputs(N, 32, 128 * 40, entropy=entropy, masked=0.0, dtype=dtype)
+    found = profile_sparsity(x.hidden, x.weight, x.targets, tail_mass=THETA)
+    hidden = x.hidden.clone().requires_grad_()
+    advantages = torch.ones(1)
+    with mock.patch.object(Head, "one_pass", autospec=True, side_effect=Head.one_pass) as one_pass:
+        config = GRPOConfig(policy_loss="reinforce", tail_mass=THETA)
+        loss = linear_grpo_loss(hidden[None], x.weight, x.targets[None], advantages=advantages, config=config)
+    share = loss.metrics["kept_share"].item()
+    assert found.path == ("one_pass" if one_pass.called else "routed" if share < 1 else "two_pass")
+    assert found.path == ("routed" if entropy else "one_pass" if dtype == torch.float32 else "two_pass")
+    assert (found.predicted_speedup > 1) == (found.path == "routed")
+    assert f"takes {found.path}" in str(found)

@@ -29,6 +29,7 @@ METRICS = {
     "frac_over_target": "tokens",
     "zero_coef_share": "tokens",
     "kept_share": "tokens",
+    "routed_share": "tokens",
     "dropped_mass_mean": "tokens",
     "coef_mean_positive": "positive tokens",
     "coef_mean_negative": "negative tokens",

@@ -150,6 +150,7 @@ def plan_backward(
         gradient = gradient.with_rest(out.lse_rest)
     metrics = {
         "kept_share": bound.pairs.float() / max(work.tokens * work.blocks, 1),
+        "routed_share": out.lse.new_full((), float(routing is not None)),  # []
         "dropped_mass_mean": bound.dropped_mass_mean,
         "dropped_mass_max": bound.dropped_mass_max,
         "dhidden_bound": bound.dhidden_bound,

@@ -209,6 +209,7 @@ def test_a_policy_is_routed_within_its_bound(dtype, device):
         out.loss.backward()
         results[path] = out.metrics, {k: v.grad.double().cpu() for k, v in leaves.items()}
     metrics, routed = results["routed"]
+    assert (results["two_pass"][0]["routed_share"], metrics["routed_share"]) == (0, 1)
     dense = results["two_pass"][1]
     assert metrics["kept_share"] < 0.5
     assert 0 < metrics["dropped_mass_mean"] < metrics["dropped_mass_max"] <= 2

@@ -84,8 +84,8 @@ def head_parts(layer: nn.Module) -> tuple[nn.Linear, tuple[str, ...]]:
     if not isinstance(base, nn.Linear):
         raise TypeError(
             f"lm_head: expected torch.nn.Linear, LoRA or trained tokens on it, or modules_to_save, got "
-            f"{type(base).__module__}.{type(base).__name__}; train the head fully, with LoRA, or not at all; compile "
-            f"the model, not its head"
+            f"{type(base).__module__}.{type(base).__name__}; train the head fully, with LoRA, or not at all: leave "
+            f"lm_head out of the adapter's target_modules, or call merge_and_unload(); compile the model, not its head"
         )
     _whole(base)
     if not lora and not tokens:

@@ -47,6 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> str:
+    machine.flush_subnormals()  # before other threads start, which inherit it
     torch.set_num_threads(1 if pytestconfig.getoption("--one-thread") else machine.cores())
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -58,6 +59,8 @@ class Bench:
         self.set_name, self.device, self.dtype = set_name, device, DTYPE[device]
         self.clock = time.process_time if one_thread else time.perf_counter
         notes = ["One thread; times are its CPU time, because other jobs ran on the machine."] if one_thread else []
+        if device == "cpu":
+            notes.append(machine.FLUSHED if machine.flush_subnormals() else machine.NOT_FLUSHED)
         self.results = Results({**machine.describe(device, command), "notes": notes})
         self._batches: tuple[object, list[Batch]] = (None, [])
         self._verdicts: dict[tuple[str, str, str], gate.Verdict | str] = {}

@@ -26,6 +26,18 @@ PACKAGES = (
 )
 
 
+FLUSHED = "Subnormal numbers are flushed to zero (torch.set_flush_denormal), for every provider."
+NOT_FLUSHED = "This CPU cannot flush subnormal numbers: stored logits at low temperatures may look slow."
+
+
+def flush_subnormals() -> bool:
+    """Flush subnormal numbers to zero in this process, so that no provider looks slow for them; False where it cannot.
+
+    Products of subnormal numbers are 16 to 50 times slower on CPUs, and probabilities below 1.2e-38 are such numbers.
+    """
+    return torch.set_flush_denormal(True)
+
+
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -13,15 +13,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import report
+from benchmarks import report, states
 from benchmarks.harness import gate, machine
-from benchmarks.harness.data import Batch, make_batches
+from benchmarks.harness.data import EVERYWHERE, MADE, REAL, Batch, fit, make_batches, missing
 from benchmarks.harness.eager import EAGER
 from benchmarks.harness.measure import Rounds, describe, peak_bytes_cuda, peaks_cpu, ratio, runs_on_cpu, summary
 from benchmarks.harness.provider import Provider
 from benchmarks.harness.providers import all_providers, split_available
 from benchmarks.harness.results import RESULTS, Results
-from benchmarks.harness.shapes import SETS, Shape
+from benchmarks.harness.shapes import REAL_TOKENS, SETS, Shape
 
 ROUNDS = {"tiny": 2, "sweep": 3, "small": 5, "full": 2, "gpu": 20}
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
@@ -31,18 +31,45 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("lad_kernels benchmarks")
     group.addoption("--bench-set", default=None, choices=sorted(SETS), help="which shapes; default small, or gpu")
     group.addoption("--one-thread", action="store_true", help="CPU: one thread, its CPU time; for a busy machine")
+    group.addoption("--policy", metavar="FOLDER", help="a trained policy, for the data of that name")
     group.addoption("--save", action="store_true", help="write benchmarks/results/<machine>/ and RESULTS.md")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if folder := config.getoption("--policy"):
+        os.environ[states.POLICY] = str(Path(folder).resolve())  # processes that measure memory read it too
 
 
 def chosen_set(config: pytest.Config) -> str:
     return config.getoption("--bench-set") or ("gpu" if torch.cuda.is_available() else "small")
 
 
+KINDS = {"test_memory": (MADE[0], *EVERYWHERE[len(MADE) :]), "test_sparse": (*MADE, *REAL)}  # others: EVERYWHERE
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Made data at every shape of the set, states of a policy at one number of tokens."""
+    if "data" not in metafunc.fixturenames:
+        return
+    chosen, cases = chosen_set(metafunc.config), []
+    for data in KINDS.get(metafunc.function.__name__, EVERYWHERE):
+        if data.startswith("trained") and not metafunc.config.getoption("--policy"):
+            continue
+        shapes = SETS[chosen] if data in MADE else (REAL_TOKENS[chosen],) if chosen in REAL_TOKENS else ()
+        cases += [(shape, data) for shape in shapes]
+    why = {data: missing(data) for _, data in cases}
+    marks = {data: [pytest.mark.skip(reason=f"{x}; lost: its rows")] if x else [] for data, x in why.items()}
     if "shape" in metafunc.fixturenames:
-        metafunc.parametrize("shape", SETS[chosen_set(metafunc.config)], ids=lambda s: s.name, scope="session")
-    if "data" in metafunc.fixturenames:
-        metafunc.parametrize("data", ("flat", "peaked"), scope="session")
+        values = [pytest.param((s, d), d, marks=marks[d], id=f"{s.name}-{d}") for s, d in cases]
+        metafunc.parametrize(("shape", "data"), values, indirect=["shape"], scope="session")
+    else:
+        values = [pytest.param(d, marks=marks[d], id=d) for d in dict.fromkeys(d for _, d in cases)]
+        metafunc.parametrize("data", values, scope="session")
+
+
+@pytest.fixture(scope="session")
+def shape(request: pytest.FixtureRequest) -> Shape:
+    return fit(*request.param)
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +91,7 @@ class Bench:
         self.results = Results({**machine.describe(device, command), "notes": notes})
         self._batches: tuple[object, list[Batch]] = (None, [])
         self._verdicts: dict[tuple[str, str, str], gate.Verdict | str] = {}
-        self._peaks: dict[Shape, dict[str, dict[str, int | str]]] = {}
+        self._peaks: dict[tuple[Shape, str], dict[str, dict[str, int | str]]] = {}
 
     def batches(self, shape: Shape, data: str) -> list[Batch]:
         """The last batch asked for is kept: tests of one shape and data set follow each other."""
@@ -100,14 +127,18 @@ class Bench:
         good = {p: v for p, v in verdicts.items() if not isinstance(v, str)}
         return list(good), good
 
-    def peaks(self, shape: Shape) -> dict[str, dict[str, int | str]]:
-        """{job: {provider: peak bytes beyond the inputs, or why it failed}} on flat data, measured once per shape."""
-        if shape not in self._peaks:
-            self._peaks[shape] = peaks_cpu(self.set_name, shape.name) if self.device == "cpu" else self._on_cuda(shape)
-        return self._peaks[shape]
+    def peaks(self, shape: Shape, data: str) -> dict[str, dict[str, int | str]]:
+        """{job: {provider: peak bytes beyond the inputs, or why it failed}}, measured once per shape and policy.
 
-    def _on_cuda(self, shape: Shape) -> dict[str, dict[str, int | str]]:
-        batch, found = self.batches(shape, "flat")[0], {}  # on flat data, where a tail is dense
+        Of made data those of flat, where a tail is dense.
+        """
+        key = (shape, data if data in REAL else MADE[0])
+        if key not in self._peaks:
+            self._peaks[key] = peaks_cpu(self.set_name, *key) if self.device == "cpu" else self._on_cuda(*key)
+        return self._peaks[key]
+
+    def _on_cuda(self, shape: Shape, data: str) -> dict[str, dict[str, int | str]]:
+        batch, found = self.batches(shape, data)[0], {}
         for provider in split_available([p for p in all_providers() if p.job != "ce"], batch)[0]:
             try:
                 found.setdefault(provider.job, {})[provider.name] = peak_bytes_cuda(provider, batch)

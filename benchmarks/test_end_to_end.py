@@ -27,7 +27,7 @@ def test_lad_costs_what_grpo_costs(bench, shape, data, impl):
     batches = bench.batches(shape, data)
 
     row = claim(lad, grpo, eager, batches, PAIRS[bench.set_name])
-    peaks = bench.peaks(shape)
+    peaks = bench.peaks(shape, data)
     memory = {
         name: max(peaks[job][provider], MEMORY_SLACK)
         for name, job, provider in (("lad", "lad", ours), ("grpo", "grpo", ours), ("eager", "grpo", EAGER))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.harness import sparse
+from benchmarks.harness.data import fit
 from benchmarks.harness.measure import Rounds, ratio, summary
 from lad_kernels.testing import CONTRACT_MARGIN, FP32_TOLERANCE
 
@@ -20,7 +21,7 @@ REGIONS = ("dH", "dW target rows", "dW other rows")
 
 @pytest.mark.parametrize("case", sparse.CASES)
 def test_sparse(bench, data, case, rounds):
-    shape = sparse.SHAPES[bench.set_name]
+    shape = fit(sparse.SHAPES[bench.set_name], data)
     batch = sparse.make(shape, data, case, bench.dtype, bench.device)
     entries = sparse.entries(data, case)
     true, found = sparse.truth(batch, case), {}

@@ -16,12 +16,12 @@ from benchmarks.gpu import verdicts
 from benchmarks.gpu.head_shapes import ROUNDS, Gate, peak_mib, timed
 from benchmarks.gpu.run import Run
 from benchmarks.harness import gate
-from benchmarks.harness.data import Batch, make_batch
+from benchmarks.harness.data import EVERYWHERE, Batch, fit, make_batch
 from benchmarks.harness.eager import EAGER
 from benchmarks.harness.measure import claim, describe, peak_bytes_cuda, ratio, summary
 from benchmarks.harness.provider import Provider
 from benchmarks.harness.providers import PROMISE, TAIL_MASS, all_providers, our_loss, split_available
-from benchmarks.harness.shapes import TINY, Shape
+from benchmarks.harness.shapes import REAL_TOKENS, TINY, Shape
 from lad_kernels import (
     GRPOConfig,
     LADConfig,
@@ -276,8 +276,10 @@ def by_file(rows: dict[str, dict]) -> dict[str, dict]:
 
 def lad_against_grpo(run: Run) -> None:
     """The ratio of the two losses in the same kernels, and of LAD to eager GRPO, in time and peak memory."""
-    for shape in run.shapes[: 1 if run.dry_run else 2]:
-        for data in ("flat",) if run.dry_run else ("flat", "peaked"):
+    cases = [*itertools.product(run.shapes[:2], ("flat", "peaked")), (REAL_TOKENS["gpu"], "real, T=0.6")]
+    for shape, data in cases[:1] if run.dry_run else cases:
+        if run.has(data):
+            shape = fit(shape, data)
             batches = run.batches(shape, data)
             ours = "lad_kernels (triton)"
             lad, grpo = (next(p for p in all_providers(job) if p.name == ours) for job in ("lad", "grpo"))
@@ -293,10 +295,13 @@ def lad_against_grpo(run: Run) -> None:
 
 
 def peers(run: Run, *, slow: bool = False) -> None:
-    """Everything that is installed, on the same inputs in turns, the most telling shapes first."""
-    verdicts = Gate(run)
-    for shape in run.shapes[:1] if slow or run.dry_run else (run.shapes[i] for i in (0, 1, 4, 8, 6, 7, 3, 5, 2)):
-        for data in ("flat",) if run.dry_run else ("flat", "peaked"):
+    """Everything that is installed, on the same inputs in turns: the first shape and a policy's, then the others."""
+    verdicts, policy = Gate(run), REAL_TOKENS["tiny" if run.dry_run else "gpu"]
+    cases = [(policy if "real" in data else run.shapes[0], data) for data in EVERYWHERE]
+    cases += [(run.shapes[i], "flat") for i in (() if slow or run.dry_run else (1, 4, 8, 6, 7, 3, 5, 2))]
+    for shape, data in cases[::3] if run.dry_run else cases:
+        if run.has(data):
+            shape = fit(shape, data)
             batches = run.batches(shape, data)
             available, missing = split_available(all_providers(), batches[0])
             run.missing(missing)
@@ -324,11 +329,11 @@ def compare(
             vs_eager=ratio(samples, baseline) if baseline else None, errors=verdicts[provider].errors,
             outside=verdicts[provider].failed,
         )  # fmt: skip
-        if data == "flat" and (beyond := peak_mib(run, provider, batches[0])) is not None:
+        if data != "peaked" and (beyond := peak_mib(run, provider, batches[0])) is not None:
             run.add(
                 "memory",
                 job=job,
-                shape=str(shape),
+                shape=str(shape) if data == "flat" else f"{shape}, {data}",
                 provider=provider.name,
                 ours=provider.ours,
                 peak_mib=beyond + batches[0].gradient_bytes / MIB,

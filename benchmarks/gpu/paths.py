@@ -20,10 +20,10 @@ from benchmarks.gpu.kernels import library_ms, product_ms
 from benchmarks.gpu.run import Run
 from benchmarks.gpu.tools import device_times
 from benchmarks.harness import sparse
-from benchmarks.harness.data import Batch
+from benchmarks.harness.data import REAL, Batch, fit
 from benchmarks.harness.measure import describe, peak_bytes_cuda
 from benchmarks.harness.provider import Provider
-from benchmarks.harness.shapes import TINY, Shape
+from benchmarks.harness.shapes import REAL_TOKENS, TINY, Shape
 from lad_kernels import LADConfig, LossOutput, lad_loss, linear_lad_loss
 from lad_kernels.head import cost, dispatch, memory
 from lad_kernels.head.records import (
@@ -245,11 +245,13 @@ def routed_tiles(dry_run: bool) -> list[RoutedTiles]:
 def routed_cases(run: Run) -> list[tuple[Shape, str, str]]:
     """(shape, data, case), most telling first."""
     first, *others = large(run)
-    if run.dry_run:
-        return [(first, "peaked", "zero groups")]
     zero, off = "zero groups", "off-policy"
+    if run.dry_run:
+        return [(first, "peaked", zero), (first, "real, T=0.6", off)]
     return [
         (first, "peaked", off),
+        *((sparse.SHAPES["gpu"], data, off) for data in REAL if not data.startswith("trained")),
+        (REAL_TOKENS["gpu"], "real, T=0.6", off),
         (sparse.SHAPES["gpu"], "peaked", zero),
         (first, "flat", off),
         *((shape, "peaked", off) for shape in others),
@@ -277,6 +279,9 @@ def routed(run: Run) -> None:
     for shape, data, case in routed_cases(run):
         if run.time_left() < 12:
             return
+        if not run.has(data):
+            continue
+        shape = fit(shape, data)
         library, batches = library_ms(run, shape), run.batches(shape, data)
         if case == "zero groups":
             for b in batches:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import machine
-from benchmarks.harness.data import Batch, make_batches
+from benchmarks.harness.data import Batch, make_batches, missing
 from benchmarks.harness.measure import quartiles
 from benchmarks.harness.results import Results
 from benchmarks.harness.shapes import GPU, TINY, Shape
@@ -42,6 +42,13 @@ class Run:
     def missing(self, found: dict[str, str]) -> None:
         self.results.missing |= found
         self.results.save(self.path)
+
+    def has(self, data: str) -> bool:
+        """Whether there are data of this kind; why not stands among what is missing."""
+        why = missing(data)
+        if why:
+            self.missing({data: why})
+        return why is None
 
     def time_left(self) -> float:
         return self.end - time.monotonic()

@@ -217,11 +217,14 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help="A, B or C; default A, then B")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--only", nargs="*", choices=[e.name for e in PLAN], default=[], help="these, of any part")
+    parser.add_argument("--states", metavar="FOLDER", help="packed states of a policy; default .carry/states")
     parser.add_argument("--deadline", type=int, help="seconds of each part")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(DEADLINE):
         parser.error(f"PART: expected {', '.join(DEADLINE)}, got {', '.join(sorted(unknown))}")
     parts = options.parts or (list(DEADLINE) if options.only else ["A", "B"])
+    if options.states:
+        os.environ["LAD_KERNELS_STATES"] = str(Path(options.states).resolve())  # the experiments read it
     out = output_folder(options.dry_run)
     out.mkdir(parents=True, exist_ok=True)
     good, factor = True, DRY_FACTOR if options.dry_run else 1

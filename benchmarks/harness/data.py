@@ -1,23 +1,44 @@
-"""Inputs of a benchmark, created on its device: `flat` (random, high entropy) and `peaked` (policy-like, low entropy).
+"""Inputs of a benchmark, created on its device: `flat` (random, high entropy), `peaked` (low entropy) and `real`.
 
 Flat logits have unit variance, so the entropy is close to log V and no probability is zero: the worst case for
 anything that skips small probabilities. Peaked inputs have a mean entropy of 0.4 nats, as a language model under
-reinforcement learning has, and targets sampled from the policy.
+reinforcement learning has, and targets sampled from the policy. Real ones are those of a pretrained policy
+(`benchmarks/states.py`), at a temperature of sampling and of the loss; with `--policy FOLDER` also of a trained one.
+
+Real states have the D and V of their model, and a shape takes the number of its tokens alone. Where it wants more than
+were sampled, tokens repeat, and its name says so. A token keeps the same share of blocks however often it occurs, its
+pairs are drawn anew each time (by its number), and each copy has a sequence, an advantage and a drift of its own. But
+blocks that no token keeps stay empty: as many different tokens would reach more blocks with fewer tokens each, so
+repeated tokens fill tiles somewhat better and make routing look cheaper, not dearer. Shapes for the interpreter
+(V below 1,024) get the first entries of a real head: they show that the code runs.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from benchmarks import states
 from benchmarks.harness.shapes import Shape
 from lad_kernels import linear_logprobs
 from lad_kernels.testing import peaked_hidden, sample_targets
 
 ENTROPY = {"flat": None, "peaked": 0.4}  # mean entropy of the policy, nats; None: random hidden states
+REAL = {  # policy, temperature of sampling and of the loss
+    "real, T=1": ("smollm2", 1.0, 1.0),
+    "real, T=0.6": ("smollm2", 0.6, 0.6),
+    "real, T=0.3": ("smollm2", 0.3, 0.3),
+    "real, T=0.6, loss at 1": ("smollm2", 0.6, 1.0),
+    "trained, T=1": ("trained", 1.0, 1.0),
+    "trained, T=0.6": ("trained", 0.6, 0.6),
+    "trained, T=0.6, loss at 1": ("trained", 0.6, 1.0),
+}
+MADE = tuple(ENTROPY)
+EVERYWHERE = (*MADE, "real, T=1", "real, T=0.6")  # where each data set costs minutes
+INTERPRETED = 1024  # a vocabulary below it is for Triton's interpreter
 COLD_BYTES = 256 << 20  # several times the L2 of any GPU: inputs rotate among copies that add up to this
 DRIFT = 0.1  # standard deviation of logprobs - old_logprobs
 
@@ -48,27 +69,66 @@ def make_weight(shape: Shape, device: str, seed: int = 0) -> Tensor:  # [V, D] f
     return weight.mul_(shape.hidden_size**-0.5)
 
 
+def missing(data: str) -> str | None:
+    """Why data of this kind cannot be had here; None if they can."""
+    return states.missing(REAL[data][0]) if data in REAL else None
+
+
+def fit(shape: Shape, data: str) -> Shape:
+    """The shape that data of this kind have at this number of tokens."""
+    if data not in REAL or shape.vocab_size < INTERPRETED:
+        return shape
+    found = states.load(*REAL[data])
+    (vocab_size, hidden_size), tokens = found.weight.shape, len(found.targets)
+    name = found.name + f", {tokens:,} tokens repeated" * (shape.tokens > tokens)
+    return replace(shape, name=name, hidden_size=hidden_size, vocab_size=vocab_size)
+
+
+def real_states(shape: Shape, data: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Hidden states [N, D], weight [V, D], targets [N] and log-probs [N]: N tokens from everywhere in the sample."""
+    s, v, d = states.load(*REAL[data]), shape.vocab_size, shape.hidden_size
+    step = max(len(s.targets) // shape.sequences, shape.length)
+    starts = step * torch.arange(shape.sequences)[:, None]  # [B, 1]
+    at = (starts + torch.arange(shape.length)).flatten() % len(s.targets)  # [N]
+    if v < INTERPRETED:
+        return s.hidden[at, :d], s.weight[:v, :d], s.targets[at] % v, None
+    return s.hidden[at], s.weight, s.targets[at], s.old_logprobs[at]
+
+
+def made_states(
+    shape: Shape, data: str, weight: Tensor, gen: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The same of random states, whose log-probs are not known yet."""
+    n, d, v = shape.tokens, shape.hidden_size, shape.vocab_size
+    if ENTROPY[data] is None:
+        hidden = torch.randn(n, d, generator=gen)  # [N, D]
+        return hidden, weight, torch.randint(0, v, (n,), generator=gen), None
+    hidden = peaked_hidden(weight, n, ENTROPY[data], gen)  # [N, D]
+    return hidden, weight, sample_targets(hidden, weight, gen), None
+
+
 def make_batch(
     shape: Shape, data: str, dtype: torch.dtype, device: str, *, weight: Tensor | None = None, seed: int = 0
 ) -> Batch:
-    """One batch; give `weight` [V, D] float32 to share it between batches."""
-    weight = make_weight(shape, device) if weight is None else weight
+    """One batch of the shape `fit(shape, data)`; give `weight` [V, D] float32 to share it between made batches."""
     gen = torch.Generator(device).manual_seed(seed + 1)
-    n, d, v = shape.tokens, shape.hidden_size, shape.vocab_size
+    if data in REAL:
+        found = real_states(shape, data)
+    else:
+        weight = make_weight(shape, device) if weight is None else weight
+        with torch.device(device):
+            found = made_states(shape, data, weight, gen)
+    hidden, weight, targets, logprobs = (None if x is None else x.to(device) for x in found)
+    n = shape.tokens
     with torch.device(device):
-        if ENTROPY[data] is None:
-            hidden = torch.randn(n, d, generator=gen)  # [N, D]
-            targets = torch.randint(0, v, (n,), generator=gen)  # [N]
-        else:
-            hidden = peaked_hidden(weight, n, ENTROPY[data], gen)  # [N, D]
-            targets = sample_targets(hidden, weight, gen)  # [N]
         upstream = torch.randn(n, generator=gen)  # [N]
         drift = torch.randn(n, generator=gen) * DRIFT  # [N]
         advantages = torch.randn(shape.sequences, generator=gen)  # [B]
     hidden, weight = hidden.to(dtype), weight.to(dtype)
-    with torch.no_grad():
-        old = linear_logprobs(hidden, weight, targets, impl="torch").logprobs + drift  # [N], whatever is measured later
-    old = old.clamp(max=0.0).view(shape.sequences, shape.length)  # [B, T]
+    if logprobs is None:
+        with torch.no_grad():
+            logprobs = linear_logprobs(hidden, weight, targets, impl="torch").logprobs  # [N], whatever is measured
+    old = (logprobs + drift).clamp(max=0.0).view(shape.sequences, shape.length)  # [B, T]
     return Batch(hidden.requires_grad_(), weight.detach().requires_grad_(), targets, upstream, old, advantages)
 
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks.harness.data import DRIFT, ENTROPY, Batch
+from benchmarks.harness.data import DRIFT, ENTROPY, INTERPRETED, REAL, Batch, fit, make_batch
 from benchmarks.harness.provider import Provider
+from benchmarks.harness.shapes import Shape
 from lad_kernels import reference
 from lad_kernels.testing import (
     CONTRACT_MARGIN,
@@ -53,8 +54,11 @@ class Verdict:
         return {name: error for name, (error, _) in self.report.items()}
 
 
-def gate_batch(data: str, dtype: torch.dtype, device: str, *, hidden_size: int = HIDDEN) -> Batch:
-    """A small batch that crosses every tile edge, with spikes at tile borders when flat."""
+def gate_batch(data: str, dtype: torch.dtype, device: str, *, hidden_size: int = HIDDEN, small: bool = False) -> Batch:
+    """A small batch that crosses every tile edge, with spikes at tile borders when flat; of a policy, its own head."""
+    if data in REAL:
+        shape = Shape("gate", SEQUENCES, LENGTH, hidden_size, VOCABULARY if small else 2 * INTERPRETED, "a few tokens")
+        return make_batch(fit(shape, data), data, dtype, device)
     inputs = make_inputs(
         SEQUENCES * LENGTH, hidden_size, VOCABULARY, dtype=dtype, device=device, entropy=ENTROPY[data], masked=0.0
     )

@@ -4,7 +4,7 @@ All providers of a comparison run once per round, in an order that rotates, so t
 all of them; ratios are taken round by round and their median is reported. CPU: wall clock, or one thread's CPU time
 where the machine is too busy for that. CUDA: events, and inputs that rotate among copies larger than the cache.
 
-python -m benchmarks.harness.measure SET SHAPE      peak memory of every provider's step on CPU, in bytes, as JSON
+python -m benchmarks.harness.measure SET SHAPE DATA     peak memory of every provider's step on CPU, in bytes, as JSON
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness.data import Batch, make_batch
+from benchmarks.harness.data import REAL, Batch, fit, make_batch
 from benchmarks.harness.eager import EAGER
 from benchmarks.harness.machine import cores
 from benchmarks.harness.provider import Provider
 from benchmarks.harness.providers import TAIL_MASS, all_providers, split_available
-from benchmarks.harness.shapes import SETS, TINY, Shape
+from benchmarks.harness.shapes import REAL_TOKENS, SETS, TINY, Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -37,9 +37,11 @@ FOCUS = (EAGER, "torch, 512-row checkpoints", "lad_kernels (torch)", f"lad_kerne
 
 def runs_on_cpu(provider: Provider, set_name: str, shape: Shape, *, memory: bool = False) -> bool:
     """Whether a CPU has the time: providers that start slowly run at one shape, the full size is left to FOCUS."""
-    if provider.tags and (memory or shape is not SETS[set_name][0]):
+    of_policy = shape not in SETS[set_name]  # whose head is small
+    has_time = shape == SETS[set_name][0] or (of_policy and set_name == "small")
+    if provider.tags and (memory or not has_time):
         return False
-    return set_name != "full" or provider.name in FOCUS
+    return of_policy or set_name != "full" or provider.name in FOCUS
 
 
 def time_step(provider: Provider, batch: Batch, clock: Clock = time.perf_counter) -> tuple[float, float]:
@@ -171,12 +173,12 @@ def peak_bytes_cuda(provider: Provider, batch: Batch) -> int:
     return peak
 
 
-def peaks_cpu(set_name: str, shape_name: str) -> dict[str, dict[str, int | str]]:
+def peaks_cpu(set_name: str, shape: Shape, data: str) -> dict[str, dict[str, int | str]]:
     """{job: {provider: peak bytes, or why it failed}} of all providers, from one fresh process.
 
-    Flat data, and peaked for providers that drop a tail: no other allocates by the values of its input.
+    For `flat` providers that drop a tail get peaked data: no other allocates by the values of its input.
     """
-    command = [sys.executable, "-m", "benchmarks.harness.measure", set_name, shape_name]
+    command = [sys.executable, "-m", "benchmarks.harness.measure", set_name, shape.name, data]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-800:])
@@ -208,13 +210,17 @@ def peak_bytes_cpu(provider: Provider, batch: Batch) -> int:
     return peak
 
 
-def all_peaks_cpu(set_name: str, shape_name: str) -> dict[str, dict[str, int | str]]:
+def all_peaks_cpu(set_name: str, shape_name: str, data: str) -> dict[str, dict[str, int | str]]:
     """What `peaks_cpu` returns, measured in this process."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # so that freed tensors leave the resident memory at once
     torch.set_num_threads(cores())
-    shape = next(s for s in SETS[set_name] if s.name == shape_name)
-    batches = {False: make_batch(shape, "flat", torch.float32, "cpu")}
-    batches[True] = make_batch(shape, "peaked", torch.float32, "cpu", weight=batches[False].weight.detach())
+    if data in REAL:
+        shape = fit(REAL_TOKENS[set_name], data)
+        batches = dict.fromkeys((False, True), make_batch(shape, data, torch.float32, "cpu"))
+    else:
+        shape = next(s for s in SETS[set_name] if s.name == shape_name)
+        batches = {False: make_batch(shape, data, torch.float32, "cpu")}
+        batches[True] = make_batch(shape, "peaked", torch.float32, "cpu", weight=batches[False].weight.detach())
     found: dict[str, dict[str, int | str]] = {}
     for provider in split_available(all_providers(), batches[False])[0]:
         if provider.job == "ce" or not runs_on_cpu(provider, set_name, shape, memory=True):

@@ -63,4 +63,12 @@ SWEEP = tuple(
     for n in (64, 128, 256, 512, 1024, 2048)
 )
 
+# Of states of a policy: D and V are the policy's, `harness.data.fit` puts them in.
+REAL_TOKENS = {
+    "tiny": TINY[0],
+    "small": Shape("a policy", 8, 32, 576, 49_152, "every provider in a fraction of a second"),
+    "full": Shape("a policy", 8, 256, 576, 49_152, "as many tokens as are sampled, none twice"),
+    "gpu": Shape("a policy", 8, 1024, 576, 49_152, "the tokens of the shapes that others publish"),
+}
+
 SETS = {"sweep": SWEEP, "tiny": TINY, "small": CPU_SMALL, "full": CPU_FULL, "gpu": GPU}

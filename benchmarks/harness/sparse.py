@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.harness.data import Batch, make_batch
+from benchmarks.harness.data import Batch, fit, make_batch
 from benchmarks.harness.eager import EAGER, ETA, eager_logprobs, lad_from_logprobs
 from benchmarks.harness.machine import cores
 from benchmarks.harness.measure import M_MMAP_THRESHOLD, ROOT, peak_bytes_cpu
@@ -154,5 +154,5 @@ if __name__ == "__main__":
     set_name, data, case = sys.argv[1:]
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # so that freed tensors leave the resident memory at once
     torch.set_num_threads(cores())
-    made = make(SHAPES[set_name], data, case, torch.float32, "cpu")
+    made = make(fit(SHAPES[set_name], data), data, case, torch.float32, "cpu")
     print(json.dumps({e.name: peak_bytes_cpu(provider(e, case), made) for e in entries(data, case)}))

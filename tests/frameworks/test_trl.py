@@ -193,7 +193,6 @@ def test_resuming_continues_as_trl_does(folder, tmp_path):
         (dict(epsilon=0.3, epsilon_low=0.1), ["epsilon_low", "0.3", "0.1"]),
         (dict(epsilon_high=-0.28), ["epsilon_high", "-0.28", ">= 0"]),
         (dict(delta=2.0), ["delta", "2.0", "epsilon_high"]),
-        (dict(delta=2.0), ["delta", "2.0", "log_ratio_clamp"]),
         (dict(off_policy_mask_threshold=0.1), ["off_policy_mask_threshold", "None", "0.1"]),
         (dict(use_adaptive_entropy=True), ["use_adaptive_entropy", "True", "entropy_coef"]),
         (dict(divergence="j5"), ["divergence", "'js'", "'j5'"]),

@@ -103,3 +103,20 @@ def test_a_bad_token_is_dropped_and_counted(mode, name, bad, verl):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_nan_of_the_policy_propagates(mode, verl):
     check_nan_of_the_policy(reduced(verl, mode))
+
+
+@pytest.mark.parametrize(
+    ("actor", "own", "bounds"),
+    [
+        (dict(clip_ratio=0.2, clip_ratio_low=0.2, clip_ratio_high=0.2), {}, (None, None)),
+        (dict(clip_ratio=0.2, clip_ratio_low=0.2, clip_ratio_high=0.28), {}, (0.2, 0.28)),
+        (dict(clip_ratio=0.3, clip_ratio_low=None, clip_ratio_high=None), {}, (0.3, 0.3)),
+        (dict(clip_ratio=0.2, clip_ratio_low=0.2, clip_ratio_high=0.2), {"epsilon_high": 0.1}, (None, 0.1)),
+        ({}, {"epsilon_low": 0.2, "epsilon_high": 0.2}, (0.2, 0.2)),
+    ],
+)
+def test_which_bounds_are_in_effect(actor, own, bounds, verl):
+    found = verl.LADPolicyLossConfig(**own).lad_config(actor=SimpleNamespace(**actor))
+    assert (found.epsilon_low, found.epsilon_high) == bounds
+    with pytest.raises(ValueError, match="epsilon_low: expected 0.4 as the actor's clip_ratio, got 0.1"):
+        verl.LADPolicyLossConfig(epsilon_low=0.1).lad_config(actor=SimpleNamespace(clip_ratio_low=0.4))

@@ -21,7 +21,7 @@ BY_TOKEN = [slice(0, 8), slice(8, 16), slice(16, 24), slice(24, 34)]  # sequence
 GROUPS = torch.tensor([4, 9, 4, 4, 9])
 CONFIGS = {
     "lad": LADConfig(),
-    "lad, bounds": LADConfig(epsilon_low=0.1, epsilon_high=0.1),
+    "lad, bounds": LADConfig(epsilon_low=0.3, epsilon_high=0.3),
     "target norm, mean of each sequence": LADConfig(
         target_norm="group", loss_agg_mode="seq-mean-token-mean", advantage_scale="loo"
     ),

@@ -173,7 +173,7 @@ def benchmarks(which: str, environment: dict[str, str]) -> str:
     done = subprocess.run(
         [*command, "--bench-set", "tiny", "-k", f"real and 0.6 and not loss and ({which})"],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={**os.environ, "TRITON_INTERPRET": "0", **environment},
         capture_output=True,
         text=True,
         check=False,

@@ -92,8 +92,11 @@ class LADPolicyLossConfig(PolicyLossConfig):
         both = getattr(actor, "clip_ratio", CLIP_RATIO)
         found = [getattr(actor, name, None) for name in ("clip_ratio_low", "clip_ratio_high")]
         low, high = (both if x is None else x for x in found)
-        if both != CLIP_RATIO and low == high == CLIP_RATIO:  # verl's own YAML sets all three; its losses then differ
-            low = high = both
+        if both != CLIP_RATIO and low == high == CLIP_RATIO and None not in found:
+            raise ValueError(
+                f"clip_ratio: expected clip_ratio_low and clip_ratio_high to go with it, got {both!r} while they are "
+                f"{low!r}, which is what verl reads; set these two"
+            )
         if low == high == CLIP_RATIO:
             return self.epsilon_low, self.epsilon_high
         for name, own, theirs in (("epsilon_low", self.epsilon_low, low), ("epsilon_high", self.epsilon_high, high)):

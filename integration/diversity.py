@@ -73,14 +73,14 @@ class Run:
         return {1: "on-policy", FROZEN: "pi_old fixed"}.get(self.batches, f"{self.batches} mini-batches a rollout")
 
 
-BOUND = LADConfig(epsilon_low=0.2, epsilon_high=0.2)
+BEST = LADConfig(epsilon_low=0.2, epsilon_high=0.2, target_norm="group", eta=1.0)
 RUNS = (
     Run("GRPO", GRPOConfig(), 1, 8),
     Run("LAD", LADConfig(), 1, 8),
     Run("GRPO, clip 0.2", GRPOConfig(), FROZEN, 12),
     Run("LAD", LADConfig(), FROZEN, 12),
     Run("GRPO, clip 0.2", GRPOConfig(), 4, 24),
-    Run("LAD, bound 0.2", BOUND, 4, 24),
+    Run("LAD, bound 0.2, normalised target, eta 1", BEST, 4, 24),
 )
 
 
@@ -328,7 +328,7 @@ def plot_runs(runs: list[Run], results: list[list[Record]], path: Path) -> None:
             [look["entropy"] for look in looks],
             color=colors[run.name.split(",")[0]],
             linestyle=styles.get(run.batches, "-"),
-            marker="os"["normalised" in run.name],
+            marker="o",
             markersize=3,
             label=run.label,
         )

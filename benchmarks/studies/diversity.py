@@ -42,9 +42,9 @@ RUNS = (
     Run("GRPO, clip 0.2, k3 to the start 0.04", GRPOConfig(kl_coef=0.04), 4, 28),
     Run("LAD", LADConfig(), 4, 16),
     Run("LAD, bound 0.2", LADConfig(**BOUND), 4, 28),
-    Run("LAD, hd, bound 0.2", LADConfig("hd", **BOUND), 4, 28),
-    Run("LAD, kl, bound 0.2", LADConfig("kl", **BOUND), 4, 28),
-    Run("LAD, normalised target, eta 1, bound 0.2", LADConfig(**NORMALISED, **BOUND), 4, 32),
+    Run("LAD, bound 0.2, hd", LADConfig("hd", **BOUND), 4, 28),
+    Run("LAD, bound 0.2, kl", LADConfig("kl", **BOUND), 4, 28),
+    Run("LAD, bound 0.2, normalised target, eta 1", LADConfig(**NORMALISED, **BOUND), 4, 32),
 )
 
 

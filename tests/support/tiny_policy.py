@@ -15,9 +15,16 @@ def make_policy(folder: Path) -> Path:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        initializer_range=0.2, tie_word_embeddings=True, eos_token_id=1, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     words = {"<pad>": 0, "<eos>": 1, **{chr(i): i for i in range(32, 127)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))

@@ -26,7 +26,9 @@ SLIME_REFUSED = (
     "use_kl_loss",
     "entropy_coef",
     "custom_pg_loss_reducer_function_path",
+    "eps_clip_c",
 )
+EPS_CLIP = 0.2  # slime's default of eps_clip, which sets no bound here
 
 
 def slime_lad_loss(
@@ -53,6 +55,7 @@ def slime_lad_loss(
     refuse(settings, "slime reduces single tokens itself", "loss_agg_mode", "importance_sampling_level", "target_norm")
     refuse(settings, NO_HEAD, *HEAD_SETTINGS)
     refuse(vars(args), "a custom loss replaces slime's policy loss and all that it adds", *SLIME_REFUSED)
+    settings |= _ratio_bounds(args, settings)
     _, scored = get_log_probs_and_entropy(
         logits,
         args=args,
@@ -80,6 +83,20 @@ def slime_lad_loss(
     values = {"ppo_kl": -log_ratio, "lad/ratio": log_ratio.exp(), "lad/abs_coef": coefficients.abs()}
     metrics = {"loss": loss.detach(), **{name: reduce(x) for name, x in values.items()}}
     return loss, metrics | {"lad/nonfinite_share": sum_of_sample_mean((mask & ~keep).to(leaf.dtype))}
+
+
+def _ratio_bounds(args: Any, settings: dict[str, Any]) -> dict[str, float]:
+    """epsilon_low and epsilon_high from --eps-clip and --eps-clip-high, as slime reads them; none by its defaults."""
+    low, high = getattr(args, "eps_clip", EPS_CLIP), getattr(args, "eps_clip_high", None)
+    bounds = {"epsilon_low": low, "epsilon_high": low if high is None else high}
+    if set(bounds.values()) == {EPS_CLIP}:
+        return {}
+    for name, value in bounds.items():
+        if settings.get(name) not in (None, value):
+            raise ValueError(
+                f"lad.{name}: expected {value!r} of --eps-clip or --eps-clip-high, got {settings[name]!r}; set one only"
+            )
+    return bounds
 
 
 def _loss_tokens(sum_of_sample_mean: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:  # [M] -> bool [M]

@@ -157,3 +157,40 @@ def test_a_nan_of_the_policy_propagates():
     for log_probs in (batch["log_probs"], None):
         loss, _ = slime_lad_loss(args, {**batch, "log_probs": log_probs}, leaf.requires_grad_(), reduce)
         assert loss.isnan()
+
+
+@pytest.mark.parametrize(
+    ("clips", "lad", "expected"),
+    [
+        ({"eps_clip": 0.2, "eps_clip_high": None}, {}, {}),  # slime's defaults
+        ({"eps_clip": 0.2, "eps_clip_high": None}, {"epsilon_high": 0.2}, {"epsilon_high": 0.2}),
+        ({"eps_clip": 0.1, "eps_clip_high": None}, {}, {"epsilon_low": 0.1, "epsilon_high": 0.1}),
+        ({"eps_clip": 0.2, "eps_clip_high": 0.28}, {}, {"epsilon_low": 0.2, "epsilon_high": 0.28}),
+    ],
+)
+def test_its_own_clip_is_the_bound_on_the_ratio(clips, lad, expected):
+    args, batch, logits, reduce, _ = case(**clips)
+    plain, *_ = case()
+    args.lad, plain.lad = {"eta": 0.6, **lad}, {"eta": 0.6, **expected}
+    batch["advantages"] = [torch.full((4,), 2.0), torch.full((2,), -2.0)]
+    own = scored(args, batch, logits).split(batch["response_lengths"])
+    batch["log_probs"] = [own[0] - 0.4, own[1] + 0.4]  # ratios of 1.49 and 0.67, short of both targets
+    gradients = []
+    for each in (args, plain):
+        leaf = logits.clone().requires_grad_()
+        slime_lad_loss(each, batch, leaf, reduce)[0].backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+    free, *_ = case()
+    leaf = logits.clone().requires_grad_()
+    slime_lad_loss(free, batch, leaf, reduce)[0].backward()
+    assert torch.equal(leaf.grad, gradients[0]) == (not expected)  # the bound stops something in this case
+
+
+def test_a_bound_that_contradicts_its_clip_is_refused():
+    args, batch, logits, reduce, _ = case(eps_clip=0.1, eps_clip_high=None)
+    args.lad = {"epsilon_high": 0.3}
+    with pytest.raises(
+        ValueError, match=r"lad\.epsilon_high: expected 0\.1 of --eps-clip or --eps-clip-high, got 0\.3"
+    ):
+        slime_lad_loss(args, batch, logits, reduce)

@@ -13,12 +13,18 @@ With N tokens of which A have a coefficient c != 0, and P kept (token, block) pa
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
 import torch
 
 from lad_kernels.head.memory import Work
 from lad_kernels.head.records import BLOCK
+
+CPU_SPEEDS = "LAD_KERNELS_CPU_SPEEDS"  # environment: speeds of this CPU, read when the package is imported
+CPU_FIELDS = ("flops", "bytes", "element", "gathered", "block")
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,12 @@ class Speeds:
     waiting: float = 0.0  # seconds for which the device waits for the host while pairs are chosen
 
 
-# Measured: "cpu" (any dtype, PyTorch) with one thread of the machine of benchmarks/RESULTS.md, of which only ratios
-# matter; ("sm_90", 2) on an H100 80GB HBM3 in bfloat16 (benchmarks/results): head products 600 to 741 Tflop/s, a copy
-# 3.03 TB/s, the tiles' epilogues 2e-13 to 4e-13 s a logit, routed products 27 to 43 ns a pair at D = 4,096.
-_CPU = Speeds(8e10, 8e9, 1.2e-9, 0.4, 3.5e-4)
+# Measured: "cpu" (any dtype, PyTorch) with one thread of an AMD EPYC and "cpu_avx512" with one of an Intel Xeon of
+# 2.5 GHz without AMX, of which only ratios matter; `lad-kernels doctor` measures yours. ("sm_90", 2) on an H100 80GB
+# HBM3 in bfloat16 (benchmarks/results): head products 600 to 741 Tflop/s, a copy 3.03 TB/s, the tiles' epilogues 2e-13
+# to 4e-13 s a logit, routed products 27 to 43 ns a pair at D = 4,096.
+_EPYC = Speeds(8e10, 8e9, 1.2e-9, 0.4, 3.5e-4)
+_XEON = Speeds(1.18e11, 1.07e10, 2.6e-9, 0.57, 5e-4)
 _H100 = Speeds(7e14, 3.0e12, 3e-13, 0.13, 1e-7, 7e-11, 3e-3)
 
 
@@ -54,11 +62,29 @@ def _scaled(flops: float, bytes: float, exponentials: float) -> Speeds:
     )
 
 
+def cpu_speeds(assumed: Speeds) -> Speeds:
+    """A CPU's row with what CPU_SPEEDS sets, as in "flops=9e10,gathered=0.5"; others keep the assumed value."""
+    text, changed = os.environ.get(CPU_SPEEDS, ""), {}
+    for part in text.split(",") if text else []:
+        name, _, value = part.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if name.strip() not in CPU_FIELDS or not 0 < number < math.inf:
+            raise ValueError(
+                f"{CPU_SPEEDS}: expected NAME=NUMBER,... with names among {', '.join(CPU_FIELDS)} and positive "
+                f"numbers, got {part!r} in {text!r}; `lad-kernels doctor` prints a line to set"
+            )
+        changed[name.strip()] = number
+    return replace(assumed, **changed)
+
+
 # (architecture, bytes of an element). The others are not measured: data sheets, over an H100 SXM's 989 Tflop/s in 16
 # bits, 67 in float32, 3.35 TB/s and 132 processors of 16 exponentials a clock at 1.83 GHz. A100: 312, 19.5, 2.04, 108
 # at 1.41. A10: 125, 31, 0.6, 72 at 1.70. B200: 2,250, 75, 8.0, 148 at 1.97. MI300X: 1,307, 163, 5.3, 304 at 2.10.
 SPEEDS = {
-    **{("cpu", itemsize): _CPU for itemsize in (2, 4, 8)},
+    **{("cpu", itemsize): cpu_speeds(_EPYC) for itemsize in (2, 4, 8)},
     ("sm_80", 2): _scaled(312 / 989, 2.04 / 3.35, 0.63),
     ("sm_80", 4): _scaled(19.5 / 989, 2.04 / 3.35, 0.63),
     ("sm_86", 2): _scaled(125 / 989, 0.6 / 3.35, 0.51),
@@ -69,18 +95,28 @@ SPEEDS = {
     ("sm_100", 4): _scaled(75 / 989, 8.0 / 3.35, 1.21),
     ("gfx942", 2): _scaled(1307 / 989, 5.3 / 3.35, 2.64),
     ("gfx942", 4): _scaled(163 / 989, 5.3 / 3.35, 2.64),
+    **{("cpu_avx512", itemsize): cpu_speeds(_XEON) for itemsize in (2, 4, 8)},
 }
 
 
 def architecture(device: torch.device, triton: bool) -> str:
-    """Whose row of SPEEDS counts: the device's own, sm_90 for a GPU that is not there, "cpu" for PyTorch's paths."""
+    """Whose row of SPEEDS counts: the device's own, sm_90 for a GPU that is not there; PyTorch's paths: a CPU's."""
     if not triton or device.type != "cuda":
-        return "cpu"
+        return "cpu_avx512" if device.type == "cpu" and intel_avx512() else "cpu"
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         return "sm_90"
     from lad_kernels.head.kernels import tile_table
 
     return tile_table.probe(device).arch
+
+
+@cache
+def intel_avx512() -> bool:
+    """Whether this is an Intel CPU whose AVX-512 PyTorch uses; asked, not measured."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text()
 
 
 def speeds(work: Work) -> Speeds:
@@ -106,11 +142,11 @@ def dense(work: Work, active: float) -> float:
     """Seconds of the dense backward of the `active` tokens, those with a gradient."""
     s, tokens = speeds(work), math.ceil(active)
     slabs, chunks = 0, _chunk_sums(work, tokens)
-    if work.architecture != "cpu" and tokens:  # each slab of the vocabulary reads and writes a float32 dH
+    if work.triton and tokens:  # each slab of the vocabulary reads and writes a float32 dH
         rows, workspace = work.token_chunk(tokens)
         slabs = math.ceil(work.vocab_size * work.itemsize * rows / workspace)
     traffic = 8 * active * work.hidden_size * slabs * work.need_hidden / s.bytes
-    if work.architecture != "cpu" and tokens and work.itemsize == 2:  # dW passes through float32
+    if work.triton and tokens and work.itemsize == 2:  # dW passes through float32
         traffic += 10 * work.vocab_size * work.hidden_size * work.need_weight / s.bytes
     return (1 + work.products) * _product(work, active) + s.element * active * work.vocab_size + traffic + chunks
 
@@ -132,7 +168,7 @@ def one_pass(work: Work, active: float | None = None) -> float:
     Each of several chunks reads and writes a float32 dW, rounded last. PyTorch drops the tokens without a gradient
     from the products.
     """
-    active = work.tokens if active is None or work.architecture != "cpu" else active
+    active = work.tokens if active is None or work.triton else active
     s = speeds(work)
     chunks = -(-work.tokens // work.chunk_rows())
     each = 0 if chunks == 1 and work.itemsize == 2 else 8 * chunks + work.itemsize * (work.itemsize == 2)
@@ -143,6 +179,6 @@ def one_pass(work: Work, active: float | None = None) -> float:
 
 def _chunk_sums(work: Work, tokens: int, **listed: int) -> float:
     """Seconds that a float32 dW takes, read and written by every token chunk; 0 for one chunk."""
-    count = 1 if work.architecture == "cpu" or not tokens else -(-tokens // work.token_chunk(tokens, **listed)[0])
+    count = 1 if not work.triton or not tokens else -(-tokens // work.token_chunk(tokens, **listed)[0])
     traffic = (8 * count + work.itemsize) * work.vocab_size * work.hidden_size
     return traffic / speeds(work).bytes if count > 1 and work.need_weight else 0.0

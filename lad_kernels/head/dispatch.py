@@ -92,7 +92,7 @@ def needs_sample(work: Work, sparsity: Sparsity, *, all_active: bool) -> bool:
     if _forced.get() is not None or sparsity.backward == "routed" or work.tokens == 0:
         return False
     routable = sparsity.threshold > 0 and sparsity.backward == "auto"
-    if not routable and (all_active or work.architecture == "cpu"):
+    if not routable and (all_active or not work.triton):
         return False  # where no token is routed, PyTorch's one pass drops what its two passes drop
     return cost.sample(work) <= SAMPLE_COST * cost.one_pass(work)
 

@@ -32,6 +32,11 @@ class Work:
     need_weight: bool = True  # whether dW is
 
     @property
+    def triton(self) -> bool:
+        """Whether Triton runs it; else PyTorch, on a CPU or for want of kernels."""
+        return not self.architecture.startswith("cpu")
+
+    @property
     def products(self) -> int:
         """Gradient products of a logit."""
         return self.need_hidden + self.need_weight
@@ -64,7 +69,7 @@ class Work:
         made when the logits are gone: about 2,048 tokens or more from D = 896 at V = 152,064 and from D = 1,152 at
         V = 262,144. With fewer the float32 dW, read and written once a chunk, is dear.
         """
-        if self.architecture == "cpu":
+        if not self.triton:
             return max(64, CPU_LOGITS // (self.itemsize * self.vocab_size) // 8 * 8)
         budget = BUDGET - TOKEN_BYTES * self.tokens
         rounded = self.itemsize * self.vocab_size * self.hidden_size if self.itemsize == 2 and self.need_weight else 0
@@ -82,7 +87,7 @@ class Work:
 
 def most_pairs(work: Work) -> int:
     """Kept pairs that a routing has room for; block masses and marks are there at the same time."""
-    if work.architecture == "cpu":
+    if not work.triton:
         return work.tokens * work.blocks
     room = BUDGET + work.gradient_bytes - MASS_BYTES * work.tokens * work.blocks
     return min(room // LIST_BYTES, BUDGET // 4 // PAIR_BYTES)

@@ -177,3 +177,48 @@ def test_every_card_has_its_own_speeds(monkeypatch):
     monkeypatch.setattr(tile_table, "probe", lambda device: tile_table.Device("sm_80", 0))
     assert cost.architecture(cuda, triton=True) == "sm_80"
     assert cost.architecture(cuda, triton=False) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("capability", "vendor", "expected"),
+    [
+        ("AVX512", "GenuineIntel", "cpu_avx512"),
+        ("AVX512", "AuthenticAMD", "cpu"),
+        ("AVX2", "GenuineIntel", "cpu"),
+        ("AVX512", None, "cpu"),
+    ],
+)
+def test_a_cpu_has_the_row_of_what_it_says_of_itself(capability, vendor, expected, monkeypatch, tmp_path):
+    monkeypatch.undo()  # the row that all tests share
+    cpuinfo = tmp_path / "cpuinfo"
+    if vendor:
+        cpuinfo.write_text(f"vendor_id : {vendor}\n")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(cost, "Path", lambda name: cpuinfo)
+    cost.intel_avx512.cache_clear()
+    try:
+        assert cost.architecture(torch.device("cpu"), triton=False) == expected
+        assert cost.architecture(torch.device("cpu"), triton=True) == expected
+        assert cost.architecture(torch.device("cuda"), triton=False) == "cpu"
+    finally:
+        cost.intel_avx512.cache_clear()
+    work = Work(1024, 576, 49_152, 4, expected)
+    assert not work.triton
+    assert cost.speeds(work).flops > 0
+
+
+def test_speeds_of_a_cpu_can_be_set(monkeypatch):
+    assumed = cost.SPEEDS["cpu", 4]
+    monkeypatch.setenv(cost.CPU_SPEEDS, "flops=2e11, gathered=0.7")
+    assert cost.cpu_speeds(assumed) == dataclasses.replace(assumed, flops=2e11, gathered=0.7)
+    monkeypatch.setenv(cost.CPU_SPEEDS, "")
+    assert cost.cpu_speeds(assumed) == assumed
+
+
+@pytest.mark.parametrize(
+    "text", ["fast", "flops", "flops=", "flops=-1", "block=0", "element=nan", "bytes=inf", "waiting=1", "flops=1e9,"]
+)
+def test_speeds_that_make_no_sense_are_refused(text, monkeypatch):
+    monkeypatch.setenv(cost.CPU_SPEEDS, text)
+    with pytest.raises(ValueError, match=r"LAD_KERNELS_CPU_SPEEDS: expected NAME=NUMBER,\.\.\. .* got '"):
+        cost.cpu_speeds(cost.SPEEDS["cpu", 4])

@@ -125,7 +125,7 @@ DISPATCH = {
     ),
     "a sample where nothing depends on it": (
         "worth",
-        'and (all_active or work.architecture == "cpu")',
+        "and (all_active or not work.triton)",
         "and all_active",
     ),
     "one pass whatever is forced": ("asked", '_forced.get() == "one_pass"', '_forced.get() != "two_pass"'),

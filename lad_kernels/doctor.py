@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lad_kernels import checks, linear_lad_loss, pretrained
-from lad_kernels.head import dispatch
+from lad_kernels.head import cost, dispatch, measured
 
 PACKAGES = (
     "torch",
@@ -259,11 +259,23 @@ def main(asked: Asked, console: Console | None = None) -> int:
         console.print(f"[italic]{title}[/]")
         for shape, call, reason in paths(asked, device, dtype):
             console.print(f"- [bold]{shape}, {call}[/]: {escape(reason)}", highlight=False)
+        if device.type == "cpu":
+            cpu_speeds(dtype, console)
         problems += check(device, asked.impl, console)
     for problem in problems:
         console.print(f"[red]broken[/] {escape(problem)}", highlight=False)
     console.print("healthy" if not problems else f"{len(problems)} to repair")
     return int(bool(problems))
+
+
+def cpu_speeds(dtype: torch.dtype, console: Console) -> None:
+    """Measure what the cost model assumes of this CPU, and say what to set where it is off."""
+    assumed = cost.SPEEDS[cost.architecture(torch.device("cpu"), triton=False), dtype.itemsize]
+    rows, advice = measured.compare(measured.measure(), assumed)
+    title = f"Speeds by which a path is chosen, float32, {torch.get_num_threads()} threads"
+    console.print(table(title, ("speed", "measured", "assumed"), rows))
+    if advice:
+        console.print(escape(advice), highlight=False)
 
 
 def check(device: torch.device, impl: str, console: Console) -> list[str]:

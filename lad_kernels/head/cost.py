@@ -45,7 +45,7 @@ class Speeds:
 # HBM3 in bfloat16 (benchmarks/results): head products 600 to 741 Tflop/s, a copy 3.03 TB/s, the tiles' epilogues 2e-13
 # to 4e-13 s a logit, routed products 27 to 43 ns a pair at D = 4,096.
 _EPYC = Speeds(8e10, 8e9, 1.2e-9, 0.4, 3.5e-4)
-_XEON = Speeds(1.18e11, 1.07e10, 2.6e-9, 0.57, 5e-4)
+_XEON = Speeds(1.18e11, 1.07e10, 2.3e-9, 0.6, 5e-4)
 _H100 = Speeds(7e14, 3.0e12, 3e-13, 0.13, 1e-7, 7e-11, 3e-3)
 
 

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "preflight": set(),
     "flags": {"preflight"},
     "pretrained": {"preflight"},
-    "doctor": {"checks", "head.dispatch", "pretrained", *PUBLIC},
+    "doctor": {"checks", "head.cost", "head.dispatch", "head.measured", "pretrained", *PUBLIC},
     "cli": PUBLIC,
     "": {*HEAD, "objective", "loss", "outputs"},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ pytest.importorskip("jsonargparse", reason="it needs the train extra: jsonargpar
 from rich.console import Console
 
 from lad_kernels import doctor
+from lad_kernels.head import cost, measured
 from lad_kernels.head.head import Head
 from lad_kernels.head.records import LogitTransform
 
@@ -27,6 +29,15 @@ def report(monkeypatch, **asked) -> tuple[int, str]:
     out = io.StringIO()
     status = doctor.main(doctor.Asked(**asked), Console(file=out, width=1000))
     return status, out.getvalue()
+
+
+ASSUMED, MEASURE = cost.SPEEDS["cpu", 4], measured.measure
+
+
+@pytest.fixture(autouse=True)
+def planted(monkeypatch):
+    """The doctor measures what is assumed, at once."""
+    monkeypatch.setattr(doctor.measured, "measure", lambda: ASSUMED)
 
 
 def versions(monkeypatch, **found: str | None) -> None:
@@ -176,3 +187,36 @@ def test_self_check_measures_and_can_fail(monkeypatch):
     status, text = report(monkeypatch, device="cpu")
     assert status == 1
     assert "self-check: expected an error of at most 1e-05" in text
+
+
+@pytest.mark.parametrize("name", ["bytes", "element", "gathered", "block"])
+@pytest.mark.parametrize(("factor", "told"), [(1.19, False), (1 / 1.19, False), (1.25, True), (1 / 1.25, True)])
+def test_doctor_says_what_to_set_where_a_speed_is_off_by_more_than_a_fifth(monkeypatch, name, factor, told):
+    found = dataclasses.replace(ASSUMED, **{name: factor * getattr(ASSUMED, name)})
+    monkeypatch.setattr(doctor.measured, "measure", lambda: found)
+    status, text = report(monkeypatch, device="cpu")
+    assert status == 0
+    assert "routed, ms a block" in text
+    assert (f"off by more than a fifth: {name};" in text) == told
+    assert ("LAD_KERNELS_CPU_SPEEDS=" in text) == told
+    if told:  # the line that is printed, set, ends the advice
+        monkeypatch.setenv(cost.CPU_SPEEDS, text.split("LAD_KERNELS_CPU_SPEEDS=")[1].split()[0])
+        assert measured.compare(found, cost.cpu_speeds(ASSUMED))[1] is None
+
+
+def test_a_cpu_that_is_faster_at_everything_has_nothing_to_set(monkeypatch):
+    """Only ratios decide."""
+    double = cost.Speeds(2 * ASSUMED.flops, 2 * ASSUMED.bytes, ASSUMED.element / 2, ASSUMED.gathered, ASSUMED.block / 2)
+    assert measured.compare(double, ASSUMED)[1] is None
+    monkeypatch.setattr(doctor.measured, "measure", lambda: double)
+    assert "off by more" not in report(monkeypatch, device="cpu")[1]
+
+
+def test_speeds_are_measured():
+    """Any CPU copies at 0.1 to 1,000 GB/s, and no product of gathered tokens is ten times a large one's rate."""
+    found = MEASURE(seconds=0.0)
+    assert 1e8 < found.flops < 1e15
+    assert 1e8 < found.bytes < 1e12
+    assert 1e-12 < found.element < 1e-6
+    assert 0 < found.gathered < 10
+    assert 0 < found.block < 1

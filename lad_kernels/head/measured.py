@@ -1,0 +1,92 @@
+"""The speeds of this CPU, measured as `cost.Speeds` has them. Nothing but `lad-kernels doctor` asks for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from lad_kernels.head import cost, pytorch
+from lad_kernels.head.records import BLOCK, LogitGradient, LogitTransform, Needs, Routing
+
+TOKENS, HIDDEN_SIZE, BLOCKS = 256, 768, 32  # products long enough to run at their rate, a tenth of a second a round
+FEW, MANY = 8, 192  # tokens of a block
+FIFTH = 1.2  # measured over assumed, or its inverse, from which a speed is worth setting
+
+
+@torch.no_grad()
+def measure(seconds: float = 2.0, clock: Callable[[], float] = time.perf_counter) -> cost.Speeds:
+    """Speeds in float32 with the threads in force, each from its fastest of as many rounds as fit; one at least."""
+    generator = torch.Generator().manual_seed(0)
+    n, d, v = TOKENS, HIDDEN_SIZE, BLOCKS * BLOCK
+    hidden, weight = torch.randn(n, d, generator=generator), torch.randn(v, d, generator=generator) / d**0.5
+    z = torch.zeros(pytorch.TILE_BYTES // (4 * v), v)  # [C, V], a tile as large as the head's
+    targets = torch.randint(v, (len(z),), generator=generator)  # [C]
+    lse = torch.full((len(z),), 9.0)  # [C]
+    gradient = LogitGradient(torch.ones(len(z)), -torch.ones(len(z)))
+    source, copy = torch.ones(1 << 22), torch.empty(1 << 22)
+
+    def routed(tokens: int) -> Callable[[], object]:
+        """The routed backward with so many tokens in each block."""
+        rows = torch.cat([torch.randperm(n, generator=generator)[:tokens].sort().values for _ in range(BLOCKS)])
+        routing = Routing(rows, torch.ones(len(rows)), [tokens] * BLOCKS, rows.new_empty(0))
+        part = gradient.select(slice(0, n))
+        arguments = (hidden, weight, targets[:n], None, LogitTransform(), lse[:n], part, routing)
+        return lambda: pytorch.backward(*arguments, needs=Needs(hidden=True, weight=True, bias=False))
+
+    def elements() -> None:
+        """What forward and backward do with a tile of logits besides products."""
+        z.sub_(z.amax(1)[:, None])
+        pytorch._block_sums(pytorch._exp(z, keep=False)).sum(1)
+        pytorch._logit_gradient(z, slice(0, len(z)), slice(0, v), targets, lse, gradient)
+
+    work: dict[str, Callable[[], object]] = {
+        "product": lambda: torch.mm(hidden, weight.T, out=z[:n]),
+        "elements": elements,
+        "copy": lambda: copy.copy_(source),
+        "few": routed(FEW),
+        "many": routed(MANY),
+    }
+    best, end = dict.fromkeys(work, float("inf")), clock() + seconds
+    for warm in (True, False):
+        while True:
+            for name, run in work.items():
+                start = clock()
+                run()
+                best[name] = best[name] if warm else min(best[name], clock() - start)
+            if warm or clock() >= end:
+                break
+    flops = 2 * n * d * v / best["product"]
+    rate = 6 * d * BLOCK * BLOCKS * (MANY - FEW) / max(best["many"] - best["few"], 1e-9)  # of the routed products
+    bytes = 2 * source.nbytes / best["copy"]
+    block = best["few"] / BLOCKS - 6 * d * BLOCK * FEW / rate - weight.nbytes / BLOCKS / bytes  # dW is counted apart
+    return cost.Speeds(flops, bytes, best["elements"] / (2 * z.numel()), rate / flops, max(block, 1e-9))
+
+
+def compare(measured: cost.Speeds, assumed: cost.Speeds) -> tuple[list[tuple[str, str, str]], str | None]:
+    """((speed, measured, assumed) each, what to set or None if no speed is off by more than a fifth).
+
+    Only ratios decide between paths, so assumed speeds are scaled to the measured rate of products.
+    """
+    faster = measured.flops / assumed.flops
+    scaled = {
+        "bytes": assumed.bytes * faster,
+        "element": assumed.element / faster,
+        "gathered": assumed.gathered,
+        "block": assumed.block / faster,
+    }
+    rows = [("products, Gflop/s", f"{measured.flops / 1e9:.3g}", f"{assumed.flops / 1e9:.3g}, the unit of the others")]
+    units = {"bytes": (1e-9, "copies, GB/s"), "element": (1e9, "outside products, ns a logit")}
+    units |= {"gathered": (1.0, "routed products over large ones"), "block": (1e3, "routed, ms a block")}
+    off = []
+    for name, expected in scaled.items():
+        found, (unit, title) = getattr(measured, name), units[name]
+        rows.append((title, f"{found * unit:.3g}", f"{expected * unit:.3g}"))
+        if max(found / expected, expected / found) > FIFTH:
+            off.append(name)
+    if not off:
+        return rows, None
+    line = ",".join(f"{name}={getattr(measured, name):.3g}" for name in cost.CPU_FIELDS)
+    advice = f"off by more than a fifth: {', '.join(off)}; if that is so on an idle machine, set"
+    return rows, f"{advice} {cost.CPU_SPEEDS}={line}"

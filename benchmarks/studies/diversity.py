@@ -7,27 +7,25 @@ answers at equal accuracy.
     python -m benchmarks.studies.diversity [--seeds 3] [--only NAME]   five minutes of one core a run
     python -m benchmarks.studies.diversity --table                     the table in docs/diversity.md, from the results
 
-Finished runs are read from results/diversity/, one file a run, and not repeated.
+Rows of finished runs are kept in results/diversity/results.json; those runs are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness import machine
-from benchmarks.harness.results import RESULTS
-from integration.diversity import FROZEN, Learner, Run, at_accuracy, looks_of, train
+from benchmarks.harness.results import RESULTS, Results
+from integration.diversity import FROZEN, Learner, Record, Run, at_accuracy, looks_of, train
 from integration.report import mean_and_std
 from lad_kernels import GRPOConfig, LADConfig
 from lad_kernels.pretrained import model_folder
 
-FOLDER = RESULTS / "diversity"
+FILE, TABLE = RESULTS / "diversity" / "results.json", "distinct right answers at equal accuracy"
+REACHED = (("update", 0.8), ("distinct", 0.8), ("distinct", 0.9))
 BOUND = {"epsilon_low": 0.2, "epsilon_high": 0.2}
 NORMALISED = {"target_norm": "group", "eta": 1.0}
 RUNS = (
@@ -48,44 +46,51 @@ RUNS = (
 )
 
 
-def place(run: Run, seed: int) -> Path:
-    name = "-".join(run.label.lower().replace(",", "").replace(".", "").split())
-    return FOLDER / f"{name}-{seed}.json"
+def load() -> Results:
+    """Rows of the runs that are done."""
+    return Results.load(FILE) if FILE.exists() else Results(machine.describe("cpu"))
+
+
+def row(run: Run, seed: int, records: list[Record]) -> dict[str, Any]:
+    """A run's line: where it first reached two accuracies, and its end."""
+    looks = looks_of(records)
+    at = {f"{name} at {accuracy}": at_accuracy(looks, name, accuracy) for name, accuracy in REACHED}
+    end = {name: looks[-1][name] for name in ("accuracy", "pass@8", "distinct", "entropy", "tv_to_start")}
+    return {"run": run.label, "seed": seed, "updates": run.updates, "seconds": looks[-1]["seconds"], **at, **end}
 
 
 def run_once(run: Run, seed: int, folder: str) -> None:
-    """One run to its end; its file appears when it is done."""
+    """One run to its end; its row is saved when it is done."""
     torch.set_num_threads(1)
-    records: list[dict[str, Any]] = []
+    records: list[Record] = []
     learner = Learner(folder, run, seed, "cpu")
 
-    def write(record: dict[str, Any]) -> None:
+    def write(record: Record) -> None:
         records.append(record)
         if "held_out" in record:
             print(run.label, seed, record["update"], f"{record['seconds']:.0f} s", record["held_out"], flush=True)
 
     train(learner, float("inf"), write)
-    result = {"config": asdict(run.config), "batches": run.batches, "seed": seed, "looks": looks_of(records)}
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    place(run, seed).write_text(json.dumps({"machine": machine.describe("cpu"), **result}, indent=1) + "\n")
+    results = load()  # again: another process may have added a row
+    results.add(TABLE, **row(run, seed, records))
+    results.save(FILE)
 
 
-def table() -> list[str]:
+def table(rows: list[dict[str, Any]]) -> list[str]:
     """Lines of Markdown: a row a method, mean and standard deviation over the seeds that were run."""
-    columns = ("seeds", "updates to .80", "distinct at .80", "distinct at .90", "end: accuracy", "distinct", "entropy")
+    ends = (("accuracy", 2), ("distinct", 1), ("entropy", 2))
+    columns = ("seeds", *(f"{name} at {accuracy}" for name, accuracy in REACHED), *(f"end: {name}" for name, _ in ends))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for run in RUNS:
-        paths = sorted(FOLDER.glob(f"{place(run, 0).stem[:-1]}[0-9].json"))
-        if not paths:
+        own = [each for each in rows if each["run"] == run.label]
+        if not own:
             continue
-        looks = [json.loads(path.read_text())["looks"] for path in paths]
-        cells = [run.label, str(len(looks))]
-        for name, accuracy in (("update", 0.8), ("distinct", 0.8), ("distinct", 0.9)):
-            known = [x for each in looks if (x := at_accuracy(each, name, accuracy)) is not None]
-            missing = "" if len(known) == len(looks) else f" ({len(known)} of {len(looks)} seeds)"
+        cells = [run.label, str(len(own))]
+        for name, accuracy in REACHED:
+            known = [each[f"{name} at {accuracy}"] for each in own if each[f"{name} at {accuracy}"] is not None]
+            missing = "" if len(known) == len(own) else f" ({len(known)} of {len(own)} seeds)"
             cells.append(mean_and_std(known, 1) + missing if known else "never")
-        for name, digits in (("accuracy", 2), ("distinct", 1), ("entropy", 2)):
-            cells.append(mean_and_std([each[-1][name] for each in looks], digits))
+        cells += [mean_and_std([each[name] for each in own], digits) for name, digits in ends]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -100,9 +105,10 @@ def main(arguments: list[str] | None = None) -> None:
         folder = model_folder("smollm2")
         for seed in range(flags.seeds):
             for run in RUNS:
-                if (flags.only is None or flags.only in run.label) and not place(run, seed).exists():
+                done = any(r["run"] == run.label and r["seed"] == seed for r in load().tables.get(TABLE, []))
+                if (flags.only is None or flags.only in run.label) and not done:
                     run_once(run, seed, folder)
-    print("\n".join(table()))
+    print("\n".join(table(load().tables.get(TABLE, []))))
 
 
 if __name__ == "__main__":

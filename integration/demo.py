@@ -29,7 +29,7 @@ from lad_kernels.preflight import Refused, check_model, claim_folder, complain
 from lad_kernels.pretrained import model_folder
 
 MODEL = "smollm2"
-SECONDS = 450.0  # for the runs of the real model, which make fewer updates on a slower machine
+SECONDS = 400.0  # for the runs of the real model, which make fewer updates on a slower machine
 PARITY = 1e-10  # relative error allowed between our float64 path and the specification's
 QUICK = {
     "steps": 2,

@@ -70,17 +70,17 @@ class Run:
 
     @property
     def rollout(self) -> str:
-        return {1: "on-policy", FROZEN: "pi_old fixed"}.get(self.batches, f"{self.batches} mini-batches a rollout")
+        return {1: "on-policy", FROZEN: "pi_old fixed"}.get(self.batches, f"{self.batches} mini-batches")
 
 
 BEST = LADConfig(epsilon_low=0.2, epsilon_high=0.2, target_norm="group", eta=1.0)
 RUNS = (
-    Run("GRPO", GRPOConfig(), 1, 8),
-    Run("LAD", LADConfig(), 1, 8),
-    Run("GRPO, clip 0.2", GRPOConfig(), FROZEN, 12),
-    Run("LAD", LADConfig(), FROZEN, 12),
-    Run("GRPO, clip 0.2", GRPOConfig(), 4, 24),
-    Run("LAD, bound 0.2, normalised target, eta 1", BEST, 4, 24),
+    Run("GRPO", GRPOConfig(), 1, 7),
+    Run("LAD", LADConfig(), 1, 7),
+    Run("GRPO, clip 0.2", GRPOConfig(), FROZEN, 10),
+    Run("LAD", LADConfig(), FROZEN, 10),
+    Run("GRPO, clip 0.2", GRPOConfig(), 4, 20),
+    Run("LAD, bound 0.2, normalised", BEST, 4, 20),
 )
 
 

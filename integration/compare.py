@@ -6,14 +6,12 @@ appends a JSON line per step to its own folder; the live table, the plots and th
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -23,6 +21,7 @@ from rich.table import Table
 
 from integration.policy import build_policy
 from integration.report import Sheet, mean_and_std
+from integration.runs import read_records
 from integration.tasks import Task
 from integration.trainer import TrainConfig, evaluate, load_policy, train, warm_start
 
@@ -45,13 +44,6 @@ class Comparison:
 
 def run_folder(folder: Path, algorithm: str, seed: int) -> Path:
     return folder / f"{algorithm}-{seed}"
-
-
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """A run's lines so far."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be half written
 
 
 def run_once(config: TrainConfig, start: Path, task: Task) -> Evaluation:

@@ -43,6 +43,7 @@ from integration.many_answers import (
     score,
 )
 from integration.report import Sheet
+from integration.runs import LOG, read_records
 from lad_kernels import GRPOConfig, LADConfig, group_advantages, grpo_loss, lad_loss
 
 plt.switch_backend("Agg")
@@ -203,18 +204,11 @@ def run_once(folder: str, run: Run, seed: int, seconds: float, device: str, out:
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     learner = Learner(folder, run, seed, device)
-    with (out / "metrics.jsonl").open("w", buffering=1) as log:
+    with (out / LOG).open("w", buffering=1) as log:
         train(learner, seconds, lambda record: print(json.dumps(record), file=log))
     if keep_model:
         learner.model.save_pretrained(out / "model")
         AutoTokenizer.from_pretrained(folder).save_pretrained(out / "model")
-
-
-def read_records(out: Path) -> list[Record]:
-    """A run's lines so far."""
-    path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be half written
 
 
 def run_all(

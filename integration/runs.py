@@ -77,6 +77,13 @@ def _step(line: bytes) -> int | None:
         return None
 
 
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """A run's lines so far."""
+    path = folder / LOG
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be half written
+
+
 class Signals:
     """Handles Ctrl-C and SIGTERM: recorded inside `held()`, `Interrupted` elsewhere; a second one ends the process.
 

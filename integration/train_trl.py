@@ -27,6 +27,8 @@ from typing import Any
 if not __package__:  # run by its path: makes `integration` importable, and files next to this one shadow no package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from integration.train_config import PRETRAINED_RATE
+
 SMALL = {
     "output_dir": "runs/trl",
     "bf16": False,
@@ -42,7 +44,7 @@ SMALL = {
     "report_to": "none",
     "save_strategy": "no",
 }
-PRETRAINED = {"learning_rate": 4e-6}  # 2e-5 takes the entropy of a small model away
+PRETRAINED = {"learning_rate": PRETRAINED_RATE}
 WRITTEN = ("start", "*.safetensors", "checkpoint-*")  # by which a run's folder is recognised
 
 

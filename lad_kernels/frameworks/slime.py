@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lad_kernels import LADConfig, lad_loss
-from lad_kernels.frameworks.options import HEAD_SETTINGS, NO_HEAD, refuse
+from lad_kernels.frameworks.options import HEAD_SETTINGS, NO_HEAD, ratio_bounds, refuse, say_bounds
 
 # What slime's own policy loss adds; a custom loss replaces all of it.
 SLIME_REFUSED = (
@@ -55,7 +55,11 @@ def slime_lad_loss(
     refuse(settings, "slime reduces single tokens itself", "loss_agg_mode", "importance_sampling_level", "target_norm")
     refuse(settings, NO_HEAD, *HEAD_SETTINGS)
     refuse(vars(args), "a custom loss replaces slime's policy loss and all that it adds", *SLIME_REFUSED)
-    settings |= _ratio_bounds(args, settings)
+    clip, high = getattr(args, "eps_clip", EPS_CLIP), getattr(args, "eps_clip_high", None)
+    theirs = clip, clip if high is None else high
+    own = settings.get("epsilon_low"), settings.get("epsilon_high")
+    settings["epsilon_low"], settings["epsilon_high"] = ratio_bounds(own, theirs, EPS_CLIP, "--eps-clip")
+    say_bounds("slime_lad_loss", settings["epsilon_low"], settings["epsilon_high"], unset="slime's default --eps-clip")
     _, scored = get_log_probs_and_entropy(
         logits,
         args=args,
@@ -83,20 +87,6 @@ def slime_lad_loss(
     values = {"ppo_kl": -log_ratio, "lad/ratio": log_ratio.exp(), "lad/abs_coef": coefficients.abs()}
     metrics = {"loss": loss.detach(), **{name: reduce(x) for name, x in values.items()}}
     return loss, metrics | {"lad/nonfinite_share": sum_of_sample_mean((mask & ~keep).to(leaf.dtype))}
-
-
-def _ratio_bounds(args: Any, settings: dict[str, Any]) -> dict[str, float]:
-    """epsilon_low and epsilon_high from --eps-clip and --eps-clip-high, as slime reads them; none by its defaults."""
-    low, high = getattr(args, "eps_clip", EPS_CLIP), getattr(args, "eps_clip_high", None)
-    bounds = {"epsilon_low": low, "epsilon_high": low if high is None else high}
-    if set(bounds.values()) == {EPS_CLIP}:
-        return {}
-    for name, value in bounds.items():
-        if settings.get(name) not in (None, value):
-            raise ValueError(
-                f"lad.{name}: expected {value!r} of --eps-clip or --eps-clip-high, got {settings[name]!r}; set one only"
-            )
-    return bounds
 
 
 def _loss_tokens(sum_of_sample_mean: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:  # [M] -> bool [M]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import lad_kernels
+from lad_kernels.frameworks.options import ratio_bounds
 from lad_kernels.objective import DIVERGENCES
 
 try:
@@ -142,14 +143,11 @@ class LADConfig(GRPOConfig):
 
     def ratio_bounds(self) -> tuple[float | None, float | None]:
         """epsilon_low and epsilon_high of `lad_kernels.LADConfig`; None: no bound."""
-        low, high, usual = self.epsilon_low, self.epsilon_high, GRPOConfig.epsilon
-        if self.epsilon == usual and (low is not None or high is None):
-            return low, high
-        if self.epsilon != usual and low not in (None, self.epsilon):
-            raise ValueError(
-                f"epsilon_low: expected epsilon's {self.epsilon!r}, got {low!r}; set one of both, or the same value"
-            )
-        return self.epsilon, self.epsilon if high is None else high
+        usual, high = GRPOConfig.epsilon, self.epsilon_high
+        if self.epsilon == usual and (self.epsilon_low is not None or high is None):
+            return self.epsilon_low, high
+        theirs = self.epsilon, self.epsilon if high is None else high
+        return ratio_bounds((self.epsilon_low, None), theirs, usual, "epsilon")
 
 
 def grpo_config(args: GRPOConfig) -> lad_kernels.GRPOConfig:

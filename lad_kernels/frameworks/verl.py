@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lad_kernels import LADConfig, LinearLogprobs, lad_loss, linear_logprobs
-from lad_kernels.frameworks.options import say_bounds
+from lad_kernels.frameworks.options import ratio_bounds, say_bounds
 
 logger = logging.getLogger(__name__)
 try:
@@ -97,12 +97,8 @@ class LADPolicyLossConfig(PolicyLossConfig):
                 f"clip_ratio: expected clip_ratio_low and clip_ratio_high to go with it, got {both!r} while they are "
                 f"{low!r}, which is what verl reads; set these two"
             )
-        if low == high == CLIP_RATIO:
-            return self.epsilon_low, self.epsilon_high
-        for name, own, theirs in (("epsilon_low", self.epsilon_low, low), ("epsilon_high", self.epsilon_high, high)):
-            if own not in (None, theirs):
-                raise ValueError(f"{name}: expected {theirs!r} as the actor's clip_ratio, got {own!r}; set one of both")
-        return low, high
+        own = self.epsilon_low, self.epsilon_high
+        return ratio_bounds(own, (low, high), CLIP_RATIO, "the actor's clip_ratio")
 
 
 def lad_policy_loss(

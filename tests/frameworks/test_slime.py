@@ -190,7 +190,15 @@ def test_its_own_clip_is_the_bound_on_the_ratio(clips, lad, expected):
 def test_a_bound_that_contradicts_its_clip_is_refused():
     args, batch, logits, reduce, _ = case(eps_clip=0.1, eps_clip_high=None)
     args.lad = {"epsilon_high": 0.3}
-    with pytest.raises(
-        ValueError, match=r"lad\.epsilon_high: expected 0\.1 of --eps-clip or --eps-clip-high, got 0\.3"
-    ):
+    with pytest.raises(ValueError, match=r"epsilon_high: expected 0\.1 as --eps-clip has it, got 0\.3"):
         slime_lad_loss(args, batch, logits, reduce)
+
+
+@pytest.mark.parametrize(
+    ("clip", "words"),
+    [(0.2, "no bound on the ratio; slime's default --eps-clip sets none"), (0.1, r"out of \[0.9, 1.1\]")],
+)
+def test_the_bound_in_effect_is_said(clip, words):
+    args, batch, logits, reduce, _ = case(eps_clip=clip, eps_clip_high=None)
+    with pytest.warns(UserWarning, match=words):
+        slime_lad_loss(args, batch, logits.requires_grad_(), reduce)

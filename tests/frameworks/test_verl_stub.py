@@ -118,7 +118,7 @@ def test_a_nan_of_the_policy_propagates(mode, verl):
 def test_which_bounds_are_in_effect(actor, own, bounds, verl):
     found = verl.LADPolicyLossConfig(**own).lad_config(actor=SimpleNamespace(**actor))
     assert (found.epsilon_low, found.epsilon_high) == bounds
-    with pytest.raises(ValueError, match=r"epsilon_low: expected 0\.4 as the actor's clip_ratio, got 0\.1"):
+    with pytest.raises(ValueError, match=r"epsilon_low: expected 0\.4 as the actor's clip_ratio has it, got 0\.1"):
         verl.LADPolicyLossConfig(epsilon_low=0.1).lad_config(actor=SimpleNamespace(clip_ratio_low=0.4))
     unread = SimpleNamespace(clip_ratio=0.3, clip_ratio_low=0.2, clip_ratio_high=0.2)  # as verl's own YAML has them
     with pytest.raises(ValueError, match=r"clip_ratio: expected clip_ratio_low and clip_ratio_high .* got 0\.3"):

@@ -8,11 +8,11 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "lad_kernels" / "__init__.py").read_text()).group(1)
 cli = ["rich>=13", "packaging>=24", "jsonargparse>=4.51,<5", "docstring-parser>=0.17"]
-train = ["transformers>=5.0", "gguf>=0.10", "reasoning-gym>=0.1.24", "matplotlib>=3.8", *cli]
+train = ["transformers>=5.0", "accelerate>=1.10", "gguf>=0.10", "reasoning-gym>=0.1.24", "matplotlib>=3.8", *cli]
 oracles = ["liger-kernel>=0.8", "cut-cross-entropy>=25.1"]
 docs = ["sphinx>=9", "furo>=2025.12.19", "myst-parser>=5"]
 lint = ["ruff>=0.15", "mypy>=1.18"]
-trl = ["trl>=1.14,<1.17,!=1.15.0", "accelerate>=1.10", "datasets>=4.7", "peft>=0.18", *train]
+trl = ["trl>=1.14,<1.17,!=1.15.0", "datasets>=4.7", "peft>=0.18", *train]
 test = [
     "pytest>=8",
     "pytest-xdist>=3.6",

@@ -38,6 +38,7 @@ from filelock import FileLock, Timeout
 from lad_kernels.preflight import Refused
 
 MANIFEST = "manifest.json"
+NEEDED = ("transformers", "accelerate", "gguf")  # to read a GGUF file
 _HUB_ID = re.compile(r"(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b")
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
@@ -222,7 +223,7 @@ def _check_before(model: KnownModel, source: Source, parent: Path, flag: str) ->
     Raises:
         Refused: a package that reads the file is missing, the file is damaged, or the disk is full.
     """
-    missing = next((p for p in ("transformers", "gguf") if importlib.util.find_spec(p) is None), None)
+    missing = next((p for p in NEEDED if importlib.util.find_spec(p) is None), None)
     if missing:
         raise Refused(
             f"{flag}: expected {missing} to be installed to read {model.title}, got none: pip install "

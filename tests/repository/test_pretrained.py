@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import errno
 import hashlib
+import importlib.util
 import json
 import os
+import re
 import resource
 import signal
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -318,6 +321,18 @@ def test_two_processes_at_once_convert_once(gguf, tmp_path, monkeypatch):
     assert said.read_text().splitlines()[1:] == [folder]
     assert (tmp_path / "first").read_text().splitlines()[-2:] == ["Converted.", folder]
     assert (tmp_path / "log").read_text() == "x"
+
+
+def test_the_train_extra_has_what_reads_a_gguf_file(gguf, tmp_path, monkeypatch):
+    """`make demo` installs it alone; transformers misses accelerate when it reads the file, not before."""
+    train = [line for line in metadata.requires("lad_kernels") if re.search("extra == .train", line)]
+    assert {re.match(r"[\w-]+", line)[0] for line in train} >= set(pretrained.NEEDED)
+    found = importlib.util.find_spec
+    for name in pretrained.NEEDED:
+        missing = lambda x, name=name: None if x == name else found(x)  # noqa: E731
+        monkeypatch.setattr(pretrained.importlib.util, "find_spec", missing)
+        with pytest.raises(Refused, match=rf"expected {name} to be installed .*pip install 'lad_kernels\[train\]'"):
+            model_folder("smollm2")
 
 
 def test_the_doctor_says_where_known_models_stand(gguf, tmp_path, monkeypatch):

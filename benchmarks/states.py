@@ -4,9 +4,12 @@ python -m benchmarks.states show [--policy FOLDER]         samples what is not c
 python -m benchmarks.states pack OUT [--policy FOLDER]     one file for a machine without network, OUT/states.pt
 
 A policy is a folder of transformers. By default it is SmolLM2-135M-Instruct, which `lad_kernels.pretrained` provides.
-The prompts are those of prompts.json: eight problems of reasoning-gym and four plain instructions. Completions are
-sampled from the whole distribution (no top-k, no top-p) in bfloat16, as by a rollout engine, and cached in the user's
-cache folder. Hidden states and old log-probs are those of a float32 forward, the states taken before the head.
+The prompts are those of prompts.json: eight problems of reasoning-gym (0 and 1 with seed 7 of chain_sum,
+basic_arithmetic, gsm_symbolic and letter_counting) and four plain instructions. A policy that was trained on others
+has a prompts.json of its own in its folder (`make demo ARGS=--keep-models` writes it), and the policy `untrained` is
+SmolLM2 on those. Completions are sampled from the whole distribution (no top-k, no top-p) in bfloat16, as by a rollout
+engine, and cached in the user's cache folder. Hidden states and old log-probs are those of a float32 forward, the
+states taken before the head.
 
 The temperature of the loss need not be that of sampling. Hidden states are divided by it, so that every provider, with
 a temperature option or without, sees the same logits.
@@ -31,14 +34,26 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-PROMPTS = Path(__file__).with_name("prompts.json")
+PROMPTS = "prompts.json"
 CARRIED = ROOT / ".carry" / "states"  # where carry.sh packs
 PACKED, POLICY = "LAD_KERNELS_STATES", "LAD_KERNELS_POLICY"  # environment: a packed folder, a policy's folder
 TEMPERATURES = (1.0, 0.6, 0.3)
-COMPLETIONS, LENGTH = 2, 96  # of each prompt, and tokens at most
 MAX_BYTES = 60 << 20  # of a packed file
 BLOCK = 32  # entries of a packed row that share a scale
 TOLERANCE = 1e-4  # of logits, relative to the largest: the head must be a plain product
+
+
+class Prompts(NamedTuple):
+    """What a policy is asked, read from a prompts.json."""
+
+    texts: list[str]
+    completions: int  # of each prompt
+    length: int  # tokens of a completion at most
+    chat: bool  # asked by the tokenizer's chat template, or as a question where it has none; else continued as they are
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()[:8]
 
 
 class Sampled(NamedTuple):
@@ -63,12 +78,15 @@ class States(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- sampling
 
 
-def prompts() -> list[str]:
-    return [row["text"] for row in json.loads(PROMPTS.read_text())]
+def prompts_of(folder: Path | None = None) -> Prompts:
+    """A policy's own prompts, or those that all others are asked."""
+    own = None if folder is None else folder / PROMPTS
+    path = own if own is not None and own.exists() else Path(__file__).with_name(PROMPTS)
+    return Prompts(**json.loads(path.read_text()))
 
 
 @torch.no_grad()
-def sample(folder: Path, temperature: float, completions: int = COMPLETIONS, length: int = LENGTH) -> Sampled:
+def sample(folder: Path, temperature: float, asked: Prompts) -> Sampled:
     """Completions of every prompt, then their states in a second forward."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -76,23 +94,24 @@ def sample(folder: Path, temperature: float, completions: int = COMPLETIONS, len
     sampler, model = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval() for dtype in (torch.bfloat16, torch.float32)
     )
-    chat = tokenizer.chat_template is not None
+    chat = asked.chat and tokenizer.chat_template is not None
+    question = "Question: {}\nAnswer:" if asked.chat else "{}"
     ask = lambda text: tokenizer.apply_chat_template(  # noqa: E731
         [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
     )
-    texts = [ask(text) if chat else f"Question: {text}\nAnswer:" for text in prompts()]
+    texts = [ask(text) if chat else question.format(text) for text in asked.texts]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not chat)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     torch.manual_seed(0)
     ids = sampler.generate(
-        **inputs, do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=length,
-        num_return_sequences=completions, pad_token_id=pad,
+        **inputs, do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=asked.length,
+        num_return_sequences=asked.completions, pad_token_id=pad,
     )  # [prompts * completions, P + T]  # fmt: skip
-    order = torch.arange(len(ids)).view(-1, completions).T.flatten()  # first one completion of every prompt
+    order = torch.arange(len(ids)).view(-1, asked.completions).T.flatten()  # first one completion of every prompt
     ids, start = ids[order], inputs["input_ids"].shape[1]
     ended = ids[:, start:] == tokenizer.eos_token_id  # [B, T]
     mask = ended.cumsum(1) - ended.long() == 0  # [B, T]; the end is a token of the completion
-    attention = inputs["attention_mask"].repeat_interleave(completions, 0)[order]  # [B, P]
+    attention = inputs["attention_mask"].repeat_interleave(asked.completions, 0)[order]  # [B, P]
     attention = torch.cat([attention, mask.long()], 1)  # [B, P + T]
     parts = states_of(model, ids, attention, mask, temperature)
     hidden, targets, old = zip(*parts)
@@ -152,17 +171,16 @@ def version(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def cache_path(folder: Path, temperature: float, completions: int, length: int) -> Path:
-    asked = hashlib.sha256(PROMPTS.read_bytes()).hexdigest()[:8]
-    name = f"{folder.name}-{version(folder)}-prompts-{asked}-{completions}x{length}-T{temperature:g}.pt"
-    return cache_folder() / name
+def cache_path(folder: Path, temperature: float, asked: Prompts) -> Path:
+    size = f"{asked.completions}x{asked.length}"
+    return cache_folder() / f"{folder.name}-{version(folder)}-prompts-{asked.digest}-{size}-T{temperature:g}.pt"
 
 
-def cached(folder: Path, temperature: float, completions: int = COMPLETIONS, length: int = LENGTH) -> Sampled:
+def cached(folder: Path, temperature: float, asked: Prompts) -> Sampled:
     """`sample`, once."""
-    path = cache_path(folder, temperature, completions, length)
+    path = cache_path(folder, temperature, asked)
     if not path.exists():
-        write(path, sample(folder, temperature, completions, length)._asdict())
+        write(path, sample(folder, temperature, asked)._asdict())
     return Sampled(**torch.load(path, weights_only=True))
 
 
@@ -196,16 +214,16 @@ def unpack_rows(codes: Tensor, scales: Tensor) -> Tensor:  # [V, D] float32
     return (codes.float() * scales.float()[..., None]).flatten(1)
 
 
-def pack(out: Path, name: str, temperatures: tuple[float, ...] = TEMPERATURES, **settings: int) -> dict[str, object]:
+def pack(out: Path, name: str, temperatures: tuple[float, ...] = TEMPERATURES) -> dict[str, object]:
     """Write OUT/states.pt of at most MAX_BYTES; returns what it says about itself."""
-    folder = policy_folder(name)
+    folder, asked = policy(name)
     weight = head_of(folder)  # [V, D]
     codes, scales = pack_rows(weight)
     error = (unpack_rows(codes, scales) - weight).norm() / weight.norm()
     about = {"policy": title(name, folder), "version": version(folder), "error of the head": error.item()}
     record: dict[str, object] = {"about": about, "codes": codes, "scales": scales}
     for t in temperatures:
-        s = cached(folder, t, **settings)
+        s = cached(folder, t, asked)
         record[f"T={t:g}"] = s._replace(hidden=s.hidden.bfloat16(), targets=s.targets.int())._asdict()
     tensors = [codes, scales, *(x for t in temperatures for x in record[f"T={t:g}"].values())]  # type: ignore[attr-defined]
     if (size := sum(x.nbytes for x in tensors)) > MAX_BYTES:
@@ -217,20 +235,23 @@ def pack(out: Path, name: str, temperatures: tuple[float, ...] = TEMPERATURES, *
 # --------------------------------------------------------------------------------------------------------- loading
 
 
-def policy_folder(name: str) -> Path:
-    """The folder of a policy: `trained` is the one that LAD_KERNELS_POLICY names, others are downloaded ones."""
+def policy(name: str) -> tuple[Path, Prompts]:
+    """A policy's folder, and what it is asked: `trained` is the folder that LAD_KERNELS_POLICY names."""
     if name == "trained":
-        return Path(os.environ[POLICY])
+        folder = Path(os.environ[POLICY])
+        return folder, prompts_of(folder)
     from lad_kernels import pretrained
 
-    return Path(pretrained.model_folder(name))
+    if name == "untrained":
+        return Path(pretrained.model_folder("smollm2")), prompts_of(Path(os.environ[POLICY]))
+    return Path(pretrained.model_folder(name)), prompts_of()
 
 
 def title(name: str, folder: Path) -> str:
     """What a table calls a policy: a trained one by its folder and version."""
     from lad_kernels import pretrained
 
-    known = pretrained.KNOWN.get(name)
+    known = pretrained.KNOWN.get("smollm2" if name == "untrained" else name)
     return known.title if known else f"{folder.name} ({version(folder)})"
 
 
@@ -250,37 +271,38 @@ def unpacked(path: Path) -> tuple[str, Tensor, dict[str, dict[str, Tensor]]]:
 @cache
 def load(name: str, sampled: float, scored: float) -> States:
     """States of a policy (`smollm2`, `trained`, ...) at a sampling temperature, for a loss at `scored` (that, or 1)."""
-    if name != "trained" and (path := packed_file()):
+    if name == "smollm2" and (path := packed_file()):
         name, weight, record = unpacked(path)
         if f"T={sampled:g}" not in record:
             raise LookupError(f"{path} has no states sampled at {sampled:g}")
         s = Sampled(**record[f"T={sampled:g}"])
     else:
-        folder = policy_folder(name)
-        name, weight, s = title(name, folder), head_of(folder), cached(folder, sampled)
+        folder, asked = policy(name)
+        name, weight, s = title(name, folder), head_of(folder), cached(folder, sampled, asked)
     old = s.old_logprobs[[sampled, 1.0].index(scored)]  # [N]
     return States(name, s.hidden.float() / scored, weight, s.targets.long(), old)
 
 
 def missing(name: str) -> str | None:
     """Why a policy's states cannot be had here; None if they can."""
-    if name == "trained":
-        return None if os.environ.get(POLICY) else f"no folder of a trained policy is given (--policy, {POLICY})"
+    if name in ("trained", "untrained") and not os.environ.get(POLICY):
+        return f"no folder of a trained policy is given (--policy, {POLICY})"
     if name == "smollm2" and (path := packed_file()):
         return None if path.exists() else f"{path} does not exist"
     try:
-        policy_folder(name)
+        policy(name)
     except Exception as error:  # Refused names the package; a checkout may lack the module
         return f"states of {name}: {error}"
     return None
 
 
-def show(folder: Path) -> None:
+def show(name: str) -> None:
+    folder, asked = policy(name)
     for t in TEMPERATURES:
-        s = cached(folder, t)
+        s = cached(folder, t, asked)
         z = [h @ head_of(folder).T / t for h in s.hidden.split(256)]  # [256, V] each
         entropy = torch.cat([torch.distributions.Categorical(logits=x).entropy() for x in z])  # [N]
-        ended = (s.lengths < LENGTH).float().mean()
+        ended = (s.lengths < asked.length).float().mean()
         print(
             f"T={t:g}: {len(s.targets)} tokens, mean entropy {entropy.mean():.3g} nats, {ended:.0%} ended by themselves"
         )
@@ -298,7 +320,7 @@ def main() -> None:
     if args.step == "pack":
         print(pack(args.out, name))
     else:
-        show(policy_folder(name))
+        show(name)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,16 @@ What the package chooses may cost 1.1 times the best path that can be forced.
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
-from benchmarks.harness import sparse
+import pytest
+import torch
+
+from benchmarks.harness import machine, sparse
+from benchmarks.harness.data import fit, make_batch, missing
 from benchmarks.harness.measure import Rounds, ratio, summary
+from benchmarks.harness.provider import Provider
+from benchmarks.harness.shapes import REAL_TOKENS
 from lad_kernels.testing import CONTRACT_MARGIN, FP32_TOLERANCE
 
 MIB = 2**20
@@ -45,6 +51,47 @@ def test_sparse(bench, data, case, rounds):
     add_rows(bench, shape, data, case, batch, entries, found, run, peaks)
     if case == "off-policy" and bench.set_name != "tiny":
         check_choices({p.name: ratio(s, run.samples[run.providers[0]]) for p, s in run.samples.items()})
+
+
+def keeping_subnormals(entry: sparse.Entry, keep: bool) -> Provider:
+    """The entry in a process that keeps subnormal numbers, as Python starts, or in one that flushes them."""
+    usual = sparse.provider(entry, "off-policy")
+
+    def forward(batch):
+        torch.set_flush_denormal(not keep)
+        return usual.forward(batch)
+
+    return replace(usual, name=f"{entry.name}, subnormals {'kept' if keep else 'flushed'}", forward=forward)
+
+
+def test_what_flushing_hides(bench, rounds):
+    """All other rows flush subnormal numbers, which spares stored logits the most at low temperatures.
+
+    One thread, because others keep the mode in which they were started.
+    """
+    data = "real, T=0.3"
+    if reason := missing(data):
+        pytest.skip(f"{reason}; lost: what subnormal numbers cost")
+    if bench.device == "cuda" or bench.set_name not in ("small", "full"):
+        pytest.skip("it is about CPUs, on real states; lost: nothing elsewhere")
+    if not machine.flush_subnormals():
+        pytest.skip(f"{machine.NOT_FLUSHED}; lost: the comparison")
+    shape, threads = fit(replace(REAL_TOKENS["small"], length=16), data), torch.get_num_threads()
+    batch = make_batch(shape, data, bench.dtype, bench.device)
+    entries = [e for e in sparse.ENTRIES if e.name in (sparse.EAGER, "exact, as chosen")]
+    run = Rounds([keeping_subnormals(e, keep) for e in entries for keep in (False, True)], [batch], bench.clock)
+    torch.set_num_threads(1)
+    try:
+        for _ in range(rounds):
+            run()
+    finally:
+        torch.set_num_threads(threads)
+        machine.flush_subnormals()
+    flushed = run.samples[run.providers[0]]
+    for provider, samples in run.samples.items():
+        total = summary(samples)["total_ms"]
+        row = {"entry": provider.name, "total_ms": total, "vs_eager_flushed": ratio(samples, flushed)}
+        bench.results.add("subnormals", shape=str(shape), data=data, **row)
 
 
 def check_choices(against_eager: dict[str, float]) -> None:

@@ -207,8 +207,18 @@ def run_once(folder: str, run: Run, seed: int, seconds: float, device: str, out:
     with (out / LOG).open("w", buffering=1) as log:
         train(learner, seconds, lambda record: print(json.dumps(record), file=log))
     if keep_model:
-        learner.model.save_pretrained(out / "model")
-        AutoTokenizer.from_pretrained(folder).save_pretrained(out / "model")
+        save_model(learner, AutoTokenizer.from_pretrained(folder), out / "model")
+
+
+def save_model(learner: Learner, tokenizer: Any, folder: Path) -> None:
+    """What was trained, with its prompts as benchmarks/states.py takes them."""
+    learner.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    problems = [*learner.split.train, *learner.split.held_out]
+    longest = max(len(answer) for problem in problems for answer in problem.right)
+    texts = [tokenizer.decode(problem.prompt) for problem in problems]
+    asked = {"completions": 6, "length": longest, "chat": False, "texts": texts}
+    (folder / "prompts.json").write_text(json.dumps(asked, indent=1) + "\n")
 
 
 def run_all(

@@ -250,7 +250,7 @@ def routed_cases(run: Run) -> list[tuple[Shape, str, str]]:
         return [(first, "peaked", zero), (first, "real, T=0.6", off)]
     return [
         (first, "peaked", off),
-        *((sparse.SHAPES["gpu"], data, off) for data in REAL if not data.startswith("trained")),
+        *((sparse.SHAPES["gpu"], data, off) for data in REAL if REAL[data][0] == "smollm2"),
         (REAL_TOKENS["gpu"], "real, T=0.6", off),
         (sparse.SHAPES["gpu"], "peaked", zero),
         (first, "flat", off),

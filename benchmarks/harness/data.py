@@ -32,12 +32,16 @@ REAL = {  # policy, temperature of sampling and of the loss
     "real, T=0.6": ("smollm2", 0.6, 0.6),
     "real, T=0.3": ("smollm2", 0.3, 0.3),
     "real, T=0.6, loss at 1": ("smollm2", 0.6, 1.0),
+    "real, Gemma 3, T=1": ("gemma3-270m", 1.0, 1.0),
+    "real, Gemma 3, T=0.6": ("gemma3-270m", 0.6, 0.6),
+    "real, Gemma 3, T=0.3": ("gemma3-270m", 0.3, 0.3),
+    "untrained, T=1": ("untrained", 1.0, 1.0),  # on the prompts of the trained one
     "trained, T=1": ("trained", 1.0, 1.0),
     "trained, T=0.6": ("trained", 0.6, 0.6),
     "trained, T=0.6, loss at 1": ("trained", 0.6, 1.0),
 }
 MADE = tuple(ENTROPY)
-EVERYWHERE = (*MADE, "real, T=1", "real, T=0.6")  # where each data set costs minutes
+EVERYWHERE = (*MADE, "real, T=1", "real, T=0.6")  # others: where a data set costs minutes, in test_sparse alone
 INTERPRETED = 1024  # a vocabulary below it is for Triton's interpreter
 COLD_BYTES = 256 << 20  # several times the L2 of any GPU: inputs rotate among copies that add up to this
 DRIFT = 0.1  # standard deviation of logprobs - old_logprobs

@@ -13,6 +13,7 @@ pytest.importorskip("transformers", reason="needs the train extra: transformers;
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.states import prompts_of
 from integration import diversity, many_answers
 from integration.diversity import FROZEN, Learner, Run, at_accuracy, train
 from integration.many_answers import (
@@ -178,6 +179,19 @@ def test_the_reference_is_the_start(learner):
     start = learner(Run("", GRPO, 1, 4)).model
     torch.testing.assert_close(batch.ref_logprobs, score(start, batch.paths).logprobs)
     assert (batch.ref_logprobs - score(one.model, batch.paths).logprobs).abs().max() > 1e-2
+
+
+def test_what_was_trained_is_saved_with_its_prompts(learner, tmp_path):
+    """As the benchmarks' states take them: `pytest benchmarks --policy FOLDER`."""
+    tokenizer = Characters(joins=False)
+    tokenizer.decode, tokenizer.save_pretrained = str, lambda folder: None
+    one = learner(Run("", LAD, 1, 4))
+    diversity.save_model(one, tokenizer, tmp_path)
+    asked = prompts_of(tmp_path)
+    assert asked.texts == [str(p.prompt) for p in one.split.train + one.split.held_out]
+    assert (asked.length, asked.chat) == (3, False)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(map(torch.equal, again.parameters(), one.model.parameters()))
 
 
 def test_updates_follow_from_the_time_that_the_first_one_takes(learner, monkeypatch):

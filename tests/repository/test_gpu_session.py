@@ -123,8 +123,10 @@ def packed_states(tmp_path_factory, monkeypatch) -> Path:
     )
     folder = tmp_path_factory.mktemp("policy")
     monkeypatch.setenv("LAD_KERNELS_CACHE", str(folder / "cache"))
-    monkeypatch.setenv(states.POLICY, str(make_policy(folder / "tiny")))
-    states.pack(folder / "packed", "trained", completions=1, length=4)
+    asked = states.prompts_of()._replace(completions=1, length=4)
+    (make_policy(folder / "tiny") / "prompts.json").write_text(json.dumps(asked._asdict()))
+    monkeypatch.setenv(states.POLICY, str(folder / "tiny"))
+    states.pack(folder / "packed", "trained")
     return folder / "packed"
 
 

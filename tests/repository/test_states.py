@@ -22,12 +22,15 @@ from tiny_policy import HIDDEN, VOCABULARY, make_policy
 from transformers import LlamaForCausalLM
 
 ROOT = Path(states.__file__).resolve().parents[1]
-SETTINGS = {"completions": 2, "length": 5}
+FEW = states.prompts_of()._replace(length=5)
 
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory) -> Path:
-    return make_policy(tmp_path_factory.mktemp("policies") / "tiny")
+    """With prompts of its own, which are those of all others, and short completions."""
+    folder = make_policy(tmp_path_factory.mktemp("policies") / "tiny")
+    (folder / "prompts.json").write_text(json.dumps(FEW._asdict()))
+    return folder
 
 
 @pytest.fixture
@@ -43,8 +46,8 @@ def own_cache(tmp_path, monkeypatch, policy) -> Path:
 
 def test_states_predict_what_was_sampled(own_cache, policy):
     """Log-probs are those of the targets after these hidden states; only what ends a completion is an end."""
-    s = states.sample(policy, 0.6, **SETTINGS)
-    assert len(s.lengths) == 2 * len(states.prompts())
+    s = states.sample(policy, 0.6, FEW)
+    assert len(s.lengths) == 2 * len(FEW.texts)
     assert s.lengths.min() >= 1
     assert s.lengths.max() <= 5
     assert len(s.hidden) == len(s.targets) == s.lengths.sum() == s.old_logprobs.shape[1]
@@ -61,17 +64,15 @@ def test_states_are_sampled_once_and_again_when_anything_changes(own_cache, poli
     calls = []
     sample = states.sample
     monkeypatch.setattr(states, "sample", lambda *args: calls.append(args) or sample(*args))
-    first = states.cached(policy, 1.0, 2, 3)
-    assert all(map(torch.equal, first, states.cached(policy, 1.0, 2, 3)))
+    three = FEW._replace(length=3)
+    first = states.cached(policy, 1.0, three)
+    assert all(map(torch.equal, first, states.cached(policy, 1.0, three)))
     assert len(calls) == 1
     assert [p.suffix for p in own_cache.iterdir()] == [".pt"]
-    states.cached(policy, 0.6, 2, 3)
-    states.cached(policy, 1.0, 2, 2)
+    states.cached(policy, 0.6, three)
+    states.cached(policy, 1.0, FEW._replace(length=2))
     assert len(calls) == 3
-    asked = tmp_path / "prompts.json"
-    asked.write_text(json.dumps([{"task": "instruction", "text": "Say something else."}]))
-    monkeypatch.setattr(states, "PROMPTS", asked)
-    assert len(states.cached(policy, 1.0, 2, 3).lengths) == 2
+    assert len(states.cached(policy, 1.0, three._replace(texts=["Say something else."])).lengths) == 2
     assert len(calls) == 4
 
 
@@ -85,16 +86,14 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["trained, T=1", "trained, T=0.6, loss at 1"])
-def test_the_temperature_of_the_loss_is_in_the_states(own_cache, monkeypatch, kind):
-    monkeypatch.setattr(states, "LENGTH", 5)
-    monkeypatch.setattr(states.cached, "__defaults__", (2, 5))
+def test_the_temperature_of_the_loss_is_in_the_states(own_cache, kind):
     s = states.load(*REAL[kind])
     logprobs = (s.hidden @ s.weight.T).log_softmax(-1).gather(1, s.targets[:, None])[:, 0]  # [N]
     torch.testing.assert_close(logprobs, s.old_logprobs, rtol=1e-4, atol=1e-4)
 
 
 def test_pack_and_unpack(own_cache, policy, tmp_path, monkeypatch):
-    about = states.pack(tmp_path / "packed", "trained", (1.0, 0.6), **SETTINGS)
+    about = states.pack(tmp_path / "packed", "trained", (1.0, 0.6))
     name, weight, _ = states.unpacked(tmp_path / "packed" / "states.pt")
     true = states.head_of(policy)  # [V, D]
     error = ((weight - true).norm() / true.norm()).item()
@@ -103,7 +102,7 @@ def test_pack_and_unpack(own_cache, policy, tmp_path, monkeypatch):
     again = states.unpack_rows(*states.pack_rows(weight))
     assert torch.equal(again, weight)  # what came from 8-bit rows loses nothing
     monkeypatch.setenv(states.PACKED, str(tmp_path / "packed"))
-    s, sampled = states.load("smollm2", 0.6, 1.0), states.cached(policy, 0.6, **SETTINGS)
+    s, sampled = states.load("smollm2", 0.6, 1.0), states.cached(policy, 0.6, FEW)
     assert torch.equal(s.targets, sampled.targets)
     assert torch.equal(s.hidden, sampled.hidden.bfloat16().float())
     assert torch.equal(s.old_logprobs, sampled.old_logprobs[1])
@@ -114,11 +113,11 @@ def test_pack_and_unpack(own_cache, policy, tmp_path, monkeypatch):
 
 
 def test_what_is_too_large_to_carry_is_refused(own_cache, tmp_path, monkeypatch):
-    size = states.pack(tmp_path, "trained", (1.0,), **SETTINGS)["MiB"]
+    size = states.pack(tmp_path, "trained", (1.0,))["MiB"]
     assert 0 < (tmp_path / "states.pt").stat().st_size / 2**20 - size < 0.05
     monkeypatch.setattr(states, "MAX_BYTES", int(size * 2**20) - 1)
     with pytest.raises(ValueError, match="too large to carry"):
-        states.pack(tmp_path / "other", "trained", (1.0,), **SETTINGS)
+        states.pack(tmp_path / "other", "trained", (1.0,))
     assert not (tmp_path / "other").exists()
 
 
@@ -133,7 +132,7 @@ def test_the_head_must_be_a_plain_product(own_cache, policy):
 @pytest.fixture
 def tiny_states(own_cache, policy, tmp_path, monkeypatch) -> Path:
     """Packed states of the tiny policy, as a machine without network has them."""
-    states.pack(tmp_path / "packed", "trained", (1.0, 0.6, 0.3), **SETTINGS)
+    states.pack(tmp_path / "packed", "trained", (1.0, 0.6, 0.3))
     monkeypatch.setenv(states.PACKED, str(tmp_path / "packed"))
     return tmp_path / "packed"
 
@@ -171,7 +170,7 @@ def benchmarks(which: str, environment: dict[str, str]) -> str:
     """The output of some tests of the smallest set, on states of a policy."""
     command = [sys.executable, "-m", "pytest", "-v", "-rs", "-p", "no:cacheprovider", "benchmarks", "--one-thread"]
     done = subprocess.run(
-        [*command, "--bench-set", "tiny", "-k", f"real and 0.6 and not loss and ({which})"],
+        [*command, "--bench-set", "tiny", "-k", f"real and 0.6 and not loss and not Gemma and ({which})"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "0", **environment},
         capture_output=True,

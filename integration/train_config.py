@@ -46,7 +46,7 @@ class TrainConfig:
     prompt: str | None = None  # chat, plain or few_shot; none: chat for a pretrained model, plain for the small decoder
     shots: int = 2  # solved problems in a few-shot prompt
     answer: str | None = None  # tag, first_line or whole; none: tag for chat, first_line for few_shot, whole for plain
-    model: str | None = None  # path, hub id or known name (smollm2); none builds a small decoder
+    model: str | None = None  # path, hub id or known name (smollm2, gemma3-270m); none builds a small decoder
     device: str = "cpu"
     seed: int = 0  # of sampling and of the order of problems
     steps: int = 200  # rollouts

@@ -28,7 +28,7 @@ class ProfileConfig:
     """The flags of `lad-kernels profile`.
 
     Attributes:
-        model: path or hub id of a causal language model, or a known name: smollm2
+        model: path or hub id of a causal language model, or a known name: smollm2, gemma3-270m
         ids: token ids [B, T + 1] of prompts and completions, a tensor written by torch.save
         prompts: a text file, one prompt a line; without `ids` the model completes these
         completions: samples of each prompt

@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := install --quiet --disable-pip-version-check
+# Two processes; neighbours in a file share its fixtures, and neither ends minutes before the other.
+TWO := -n 2 --dist worksteal
 EXTRAS_train := train
 EXTRAS_test := test,train
 EXTRAS_bench := bench
@@ -16,30 +18,30 @@ demo: $(VENV)/.train
 
 # All but what tests/slow.txt names: long tests, and of long tables all but a slice.
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n 2 -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest $(TWO) -m 'not slow' $(ARGS)
 
 # What `make test` leaves out: every compile target, every path in the interpreter, whole programs.
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+	$(BIN)/python -m pytest $(TWO) -m slow $(ARGS)
 
 # While you work, in two minutes: linters, types, and the PyTorch paths of the package without any framework.
 INTERPRETED := triton or kernel or compiles or mutants or benchmarks or gpu_session or memory or scoring or flags or checkpoints or soak or real_model
 FAST := tests/head tests/objective tests/loss tests/repository/test_architecture.py tests/repository/test_extensions.py
 test-fast: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n 2 -m 'not slow' -k 'not ($(INTERPRETED) or distributed or oracles or fuzz)' $(FAST) $(ARGS)
+	$(BIN)/python -m pytest $(TWO) -m 'not slow' -k 'not ($(INTERPRETED) or distributed or oracles or fuzz)' $(FAST) $(ARGS)
 
 # Again with the kernels of a CPU without AVX, which round otherwise: no verdict may hang on that. Without the tests whose
 # time goes into Triton's interpreter and compiler, whose numbers come from numpy or are none, and those of files, processes and a real model.
 test-isa: $(VENV)/.test
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=1 \
-	    TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest -n 2 -m 'not slow' -k 'not ($(INTERPRETED))' $(ARGS)
+	    TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest $(TWO) -m 'not slow' -k 'not ($(INTERPRETED))' $(ARGS)
 
 # Random legal calls against the specification: `make fuzz CASES=20000 SEED=1`. Both have defaults.
 fuzz: $(VENV)/.test
-	FUZZ_CASES=$(or $(CASES),20000) FUZZ_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -rP tests/loss/test_fuzz.py $(ARGS)
+	FUZZ_CASES=$(or $(CASES),20000) FUZZ_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO) -rP tests/loss/test_fuzz.py $(ARGS)
 
 soak: $(VENV)/.test
-	SOAK=1 $(BIN)/python -m pytest -n 2 -rP tests/loss/test_soak.py tests/loss/test_failure_modes.py $(ARGS)
+	SOAK=1 $(BIN)/python -m pytest $(TWO) -rP tests/loss/test_soak.py tests/loss/test_failure_modes.py $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -64,9 +64,20 @@ def linear_lad_loss(
         cu_seqlens: int32 [B + 1] cumulative lengths of packed [N] input, flash-attention's convention. Tokens beyond
             cu_seqlens[-1] are padding and count as masked; on an accelerator without loss_mask, where that bound is
             not read, they still pass through the head and their hidden states must be finite.
-        bias, temperature, logit_scale, softcap, impl: as for `linear_logprobs`.
-        config, normalizer, ref_logprobs, rollout_is_weights: as for `lad_loss`.
-        vocab_group: as for `linear_logprobs`; the backward is dense then, and `head_flops` counts this rank's.
+        group_size, group_ids: which sequences are samples of one prompt: as many in a row, or equal ids [B]. Needed for
+            `rewards` and `config.target_norm`, else not read.
+        bias: [V] head bias.
+        temperature: a number, or a float tensor with one value per token: logits are divided by it.
+        logit_scale: multiplies the product (Cohere's logit_scale; for Granite 1 / logits_scaling).
+        softcap: c in c tanh(z / c) (Gemma's final_logit_softcapping).
+        config: divergence, eta, ratio level, aggregation, bounds, clamps, KL and entropy weights, tail_mass.
+        normalizer: the divisor of the sum over tokens or sequences, by the aggregation. Give the global batch's to make
+            gradient accumulation and data parallelism exact. Default: this batch's.
+        ref_logprobs: reference policy's log-probs, needed when `config.kl_coef` is not 0, else not read.
+        rollout_is_weights: importance weights >= 0 of the rollout engine, per token or per sequence [B]; constants.
+        vocab_group: the process group over which the head's rows are sharded, see `linear_logprobs`; the backward is
+            dense then, and `head_flops` counts this rank's.
+        impl: `auto` (Triton on CUDA and ROCm, PyTorch elsewhere), `triton`, `torch` or `reference`.
         return_entropy: also return per-token entropy and its mean as a metric; free otherwise.
         return_logprobs: with False the log-probs are not returned, and where coefficients are known in advance
             (`old_logprobs` None, no KL, no entropy) tokens whose coefficient is 0 skip the forward too.

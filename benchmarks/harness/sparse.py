@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.harness.data import REAL, Batch, fit, make_batch
 from benchmarks.harness.eager import EAGER, ETA, eager_logprobs, lad_from_logprobs
-from benchmarks.harness.machine import cores
+from benchmarks.harness.machine import cores, flush_subnormals
 from benchmarks.harness.measure import M_MMAP_THRESHOLD, ROOT, peak_bytes_cpu
 from benchmarks.harness.provider import Provider
 from benchmarks.harness.shapes import REAL_TOKENS, Shape
@@ -158,6 +158,7 @@ def peaks_cpu(set_name: str, data: str, case: str) -> dict[str, int]:
 if __name__ == "__main__":
     set_name, data, case = sys.argv[1:]
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # so that freed tensors leave the resident memory at once
+    flush_subnormals()
     torch.set_num_threads(cores())
     made = make(shape_of(set_name, data), data, case, torch.float32, "cpu")
     print(json.dumps({e.name: peak_bytes_cpu(provider(e, case), made) for e in entries(data, case)}))

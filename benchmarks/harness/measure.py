@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.harness.data import REAL, Batch, fit, make_batch
 from benchmarks.harness.eager import EAGER
-from benchmarks.harness.machine import cores
+from benchmarks.harness.machine import cores, flush_subnormals
 from benchmarks.harness.provider import SLOW, Provider
 from benchmarks.harness.providers import TAIL_MASS, all_providers, split_available
 from benchmarks.harness.shapes import REAL_TOKENS, SETS, TINY, Shape
@@ -235,4 +235,5 @@ def all_peaks_cpu(set_name: str, shape_name: str, data: str) -> dict[str, dict[s
 
 
 if __name__ == "__main__":
+    flush_subnormals()
     print(json.dumps(all_peaks_cpu(*sys.argv[1:])))

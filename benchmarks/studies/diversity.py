@@ -1,7 +1,7 @@
 """How objectives trade diversity for accuracy: the demo's task, more rows, several seeds, no time limit.
 
 SmolLM2-135M is fine-tuned on a task with many right answers (`integration/many_answers.py`) by LAD and GRPO, on-policy,
-with four mini-batches a rollout, and with a pi_old that stays. What is compared is the number of distinct right
+with four and eight mini-batches a rollout, and with a pi_old that stays. What is compared is the number of distinct right
 answers at equal accuracy.
 
     python -m benchmarks.studies.diversity [--seeds 3] [--only NAME]   five minutes of one core a run
@@ -43,6 +43,9 @@ RUNS = (
     Run("LAD, bound 0.2, hd", LADConfig("hd", **BOUND), 4, 28),
     Run("LAD, bound 0.2, kl", LADConfig("kl", **BOUND), 4, 28),
     Run("LAD, bound 0.2, normalised target, eta 1", LADConfig(**NORMALISED, **BOUND), 4, 32),
+    Run("GRPO, clip 0.2", GRPOConfig(), 8, 48),
+    Run("LAD, bound 0.2", LADConfig(**BOUND), 8, 48),
+    Run("LAD, bound 0.2, normalised target, eta 1", LADConfig(**NORMALISED, **BOUND), 8, 48),
 )
 
 

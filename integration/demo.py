@@ -1,7 +1,7 @@
 """The demo: the paper's bandit, a real language model under LAD and GRPO, parity with the specification, and memory.
 
     python -m integration.demo            # SmolLM2-135M on a task with many right answers, about nine minutes
-    python -m integration.demo --tiny     # a small decoder from scratch on countdown instead
+    python -m integration.demo --tiny     # a small decoder from scratch on countdown instead, two minutes
     python -m integration.demo --quick    # the same at toy size, for tests; says nothing about learning
 
 Outputs go to `runs/<time>/`: report.md, PNG plots, metrics.jsonl (every update of every run) and a folder for each
@@ -30,6 +30,8 @@ from lad_kernels.pretrained import model_folder
 
 MODEL = "smollm2"
 SECONDS = 400.0  # for the runs of the real model, which make fewer updates on a slower machine
+TINY_STEPS = 60  # rollouts of the small decoder, a run: two minutes in all on two cores
+TINY_ARMS = ("js", "grpo", "grpo, clipped")  # of the bandit's methods
 PARITY = 1e-10  # relative error allowed between our float64 path and the specification's
 QUICK = {
     "steps": 2,
@@ -138,7 +140,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="--tiny at toy sizes; the accuracy check is left out")
     parser.add_argument("--task", default="countdown", help="of --tiny: a reasoning-gym dataset")
     parser.add_argument("--seeds", type=int, default=1, help="of --tiny")
-    parser.add_argument("--steps", type=int, default=TrainConfig.steps, help="of --tiny: rollouts per run")
+    parser.add_argument("--steps", type=int, default=TINY_STEPS, help="of --tiny: rollouts per run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", help="a new or an empty folder; none makes runs/<time>")
     flags = parser.parse_args(arguments)
@@ -163,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
         return complain("integration.demo", f"--{error}", 2)
 
     console.rule("1. bandit")
-    arms = bandit.run_bandit(seeds=1, only=("js", "grpo")) if flags.quick else bandit.run_bandit()
+    arms = bandit.run_bandit(seeds=1 if flags.quick else 3, only=TINY_ARMS if flags.tiny else None)
     bandit.plot_bandit(arms, flags.out / "bandit.png")
     checks = bandit.bandit_checks(arms)
     sheets = [bandit.bandit_sheet(arms)]

@@ -134,7 +134,17 @@ def linear_grpo_loss(
     vocab_group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> LossOutput:
-    """PPO-clip and its family (see `GRPOConfig`) in the same kernels; arguments as for `linear_lad_loss`."""
+    """PPO-clip (arXiv 1707.06347) and the GRPO family (arXiv 2402.03300 and later) in the kernels of LAD.
+
+    Args:
+        config: which loss of the family, its bounds, level and aggregation, KL and entropy weights, tail_mass.
+
+    All other arguments have the shapes, dtypes and meanings of `linear_lad_loss`; `group_size` and `group_ids` are read
+    for `rewards` only.
+
+    Returns, Raises:
+        As `linear_lad_loss`.
+    """
     checks.config(config, GRPOConfig, "linear_lad_loss")
     given = HeadArguments(
         hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl

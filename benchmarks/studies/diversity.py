@@ -1,8 +1,8 @@
 """How objectives trade diversity for accuracy: the demo's task, more rows, several seeds, no time limit.
 
 SmolLM2-135M is fine-tuned on a task with many right answers (`integration/many_answers.py`) by LAD and GRPO, on-policy,
-with four and eight mini-batches a rollout, and with a pi_old that stays. What is compared is the number of distinct right
-answers at equal accuracy.
+with four and eight mini-batches a rollout, and with a pi_old that stays. What is compared is the number of distinct
+right answers at equal accuracy.
 
     python -m benchmarks.studies.diversity [--seeds 3] [--only NAME]   five minutes of one core a run
     python -m benchmarks.studies.diversity --table                     the table in docs/diversity.md, from the results

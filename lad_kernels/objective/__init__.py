@@ -13,14 +13,11 @@ from lad_kernels.objective.context_parallel import (
 from lad_kernels.objective.inputs import PolicyInputs, validate
 from lad_kernels.objective.losses import grpo_loss, lad_loss
 from lad_kernels.objective.policy import PolicyTerms
-from lad_kernels.objective.terms import Objective, compute_terms
-
-Config = PolicyConfig
+from lad_kernels.objective.terms import Objective
 
 __all__ = [
     "DIVERGENCES",
     "LEVELS",
-    "Config",
     "ContextShard",
     "GRPOConfig",
     "LADConfig",
@@ -28,7 +25,6 @@ __all__ = [
     "PolicyConfig",
     "PolicyInputs",
     "PolicyTerms",
-    "compute_terms",
     "context_parallel_loss",
     "global_normalizer",
     "group_advantages",

@@ -11,7 +11,7 @@ from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
 from lad_kernels.objective.config import DIVERGENCES, GRPOConfig, LADConfig, PolicyConfig
 from lad_kernels.objective.inputs import PolicyInputs, validate
-from lad_kernels.objective.terms import compute_terms
+from lad_kernels.objective.terms import Objective
 from lad_kernels.outputs import LossOutput
 from lad_kernels.packing import pack
 
@@ -130,7 +130,7 @@ def policy_loss(logprobs: Tensor, inputs: PolicyInputs, config: PolicyConfig, im
     packing = pack(logprobs, inputs.loss_mask, inputs.cu_seqlens)
     logp = packing.take(logprobs)  # [M]
     entropy = None if inputs.entropy is None else packing.take(inputs.entropy)  # [M]
-    terms = compute_terms(logp, entropy, inputs, packing, config, impl)
+    terms = Objective(inputs, packing, config, impl, logp).terms(logp, entropy)
     loss = _AttachGradient.apply(logp, entropy, terms.loss, terms.dlogprobs, terms.dentropy)
     unpack = packing.place
     entropy = None if entropy is None else unpack(entropy.detach())  # [N] or [B, T]

@@ -95,18 +95,6 @@ class Objective:
         return ((inside & ~finite).sum() / inside.sum().clamp(min=1)).to(self.dtype)
 
 
-def compute_terms(
-    logprobs: Tensor,  # [M]
-    entropy: Tensor | None,  # [M]
-    inputs: PolicyInputs,
-    packing: Packing,
-    config: PolicyConfig,
-    impl: str,
-) -> PolicyTerms:
-    """The whole objective of a call without chunks."""
-    return Objective(inputs, packing, config, impl, logprobs).terms(logprobs, entropy)
-
-
 def _backend(impl: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The module with `prepare`, `policy_terms` and `coefficients`: policy.py, or the one of that name in kernels/."""
     if not checks.use_triton(impl, device, dtype):

@@ -177,8 +177,10 @@ def one_pass(work: Work, active: float | None = None) -> float:
     return products + s.element * (work.tokens + active) * work.vocab_size + sums
 
 
-def _chunk_sums(work: Work, tokens: int, **listed: int) -> float:
+def _chunk_sums(work: Work, tokens: int, *, dense: int = 0, pairs: int = 0) -> float:
     """Seconds that a float32 dW takes, read and written by every token chunk; 0 for one chunk."""
-    count = 1 if not work.triton or not tokens else -(-tokens // work.token_chunk(tokens, **listed)[0])
+    count = 1
+    if work.triton and tokens:
+        count = -(-tokens // work.token_chunk(tokens, dense=dense, pairs=pairs)[0])
     traffic = (8 * count + work.itemsize) * work.vocab_size * work.hidden_size
     return traffic / speeds(work).bytes if count > 1 and work.need_weight else 0.0

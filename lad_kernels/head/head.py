@@ -132,17 +132,8 @@ class Head:
         size, workspace = len(lse), 0  # PyTorch takes one chunk and a workspace of its own
         if self.triton:
             dense, pairs = (0, 0) if routing is None else (len(routing.dense), len(routing.rows))
-            size, workspace = memory.token_chunk(
-                size,
-                self.hidden.shape[-1],
-                len(self.weight),
-                self.hidden.element_size(),
-                need_hidden=needs.hidden,
-                need_weight=needs.weight,
-                gathered=self.tokens is not None,
-                dense=dense,
-                pairs=pairs,
-            )
+            gathered = self.tokens is not None
+            size, workspace = self.work(needs).token_chunk(size, gathered=gathered, dense=dense, pairs=pairs)
         if size == len(lse):
             gradients = self.chunk_gradients(lse, gradient, routing, needs, workspace)
             dh = gradients.hidden  # [M, D]

@@ -56,10 +56,27 @@ class Work:
         """Tokens that are scored first where the choice of a path depends on shares."""
         return min(64, max(8, self.tokens // 64), self.tokens)
 
-    def token_chunk(self, tokens: int, **listed: int) -> tuple[int, int]:
-        """`token_chunk` for some of the tokens, none gathered."""
-        shape = (tokens, self.hidden_size, self.vocab_size, self.itemsize)
-        return token_chunk(*shape, need_hidden=self.need_hidden, need_weight=self.need_weight, gathered=False, **listed)
+    def token_chunk(self, tokens: int, *, gathered: bool = False, dense: int = 0, pairs: int = 0) -> tuple[int, int]:
+        """(tokens that pass through the Triton backward together, bytes that their workspace may have) within BUDGET.
+
+        Next to the workspace there are dH in float32, gathered hidden states, the pairs of a routing, and its dense
+        tokens' own copies. With a single chunk no float32 dW is needed; with several, dW is rounded only after the
+        last.
+        """
+        row_bytes = self.itemsize * self.hidden_size
+        dh_bytes = 4 * self.hidden_size if self.need_hidden else 0  # of a token, in float32
+        gathered_bytes = row_bytes if gathered else 0
+        dense_bytes = dh_bytes + 2 * row_bytes  # of a dense token of a routing
+        room = max(BUDGET - PAIR_BYTES * pairs - TOKEN_BYTES * tokens, BUDGET // 4)
+        whole = tokens * (gathered_bytes + (dh_bytes if self.itemsize == 2 else 0)) + dense * dense_bytes
+        if whole <= 3 * room // 4:
+            return tokens, room - whole
+        room += row_bytes * self.vocab_size if self.itemsize == 2 and self.need_weight else 0
+        token_bytes = dh_bytes + gathered_bytes + row_bytes + (dense_bytes if dense else 0)
+        most = max(room // 2 // token_bytes // ROWS, 1) * ROWS
+        count = max(2, -(-tokens // most))  # a single chunk has no use for the room of dW
+        rows = -(-tokens // count // ROWS) * ROWS  # of about one size
+        return min(rows, tokens), max(room - rows * token_bytes, room // 4)
 
     def chunk_rows(self) -> int:
         """Tokens whose logits are kept at once by the one-pass path.
@@ -91,38 +108,6 @@ def most_pairs(work: Work) -> int:
         return work.tokens * work.blocks
     room = BUDGET + work.gradient_bytes - MASS_BYTES * work.tokens * work.blocks
     return min(room // LIST_BYTES, BUDGET // 4 // PAIR_BYTES)
-
-
-def token_chunk(
-    tokens: int,
-    hidden_size: int,
-    vocab_size: int,
-    itemsize: int,
-    *,
-    need_hidden: bool,
-    need_weight: bool,
-    gathered: bool,
-    dense: int = 0,
-    pairs: int = 0,
-) -> tuple[int, int]:
-    """(tokens that pass through the Triton backward together, bytes that their workspace may have) within BUDGET.
-
-    Next to the workspace there are dH in float32, gathered hidden states, the pairs of a routing, and its dense tokens'
-    own copies. With a single chunk no float32 dW is needed; with several, dW is rounded only after the last.
-    """
-    dh_bytes = 4 * hidden_size if need_hidden else 0  # of a token, in float32
-    gathered_bytes = itemsize * hidden_size if gathered else 0
-    dense_bytes = dh_bytes + 2 * itemsize * hidden_size  # of a dense token of a routing
-    room = max(BUDGET - PAIR_BYTES * pairs - TOKEN_BYTES * tokens, BUDGET // 4)
-    whole = tokens * (gathered_bytes + (dh_bytes if itemsize == 2 else 0)) + dense * dense_bytes
-    if whole <= 3 * room // 4:
-        return tokens, room - whole
-    room += itemsize * vocab_size * hidden_size if itemsize == 2 and need_weight else 0
-    token_bytes = dh_bytes + gathered_bytes + itemsize * hidden_size + (dense_bytes if dense else 0)
-    most = max(room // 2 // token_bytes // ROWS, 1) * ROWS
-    count = max(2, -(-tokens // most))  # a single chunk has no use for the room of dW
-    rows = -(-tokens // count // ROWS) * ROWS  # of about one size
-    return min(rows, tokens), max(room - rows * token_bytes, room // 4)
 
 
 def peak_bytes(work: Work, path: str, pairs: int = 0) -> tuple[int, bool]:

@@ -133,14 +133,12 @@ def test_pieces_and_chunks_fit_the_budget_at_any_n(gathered, item, needs):
     """Workspace, float32 dH, gathered rows and the rounding of a piece together; dW's room counts in several alone."""
     need_hidden, need_weight = needs
     for n, d, v in itertools.product(range(1000, 300_000, 1777), (896, 4096, 8192), (32_000, 151_936)):
-        rows, workspace = memory.token_chunk(
-            n, d, v, item, need_hidden=need_hidden, need_weight=need_weight, gathered=gathered
-        )
+        work = Work(n, d, v, item, "sm_90", *needs)
+        rows, workspace = work.token_chunk(n, gathered=gathered)
         several = rows < n
         each = d * (4 * need_hidden * (item == 2 or several) + item * gathered)
         late = 2 * v * d if several and item == 2 and need_weight else 0
         assert rows * each + workspace + memory.TOKEN_BYTES * n <= memory.BUDGET + late, (n, d, v)
-        work = Work(n, d, v, item, "sm_90", *needs)
         logits, room = work.chunk_rows() * item * v, 2 * v * d if item == 2 and need_weight else 0
         room *= 1 + (work.chunk_rows() >= n)  # of the float32 dW that one chunk does not need, or of the rounded dW
         assert logits <= memory.BUDGET + room or work.chunk_rows() == 128

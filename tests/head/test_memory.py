@@ -127,10 +127,13 @@ def test_a_step_keeps_to_its_budget(case, device, monkeypatch):
             )
         return torch.autograd.grad(out.loss, (states, weight) if weight.requires_grad else (states,))
 
-    sizes, piece = [], memory.token_chunk
-    monkeypatch.setattr(
-        memory, "token_chunk", lambda tokens, *a, **k: sizes.append((tokens, piece(tokens, *a, **k))) or sizes[-1][1]
-    )
+    sizes, piece = [], memory.Work.token_chunk
+
+    def token_chunk(work, tokens, **listed):
+        sizes.append((tokens, piece(work, tokens, **listed)))
+        return sizes[-1][1]
+
+    monkeypatch.setattr(memory.Work, "token_chunk", token_chunk)
     with Allocations() as meter:
         found = step()
     if path != "one_pass":
@@ -198,7 +201,7 @@ def check_pieces(path: str, dtype: str, device: str, monkeypatch) -> None:
         cast |= {k: cast[k].requires_grad_() for k in leaves}
         with monkeypatch.context() as patch, dispatch.force(path):
             patch.setattr(cost, "SPEEDS", half)
-            patch.setattr(memory, "token_chunk", lambda tokens, *a, size=size, **k: (min(size, tokens), 1 << 20))
+            patch.setattr(memory.Work, "token_chunk", lambda _, tokens, size=size, **k: (min(size, tokens), 1 << 20))
             out = linear_lad_loss(**cast, config=LADConfig(tail_mass=5e-2, tail="drop"), impl="triton")
             plan = out.loss.grad_fn.plan
             assert path != "routed" or 5 < len(plan.routing.dense) < len(plan.lse) - 5

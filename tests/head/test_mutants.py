@@ -132,7 +132,7 @@ def plant_in_triton(monkeypatch, mutant) -> None:
     if hasattr(mutant, "forward"):
         monkeypatch.setattr(kernels, "forward", mutant)
     else:  # three slabs of 256 columns
-        monkeypatch.setattr(memory, "token_chunk", lambda tokens, *shape, **options: (tokens, 256 * (90 * 4 + 4 * 80)))
+        monkeypatch.setattr(memory.Work, "token_chunk", lambda _, tokens, **listed: (tokens, 256 * (90 * 4 + 4 * 80)))
         monkeypatch.setattr(mutant, "_MIN_COLUMNS", 128)
         monkeypatch.setattr(dense, "backward", mutant.backward)
 

@@ -106,22 +106,14 @@ class Head:
         needs: Needs,
     ) -> tuple[HeadForward, HeadGradients] | None:
         """Forward and gradient together, dH [N, D]; None where the prior is too far off (Triton)."""
-        operands = (self.hidden, self.weight, self.targets, self.bias, self.transform)
+        operands = (self.hidden, self.weight, self.targets, self.bias, self.transform, prior, coefficients)
         if self.triton:
             from lad_kernels.head.kernels import one_pass
 
             return one_pass.one_pass(
-                *operands,
-                prior,
-                coefficients,
-                chunks=chunks,
-                want_entropy=want_entropy,
-                needs=needs,
-                tokens=self.tokens,
+                *operands, chunks=chunks, want_entropy=want_entropy, needs=needs, tokens=self.tokens
             )
-        return pytorch.one_pass(
-            *operands, prior, coefficients, chunks=chunks, want_entropy=want_entropy, needs=needs, tokens=self.tokens
-        )
+        return pytorch.one_pass(*operands, chunks=chunks, want_entropy=want_entropy, needs=needs, tokens=self.tokens)
 
     def backward(self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: Needs) -> HeadGradients:
         """Gradients of hidden [N, D], zero for all other tokens, of weight and of bias; exact without a routing.
@@ -170,23 +162,12 @@ class Head:
 
         With `sums` dW and dbias are added to it, and dH is not rounded.
         """
+        operands = (self.rows(), self.weight, self.targets, self.bias, self.transform, lse, gradient)
         if not self.triton:
-            return pytorch.backward(
-                self.rows(),
-                self.weight,
-                self.targets,
-                self.bias,
-                self.transform,
-                lse,
-                gradient,
-                routing,
-                needs=needs,
-                sums=sums,
-            )
+            return pytorch.backward(*operands, routing, needs=needs, sums=sums)
         from lad_kernels.head.kernels import dense
         from lad_kernels.head.kernels.routed import launch as routed
 
-        operands = (self.rows(), self.weight, self.targets, self.bias, self.transform, lse, gradient)
         if routing is None:
             return dense.backward(*operands, needs=needs, workspace_bytes=workspace, sums=sums)
         return routed.backward(

@@ -20,6 +20,8 @@ from lad_kernels.objective.inputs import PolicyInputs
 from lad_kernels.objective.losses import policy_loss
 from lad_kernels.outputs import LossOutput
 
+PER_TOKEN = ("old_logprobs", "loss_mask", "ref_logprobs", "entropy")  # of PolicyInputs, as `logprobs` is
+
 
 class ContextShard(NamedTuple):
     """One rank's consecutive tokens of a batch; S = ceil(T / ranks), the tail of the last rank is masked padding."""
@@ -116,58 +118,50 @@ def context_parallel_loss(
     Raises:
         ValueError: shapes that do not fit; seq-mean-token-sum-norm without a normalizer; `policy_loss` vespo or luspo.
     """
-    per_token: dict[str, Any] = {
-        "old_logprobs": old_logprobs,
-        "loss_mask": loss_mask,
-        "ref_logprobs": ref_logprobs,
-        "entropy": entropy,
-    }
-    _check(logprobs, advantages, sequence_ids, config, normalizer, rollout_is_weights, per_token)
-    same: dict[str, Any] = {
-        "group": group,
-        "config": config,
-        "normalizer": normalizer,
-        "group_size": group_size,
-        "impl": impl,
-    }
+    given = PolicyInputs(
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        group_size=group_size,
+        group_ids=group_ids,
+        loss_mask=loss_mask,
+        normalizer=normalizer,
+        ref_logprobs=ref_logprobs,
+        entropy=entropy,
+        rollout_is_weights=rollout_is_weights,
+    )
+    _check(logprobs, given, sequence_ids, config)
     if sequence_ids is None:
-        return _padded_loss(logprobs, advantages, rollout_is_weights, group_ids=group_ids, **same, **per_token)
+        return _padded_loss(logprobs, given, config, group, impl)
     lengths = sequence_ids.bincount(minlength=len(advantages))  # [B]
     position = torch.arange(len(logprobs), device=lengths.device) - (lengths.cumsum(0) - lengths)[sequence_ids]  # [S]
     index = sequence_ids, position
 
-    def pad(x: Tensor | None) -> Tensor | None:  # [S] -> [B, longest]
-        return None if x is None else x.new_zeros(len(lengths), int(lengths.max())).index_put(index, x)
+    def pad(x: Tensor) -> Tensor:  # [S] -> [B, longest]
+        return x.new_zeros(len(lengths), int(lengths.max())).index_put(index, x)
 
-    per_token["loss_mask"] = torch.ones_like(sequence_ids) if loss_mask is None else loss_mask
-    per_token = {name: pad(x) for name, x in per_token.items()}
-    out = _padded_loss(pad(logprobs), advantages, pad(rollout_is_weights), group_ids=group_ids, **same, **per_token)
+    given = replace(given, loss_mask=torch.ones_like(sequence_ids) if loss_mask is None else loss_mask)
+    tensors = {name: getattr(given, name) for name in (*PER_TOKEN, "rollout_is_weights")}
+    padded: dict[str, Any] = {name: pad(x) for name, x in tensors.items() if x is not None}
+    given = replace(given, **padded)
+    out = _padded_loss(pad(logprobs), given, config, group, impl)
     return out._replace(logprobs=out.logprobs[index], entropy=None if entropy is None else out.entropy[index])
 
 
 def _padded_loss(
     logprobs: Tensor,  # [B, S], as are all per token
-    advantages: Tensor,  # [B]
-    rollout_is_weights: Tensor | None,  # [B, S] or [B]
-    *,
-    group: dist.ProcessGroup,
-    old_logprobs: Tensor | None,
-    loss_mask: Tensor | None,
+    given: PolicyInputs,
     config: PolicyConfig,
-    normalizer: float | Tensor | None,
-    ref_logprobs: Tensor | None,
-    entropy: Tensor | None,
-    group_size: int | None,
-    group_ids: Tensor | None,  # [B]
+    group: dist.ProcessGroup,
     impl: str,
 ) -> LossOutput:
     """`context_parallel_loss` of checked, padded tensors [B, S]."""
+    old_logprobs, ref_logprobs, normalizer = given.old_logprobs, given.ref_logprobs, given.normalizer
     level, mode = config.importance_sampling_level, config.loss_agg_mode
     logp = logprobs.detach().to(torch.promote_types(logprobs.dtype, torch.float32))
-    chosen = torch.ones_like(logp, dtype=torch.bool) if loss_mask is None else loss_mask != 0  # [B, S]
+    chosen = torch.ones_like(logp, dtype=torch.bool) if given.loss_mask is None else given.loss_mask != 0  # [B, S]
     weights = torch.ones_like(logp)  # [B, S]
-    if rollout_is_weights is not None:
-        weights = rollout_is_weights.detach()
+    if given.rollout_is_weights is not None:
+        weights = given.rollout_is_weights.detach()
         weights = (weights if weights.ndim == 2 else weights[:, None]).expand_as(logp)
     keep = chosen & weights.isfinite()  # [B, S] what lad_loss would keep: at sequence levels it gets other numbers
     for x in (old_logprobs, ref_logprobs if config.kl_coef != 0 else None):
@@ -192,16 +186,10 @@ def _padded_loss(
         weights = (sums[2] / counts)[:, None].to(logp).expand_as(logp)
     local: dict[str, Any] = {"importance_sampling_level": "token", "loss_agg_mode": "token-mean"}
     local |= {"kl_coef": 0.0, "entropy_coef": 0.0}
-    given = PolicyInputs(
-        old_logprobs=old,
-        advantages=advantages,
-        group_size=group_size,
-        group_ids=group_ids,
-        loss_mask=keep,
-        normalizer=normalizer,
-        rollout_is_weights=weights * share,
-    )
-    out = policy_loss(new, given, replace(config, **local), impl)  # type: ignore[type-var]
+    own: dict[str, Any] = {"old_logprobs": old, "loss_mask": keep, "normalizer": normalizer}
+    own |= {"rollout_is_weights": weights * share, "ref_logprobs": None, "entropy": None}
+    ours = replace(given, **own)
+    out = policy_loss(new, ours, replace(config, **local), impl)  # type: ignore[type-var]
     loss, metrics, many = out.loss, out.metrics, keep.sum().clamp(min=1)
     metrics["nonfinite_share"] = (chosen & ~keep).sum() / chosen.sum().clamp(min=1)
     each = (share / normalizer).expand_as(logp)[keep]  # [M] weight of a token
@@ -210,11 +198,12 @@ def _padded_loss(
     if config.kl_coef != 0:
         k3 = _k3(ref_logprobs.detach()[keep] - logprobs[keep], config.kl_clamp)  # [M]
         loss, metrics["kl_ref"] = loss + config.kl_coef * (each * k3).sum(), k3.detach().sum() / many
+    entropy = given.entropy  # [B, S]
     if entropy is not None:
         loss = loss - config.entropy_coef * (each * entropy[keep]).sum()
         metrics["entropy"] = entropy.detach()[keep].sum() / many
         entropy = torch.where(chosen, entropy.detach(), 0.0)
-    return LossOutput(loss, torch.where(chosen, logp, 0.0), entropy, advantages, metrics)
+    return LossOutput(loss, torch.where(chosen, logp, 0.0), entropy, given.advantages, metrics)
 
 
 def _k3(gap: Tensor, bound: float | None) -> Tensor:  # [M] -> [M]
@@ -226,17 +215,10 @@ def _k3(gap: Tensor, bound: float | None) -> Tensor:  # [M] -> [M]
     return torch.where(beyond, bound, _k3(torch.where(beyond, 0.0, gap), None))  # no 0 * inf in the backward
 
 
-def _check(
-    logprobs: Tensor,
-    advantages: Tensor,
-    sequence_ids: Tensor | None,
-    config: PolicyConfig,
-    normalizer: float | Tensor | None,
-    weights: Tensor | None,
-    per_token: dict[str, Tensor | None],
-) -> None:
-    """Check everything that the arithmetic before `lad_loss` relies on."""
-    shape, count, ids = logprobs.shape, len(advantages), sequence_ids
+def _check(logprobs: Tensor, given: PolicyInputs, ids: Tensor | None, config: PolicyConfig) -> None:
+    """Check everything that the arithmetic before `lad_loss` relies on; `ids`: of packed input."""
+    advantages, weights = given.advantages, given.rollout_is_weights
+    shape, count = logprobs.shape, len(advantages)
     policy_loss = getattr(config, "policy_loss", None)
     if policy_loss in ("vespo", "luspo"):
         raise ValueError(
@@ -250,7 +232,7 @@ def _check(
         )
     if advantages.ndim != 1 or (ids is None and count != shape[0]):
         raise ValueError(f"advantages: expected [B], one per sequence, got {list(advantages.shape)} for {list(shape)}")
-    for name, x in {**per_token, "sequence_ids": ids}.items():
+    for name, x in {**{name: getattr(given, name) for name in PER_TOKEN}, "sequence_ids": ids}.items():
         if x is not None and x.shape != shape:
             raise ValueError(f"{name}: expected {list(shape)} as logprobs, got {list(x.shape)}")
     if weights is not None and weights.shape != shape and (ids is not None or weights.shape != (count,)):
@@ -259,9 +241,9 @@ def _check(
             f"{list(weights.shape)}; for packed tokens pass weights[sequence_ids]"
         )
     for name, needed in (("ref_logprobs", config.kl_coef), ("entropy", config.entropy_coef)):
-        if needed != 0 and per_token[name] is None:
+        if needed != 0 and getattr(given, name) is None:
             raise ValueError(f"{name}: needed because the config gives it a weight of {needed}, got None")
-    if config.loss_agg_mode == "seq-mean-token-sum-norm" and normalizer is None:
+    if config.loss_agg_mode == "seq-mean-token-sum-norm" and given.normalizer is None:
         raise ValueError("normalizer: needed for loss_agg_mode='seq-mean-token-sum-norm', got None; pass B * length")
     if ids is not None and len(ids) and not bool((ids.diff() >= 0).all() & (ids[0] >= 0) & (ids[-1] < count)):
         raise ValueError(f"sequence_ids: expected to rise within [0, {count}) without falling; sort the tokens")

@@ -1,29 +1,27 @@
 """LAD and GRPO from the same warm start with the same seeds.
 
 Every run is one call of `trainer.train` in a worker process with one thread, the fastest for a small model. A run
-appends a JSON line per step to its own folder; the live table, the plots and the report only read those lines.
+appends a JSON line per step to its own folder; the progress lines, the plots and the report only read those lines.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import time
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
 from integration.policy import build_policy
 from integration.report import Sheet, mean_and_std
-from integration.runs import read_records
+from integration.runs import follow, read_records
 from integration.tasks import Task
-from integration.trainer import TrainConfig, evaluate, load_policy, train, warm_start
+from integration.trainer import TrainConfig, evaluate, load_policy, make_progress, progress_line, train, warm_start
 
 plt.switch_backend("Agg")
 
@@ -72,45 +70,17 @@ def compare(config: TrainConfig, seeds: int, folder: Path, console: Console) -> 
         for algorithm in ALGORITHMS
     ]
     workers = min(len(configs), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool, make_progress(console) as progress:
+        bars = [progress.add_task(f"{c.algorithm} seed {c.seed}", total=c.steps, text="waiting") for c in configs]
+
+        def show(i: int, records: list[dict[str, Any]]) -> None:
+            progress.update(bars[i], completed=len(records), text=progress_line(records[-1]))
+
         futures = [pool.submit(run_once, each, start, task) for each in configs]
-        watch(configs, futures, console)
-        results = [future.result() for future in futures]
+        results = follow(futures, [Path(each.out) for each in configs], show)
     after = {name: [r for c, r in zip(configs, results) if c.algorithm == name] for name in ALGORITHMS}
     return Comparison(before, after, folder)
-
-
-def watch(configs: list[TrainConfig], futures: list[Future], console: Console) -> None:
-    """Live table over the runs' JSON lines until all are done."""
-    started = time.perf_counter()
-    with Live(console=console, refresh_per_second=4, transient=True) as live:
-        while not all(future.done() for future in futures):
-            live.update(live_table(configs, time.perf_counter() - started))
-            time.sleep(0.5)
-            if any(future.done() and future.exception() for future in futures):
-                break
-
-
-def live_table(configs: list[TrainConfig], elapsed: float) -> Table:
-    """Latest line of every run, and the time left at the pace so far."""
-    table = Table()
-    for column in ("run", "step", "reward", "accuracy", "entropy", "distinct right", "tokens/s"):
-        table.add_column(column, justify="right" if column != "run" else "left")
-    steps = 0
-    for config in configs:
-        records = read_records(Path(config.out))
-        name = f"{config.algorithm} seed {config.seed}"
-        steps += len(records)
-        if not records:
-            table.add_row(name, "waiting", *[""] * 5)
-            continue
-        last = records[-1]
-        numbers = [f"{last[key]:.2f}" for key in ("reward", "accuracy", "entropy", "distinct")]
-        table.add_row(name, f"{last['step']}/{config.steps}", *numbers, f"{last['tokens_per_second']:,.0f}")
-    total = sum(config.steps for config in configs)
-    left = f"{elapsed * (total - steps) / steps:.0f} s" if steps else "unknown"
-    table.caption = f"{elapsed:.0f} s elapsed, time left {left}"
-    return table
 
 
 def comparison_sheet(result: Comparison) -> Sheet:

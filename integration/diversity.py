@@ -43,7 +43,7 @@ from integration.many_answers import (
     score,
 )
 from integration.report import Sheet
-from integration.runs import LOG, read_records
+from integration.runs import LOG, follow, read_records
 from lad_kernels import GRPOConfig, LADConfig, group_advantages, grpo_loss, lad_loss
 
 plt.switch_backend("Agg")
@@ -248,24 +248,15 @@ def run_all(
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn())
         with Progress(*columns, TextColumn("{task.fields[text]}"), console=console) as progress:
             bars = [progress.add_task(run.label, total=run.updates, text="waiting") for run in runs]
-            while not all(future.done() for future in futures):
-                time.sleep(0.5)
-                _show(progress, bars, places)
-                if any(future.done() and future.exception() for future in futures):
-                    break
-            _show(progress, bars, places)
-        for future in futures:
-            future.result()
+
+            def show(i: int, records: list[Record]) -> None:
+                last, seen = records[-1], looks_of(records)[-1]
+                measured = f"accuracy {seen['accuracy']:.2f}  entropy {seen['entropy']:.2f} nats"
+                text = f"{measured}  {last['seconds_left']:.0f} s left"
+                progress.update(bars[i], completed=last["update"], total=last["updates"], text=text)
+
+            follow(futures, places, show)
     return [read_records(place) for place in places]
-
-
-def _show(progress: Progress, bars: list[Any], places: list[Path]) -> None:
-    for bar, place in zip(bars, places):
-        if records := read_records(place):
-            last, seen = records[-1], looks_of(records)[-1]
-            measured = f"accuracy {seen['accuracy']:.2f}  entropy {seen['entropy']:.2f} nats"
-            text = f"{measured}  {last['seconds_left']:.0f} s left"
-            progress.update(bar, completed=last["update"], total=last["updates"], text=text)
 
 
 def runs_sheet(runs: list[Run], results: list[list[Record]]) -> Sheet:

@@ -10,7 +10,8 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -82,6 +83,23 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     path = folder / LOG
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be half written
+
+
+def follow(futures: list[Future], folders: list[Path], show: Callable[[int, list[dict[str, Any]]], None]) -> list[Any]:
+    """The results of runs in other processes; until the last has ended, or one has failed, their lines are shown.
+
+    Args:
+        futures: of the runs.
+        folders: of the runs; the i-th one's lines so far go to `show(i, lines)`, once there are any.
+    """
+    ended = False
+    while not ended:
+        done, others = wait(futures, timeout=0.5, return_when=FIRST_EXCEPTION)
+        ended = not others or any(future.exception() for future in done)
+        for i, folder in enumerate(folders):
+            if records := read_records(folder):
+                show(i, records)
+    return [future.result() for future in futures]
 
 
 class Signals:

@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from torch import Tensor, nn
 
 from integration import checkpoint
@@ -292,7 +293,7 @@ def make_progress(console: Console) -> Progress:
         TextColumn("{task.description}"),
         BarColumn(bar_width=16),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", table_column=Column()),  # on two lines where the terminal is narrow
         TimeRemainingColumn(),
         console=console,
     )

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import random
 import signal
@@ -198,12 +199,10 @@ def evaluate(policy: Policy, task: Task, config: TrainConfig, samples: int = 16)
         right.append((run.scores >= RIGHT).view(-1, samples).sum(1))
         distinct += run.distinct * len(entries)
     right = torch.cat(right)  # [P], right answers per problem
-    miss = torch.ones(len(right))  # [P], chance that 8 of the samples, drawn without replacement, are all wrong
-    for i in range(8):
-        miss *= ((samples - right - i) / (samples - i)).clamp_min(0)
+    all_wrong = [math.comb(samples - n, 8) for n in right.tolist()]  # of the ways to draw 8 of a problem's samples
     return {
         "accuracy": right.sum().item() / (len(right) * samples),
-        "pass@8": 1.0 - miss.mean().item(),
+        "pass@8": 1.0 - sum(all_wrong) / (len(right) * math.comb(samples, 8)),
         "distinct": distinct / len(right),
         "entropy": entropy / tokens,
     }

@@ -114,13 +114,11 @@ def settle(chosen: TaskArguments, args: Any, model: str | None) -> Any:
             f"per_device_eval_batch_size: expected a multiple of {group} completions over all ranks, got {batch}; take "
             f"{args.per_device_eval_batch_size * group} a rank"
         )
-    names = ("task", "train_size", "held_out_size", "warm_steps", "prompt", "shots", "answer")
     try:
         options = json.loads(chosen.task_options or "null")
     except ValueError as error:
         raise Refused(f"task_options: expected JSON, got {chosen.task_options!r} ({error}); quote it") from error
-    given = {name: getattr(chosen, name) for name in names}
-    config = TrainConfig(model=model, seed=args.seed, task_options=options, **given)
+    config = TrainConfig(model=model, seed=args.seed, **vars(chosen) | {"task_options": options})
     check_task(config.task)
     if args.process_index == 0:
         former = [p.name for mark in WRITTEN for p in Path(args.output_dir).glob(mark)]

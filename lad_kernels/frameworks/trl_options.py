@@ -11,7 +11,7 @@ from typing import Any
 
 import lad_kernels
 from lad_kernels.frameworks.options import ratio_bounds
-from lad_kernels.objective import DIVERGENCES
+from lad_kernels.objective import DIVERGENCES, SETTINGS
 
 try:
     import trl
@@ -32,12 +32,8 @@ ADAPTIVE = "only a constant entropy_coef is supported"
 REFUSED = {
     "loss_type": "LAD is the loss; loss_agg_mode chooses the average ('token-mean' averages as TRL's dapo does)",
     "delta": "LAD has no dual clip; epsilon_low and epsilon_high bound the ratio",
-    "sapo_temperature_neg": SAPO,
-    "sapo_temperature_pos": SAPO,
-    "vespo_k_pos": VESPO,
-    "vespo_lambda_pos": VESPO,
-    "vespo_k_neg": VESPO,
-    "vespo_lambda_neg": VESPO,
+    **dict.fromkeys(SETTINGS["sapo"], SAPO),
+    **dict.fromkeys(SETTINGS["vespo"], VESPO),
     "off_policy_mask_threshold": "LAD drops no sequences; log_ratio_clamp stops the gradient of those far off",
     "use_adaptive_entropy": ADAPTIVE,
     "entropy_coef_min": ADAPTIVE,
@@ -58,15 +54,6 @@ LOSS_TYPES = {
     "sapo": ("sapo", "seq-mean-token-mean"),
     "vespo": ("vespo", "token-mean"),
 }
-# Fields of both configurations, read by loss_type sapo and vespo alone.
-SOFT_GATES = (
-    "sapo_temperature_pos",
-    "sapo_temperature_neg",
-    "vespo_k_pos",
-    "vespo_lambda_pos",
-    "vespo_k_neg",
-    "vespo_lambda_neg",
-)
 
 # Fields of lad_kernels.LADConfig that are options under the same name; TRL has options of its own for the others.
 OF_TRL = ("advantage_scale", "kl_coef", "kl_clamp", "entropy_coef", "epsilon_low", "epsilon_high")
@@ -192,5 +179,5 @@ def grpo_config(args: GRPOConfig) -> lad_kernels.GRPOConfig:
         importance_sampling_level="sequence_sum" if policy_loss == "vespo" else args.importance_sampling_level,
         advantage_scale=args.scale_rewards,
         kl_coef=args.beta,
-        **{name: getattr(args, name) for name in SOFT_GATES},
+        **{name: getattr(args, name) for name in SETTINGS["sapo"] + SETTINGS["vespo"]},
     )

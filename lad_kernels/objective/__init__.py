@@ -1,7 +1,7 @@
 """The objective: log-probabilities and rewards in, a loss and its gradient out. Others import from here alone."""
 
 from lad_kernels.objective.advantages import group_advantages
-from lad_kernels.objective.config import DIVERGENCES, LEVELS, GRPOConfig, LADConfig, PolicyConfig
+from lad_kernels.objective.config import DIVERGENCES, LEVELS, SETTINGS, GRPOConfig, LADConfig, PolicyConfig
 from lad_kernels.objective.context_parallel import (
     ContextShard,
     context_parallel_loss,
@@ -18,6 +18,7 @@ from lad_kernels.objective.terms import Objective
 __all__ = [
     "DIVERGENCES",
     "LEVELS",
+    "SETTINGS",
     "ContextShard",
     "GRPOConfig",
     "LADConfig",

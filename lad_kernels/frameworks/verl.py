@@ -43,6 +43,8 @@ except Exception as error:
 
 BACKEND = "lad_kernels"
 CLIP_RATIO = 0.2  # verl's default of clip_ratio, clip_ratio_low and clip_ratio_high, which sets no bound here
+# Fields of LADConfig that the policy loss configuration has under the same name; verl's clip range may set the bounds.
+OWN = ("divergence", "eta", "importance_sampling_level", "centered", "log_ratio_clamp", "target_clamp")
 
 
 @dataclass
@@ -75,17 +77,8 @@ class LADPolicyLossConfig(PolicyLossConfig):
     def lad_config(self, loss_agg_mode: str = "token-mean", actor: Any = None) -> LADConfig:
         """The same settings for `lad_loss`, with verl's clip range where the actor has one that is not its default."""
         low, high = self._ratio_bounds(actor)
-        return LADConfig(
-            divergence=self.divergence,
-            eta=self.eta,
-            importance_sampling_level=self.importance_sampling_level,
-            loss_agg_mode=loss_agg_mode,
-            centered=self.centered,
-            log_ratio_clamp=self.log_ratio_clamp,
-            target_clamp=self.target_clamp,
-            epsilon_low=low,
-            epsilon_high=high,
-        )
+        own = {name: getattr(self, name) for name in OWN}
+        return LADConfig(loss_agg_mode=loss_agg_mode, epsilon_low=low, epsilon_high=high, **own)
 
     def _ratio_bounds(self, actor: Any) -> tuple[float | None, float | None]:
         """epsilon_low and epsilon_high: LAD's own, or clip_ratio_low and clip_ratio_high as verl reads them."""

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lad_kernels.preflight import Refused
+from lad_kernels.pretrained import flush, sha256
 
 LINK, CHECKSUMS = "checkpoint", "checksums.json"
 _OURS = re.compile(r"checkpoint-(\d+(-again)?|copied)")
@@ -67,12 +68,12 @@ def _seal(checkpoint: Path) -> None:
     """Flush every file to the disk and write their checksums."""
     files = {}
     for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
-        _flush(path)
-        files[path.relative_to(checkpoint).as_posix()] = _sha256(path)
+        flush(path)
+        files[path.relative_to(checkpoint).as_posix()] = sha256(path)
     sums = checkpoint / CHECKSUMS
     sums.write_text(json.dumps({"files": files, "sha256": _checksum_of(files)}, indent=1) + "\n")
     for path in (sums, *(p for p in checkpoint.rglob("*") if p.is_dir()), checkpoint):
-        _flush(path)
+        flush(path)
 
 
 def _point(link: Path, name: str) -> None:
@@ -82,20 +83,7 @@ def _point(link: Path, name: str) -> None:
     new.unlink(missing_ok=True)
     new.symlink_to(name)
     os.replace(new, link)
-    _flush(link.parent)
-
-
-def _flush(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    flush(link.parent)
 
 
 def _checksum_of(files: dict[str, str]) -> str:
@@ -152,7 +140,7 @@ def verify(checkpoint: Path, *names: str) -> None:
         raise _damaged(path, "is not what was written")
     for name in names or files:
         try:
-            if _sha256(checkpoint / name) != files[name]:
+            if sha256(checkpoint / name) != files[name]:
                 raise _damaged(checkpoint / name, "is not what was written: its sha256 is another")
         except OSError as error:
             raise _damaged(checkpoint / name, f"cannot be read: {error.strerror}") from error

@@ -27,8 +27,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -220,7 +219,7 @@ def _create(folder: Path, name: str, source: Source, flag: str) -> None:
             convert(model, [path for path, _ in source.parts], part)
             _seal(part)
             part.rename(folder)
-            _flush(folder.parent)
+            flush(folder.parent)
         except Exception as error:
             if type(error).__name__ != "SafetensorError":  # by which safetensors reports a full disk
                 raise
@@ -230,19 +229,14 @@ def _create(folder: Path, name: str, source: Source, flag: str) -> None:
         console.print("Converted.")
 
 
-@contextmanager
-def _alone(lock: Path, console: Any) -> Iterator[None]:
+def _alone(path: Path, console: Any) -> AbstractContextManager:
     """Hold a lock that the kernel releases when the process ends, however it ends."""
-    file = FileLock(lock)
+    lock = FileLock(path)
     try:
-        file.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         console.print("Another process converts this model: waiting for it.")
-        file.acquire()
-    try:
-        yield
-    finally:
-        file.release()
+        return lock.acquire()
 
 
 def _check_before(model: KnownModel, source: Source, parent: Path, flag: str) -> None:
@@ -258,7 +252,7 @@ def _check_before(model: KnownModel, source: Source, parent: Path, flag: str) ->
             f"'lad_kernels[train]'"
         )
     for package, (path, digest) in zip(model.packages, source.parts, strict=True):
-        if _sha256(path) != digest:
+        if sha256(path) != digest:
             raise _damaged(flag, package, f"another checksum in {path}")
     free = shutil.disk_usage(parent).free
     if free < model.room:
@@ -325,7 +319,7 @@ def _seal(folder: Path) -> None:
     files = {path.name: {"size": path.stat().st_size, "sha256": _fingerprint(path)} for path in paths}
     (folder / MANIFEST).write_text(json.dumps(files, indent=1) + "\n")
     for path in (*paths, folder / MANIFEST, folder):
-        _flush(path)
+        flush(path)
 
 
 def _verify(folder: Path, flag: str) -> None:
@@ -349,19 +343,21 @@ def _verify(folder: Path, flag: str) -> None:
 def _fingerprint(path: Path) -> str:
     """The sha256 of a file; of safetensors that of its header: 8 bytes with its length, then names and offsets."""
     if path.suffix != ".safetensors":
-        return _sha256(path)
+        return sha256(path)
     with path.open("rb") as file:
         length = file.read(8)
         return hashlib.sha256(length + file.read(min(int.from_bytes(length, "little"), 1 << 26))).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
-    with suppress(PermissionError):  # some file systems refuse it for folders
+def flush(path: Path) -> None:
+    """Flush a file or folder to the disk; some file systems refuse it for folders."""
+    with suppress(PermissionError) if path.is_dir() else nullcontext():
         file = os.open(path, os.O_RDONLY)
         try:
             os.fsync(file)

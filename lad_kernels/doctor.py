@@ -170,7 +170,7 @@ def paths(asked: Asked, device: torch.device, dtype: torch.dtype) -> list[tuple[
     shapes = SHAPES
     if asked.hidden_size or asked.vocab_size:
         shapes = {"yours": (asked.hidden_size or 4096, asked.vocab_size or 151_936)}
-    triton = asked.impl != "reference" and checks.use_triton(asked.impl, device, dtype)
+    triton = checks.use_triton(asked.impl, device, dtype)
     one_pass = dtype != torch.float16 if triton else dtype.itemsize > 2  # as the head decides for itself
     calls: dict[str, dict[str, Any]] = {
         "scoring, no gradient": {"grad": False},

@@ -153,14 +153,14 @@ def why(
         one_pass: whether coefficients are known inside a chunk (token-level ratios, on-policy, short sequences).
     """
     device = torch.device(device)
-    if impl == "reference":
-        path, reason = "reference, stored logits", "impl='reference'"
-    elif checks.use_triton(impl, device, dtype):
+    triton = checks.use_triton(impl, device, dtype)
+    if triton:
         path, reason = "Triton kernels", "the input is on an accelerator" if impl == "auto" else "impl='triton'"
+    elif impl == "reference":
+        path, reason = "reference, stored logits", "impl='reference'"
     else:
         unavailable = checks.triton_unavailable(device, dtype)
         path, reason = "chunked PyTorch", "impl='torch'" if impl == "torch" else unavailable
-    triton = impl != "reference" and checks.use_triton(impl, device, dtype)
     work = Work(tokens, hidden_size, vocab_size, dtype.itemsize, cost.architecture(device, triton))
     how, passes = _fastest(work, threshold(tail, dtype), Shares(live_share, kept_share), one_pass)
     if not grad or impl == "reference":

@@ -95,7 +95,7 @@ def prepare(
     if autocast:
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    triton = given.impl != "reference" and checks.use_triton(given.impl, hidden.device, hidden.dtype)
+    triton = checks.use_triton(given.impl, hidden.device, hidden.dtype)
     packing = pack(given.target_ids, loss_mask, cu_seqlens)
     targets = packing.take(given.target_ids).long()  # [M]
     if packing.inside is not None:

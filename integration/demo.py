@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-import lad_kernels
 from integration import bandit, compare, diversity, memory
 from integration.report import Sheet
 from integration.train_config import TrainConfig, check_machine
-from lad_kernels import reference
+from lad_kernels import doctor
 from lad_kernels.preflight import Refused, check_model, claim_folder, complain
 from lad_kernels.pretrained import model_folder
 
@@ -43,27 +42,6 @@ QUICK = {
     "hidden_size": 32,
     "layers": 1,
 }
-
-
-def parity_error(device: str) -> float:
-    """Largest relative error of our loss and gradients against the specification, on a small packed float64 case."""
-    generator = torch.Generator().manual_seed(0)
-    tokens, hidden_size, vocabulary, group = 48, 16, 257, 4  # N, D, V, G
-    cu_seqlens = torch.tensor([0, 3, 10, 11, 20, 25, 30, 40, 48], dtype=torch.int32, device=device)  # [B + 1]
-    hidden = torch.randn(tokens, hidden_size, dtype=torch.float64, generator=generator)  # [N, D]
-    weight = torch.randn(vocabulary, hidden_size, dtype=torch.float64, generator=generator)  # [V, D]
-    target = torch.randint(vocabulary, (tokens,), generator=generator).to(device)  # [N]
-    old_logp = (torch.randn(tokens, dtype=torch.float64, generator=generator) * 0.1 - 6).to(device)  # [N]
-    mask = (torch.rand(tokens, generator=generator) < 0.8).to(device)  # [N]
-    rewards = torch.tensor([0.0, 1, 0, 0, 1, 1, 0, 1], dtype=torch.float64, device=device)  # [B]
-    results = []
-    for loss in (lad_kernels.linear_lad_loss, reference.linear_lad_loss):
-        h, w = (x.clone().to(device).requires_grad_() for x in (hidden, weight))
-        batch = {"rewards": rewards, "group_size": group, "loss_mask": mask, "cu_seqlens": cu_seqlens}
-        value = loss(h, w, target, old_logp, **batch).loss
-        value.backward()
-        results.append((value.detach(), h.grad, w.grad))
-    return max(((ours - truth).norm() / truth.norm()).item() for ours, truth in zip(*results))
 
 
 class Learned(NamedTuple):
@@ -177,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     checks |= learned.checks
 
     console.rule("3. parity and memory")
-    error = parity_error("cpu")
+    error = doctor.self_check(torch.device("cpu"), "auto", torch.float64)
     checks[f"parity: loss and gradients equal the specification to {PARITY:g} (measured {error:.1e})"] = error <= PARITY
     tokens, hidden_size = (512, 64) if flags.quick else (1024, 896)
     peaks = memory.compare_memory(tokens, hidden_size, flags.device)

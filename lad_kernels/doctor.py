@@ -184,18 +184,23 @@ def paths(asked: Asked, device: torch.device, dtype: torch.dtype) -> list[tuple[
     ]
 
 
-def self_check(device: torch.device, impl: str) -> float:
-    """Largest relative error of a small float32 LAD loss and its gradients against the float64 specification."""
+def self_check(device: torch.device, impl: str, dtype: torch.dtype = torch.float32) -> float:
+    """Largest relative error of a small LAD loss and its gradients in `dtype` against the float64 specification.
+
+    Packed sequences with a part of their tokens masked, and rewards of two groups.
+    """
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 64, generator=generator) / 4 for n in (48, 600))  # [N, D], [V, D]
     targets = torch.randint(600, (48,), generator=generator).to(device)  # [N]
     old = -3 - torch.rand(48, generator=generator)  # [N]
-    advantages = torch.randn(48, generator=generator)  # [N]
+    mask = (torch.rand(48, generator=generator) < 0.8).to(device)  # [N]
+    rewards = torch.tensor([0.0, 1, 0, 0, 1, 1, 0, 1])  # [B]
+    cu_seqlens = torch.tensor([0, 3, 10, 11, 20, 25, 30, 40, 48], dtype=torch.int32, device=device)  # [B + 1]
     results = []
-    for kind, dtype in ((impl, torch.float32), ("reference", torch.float64)):
-        h, w = (x.to(device, dtype).requires_grad_() for x in (hidden, weight))
-        given = {"old_logprobs": old.to(device, dtype), "advantages": advantages.to(device, dtype)}
-        loss = linear_lad_loss(h, w, targets, **given, impl=kind).loss
+    for kind, precision in ((impl, dtype), ("reference", torch.float64)):
+        h, w = (x.to(device, precision).requires_grad_() for x in (hidden, weight))
+        given = {"old_logprobs": old.to(device, precision), "rewards": rewards.to(device, precision), "group_size": 4}
+        loss = linear_lad_loss(h, w, targets, **given, loss_mask=mask, cu_seqlens=cu_seqlens, impl=kind).loss
         results.append((loss.detach(), *torch.autograd.grad(loss, (h, w))))
     return max(((ours - truth).norm() / truth.norm()).item() for ours, truth in zip(*results))
 

@@ -93,13 +93,10 @@ def probe(device: torch.device) -> Device:
     return Device("sm_86", 0)  # consumer parts up to Blackwell: 99 KiB of shared memory
 
 
-def select(
-    device: torch.device, dtype: torch.dtype, D: int, V: int, *, narrow: bool = False, aligned: bool = True
-) -> Tiles:
+def select(device: torch.device, dtype: torch.dtype, *, narrow: bool = False, aligned: bool = True) -> Tiles:
     """Tiles for operands of `dtype`; `aligned` says that they meet `fits` of the tiles it would give.
 
-    D and V do not move the choice among the present rows: V is tens of tiles wide, and a D that is not a multiple of
-    block_k costs a mask, not another shape.
+    Neither D nor V moves the choice: V is tens of tiles wide, and a D that is not a multiple of block_k costs a mask.
     """
     row = _TABLE[probe(device).arch, dtype.itemsize]
     if not aligned:
@@ -109,11 +106,11 @@ def select(
 
 def tiles_for(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tiles:
     """Tiles for hidden [N, D] and weight [V, D], by their alignment in memory."""
-    device, dtype, (V, D) = hidden.device, hidden.dtype, weight.shape
-    tiles = select(device, dtype, D, V, narrow=bias is not None or transform.softcap is not None)
+    device, dtype = hidden.device, hidden.dtype
+    tiles = select(device, dtype, narrow=bias is not None or transform.softcap is not None)
     if fits(hidden, tiles) and fits(weight, tiles):
         return tiles
-    return select(device, dtype, D, V, aligned=False)
+    return select(device, dtype, aligned=False)
 
 
 def fits(x: Tensor, tiles: Tiles) -> bool:

@@ -50,7 +50,7 @@ def tiles_for(hidden: Tensor, weight: Tensor) -> RoutedTiles:
     """Tiles for hidden [N, D] and weight [V, D], by their alignment in memory; the same for every architecture."""
     if hidden.dtype == torch.float32:
         return _FLOAT32
-    pointers = tile_table.select(hidden.device, hidden.dtype, *weight.shape[::-1], aligned=False)
+    pointers = tile_table.select(hidden.device, hidden.dtype, aligned=False)
     return _ALIGNED if tile_table.fits(hidden, pointers) and tile_table.fits(weight, pointers) else _UNALIGNED
 
 

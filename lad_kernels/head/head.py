@@ -55,9 +55,7 @@ class Head:
         """The head on some of the tokens [A]; None stands for all."""
         if chosen is None:
             return self
-        transform, t = self.transform, self.transform.temperature
-        if isinstance(t, Tensor):
-            transform = replace(transform, temperature=t[chosen])
+        targets, transform = self.targets[chosen], self.transform.select(chosen)
         hidden, tokens = self.hidden, self.tokens
         if tokens is not None:
             tokens = tokens[chosen]
@@ -65,7 +63,7 @@ class Head:
             hidden = hidden[chosen]
         else:
             tokens = chosen
-        return replace(self, hidden=hidden, tokens=tokens, targets=self.targets[chosen], transform=transform)
+        return replace(self, hidden=hidden, tokens=tokens, targets=targets, transform=transform)
 
     def work(self, needs: Needs) -> memory.Work:
         """Shapes and dtype, as far as time and memory depend on them."""

@@ -31,6 +31,10 @@ class LogitTransform:
         """One per token, for autograd to save, which then detects an in-place change before the backward."""
         return self.temperature if isinstance(self.temperature, Tensor) else None
 
+    def select(self, tokens: Tensor | slice) -> LogitTransform:  # [A]
+        """Of some of the tokens."""
+        return self.at(select(self.temperatures, tokens))
+
     def at(self, temperatures: Tensor | None) -> LogitTransform:  # [N]
         """The same with saved temperatures."""
         return self if temperatures is None else replace(self, temperature=temperatures)

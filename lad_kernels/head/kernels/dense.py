@@ -342,6 +342,7 @@ def _logit_gradient(
         torch.empty(tiles_n, triton.cdiv(V, BLOCK) * BLOCK, dtype=torch.float32, device=device) if need_sums else None
     )
     flops.product(N, D, V)
+    part = gradient.select(run)
     inv_temperature = inverse_temperature(transform, run.start, run.stop)
     with tile_table.current(device):
         _logit_gradient_kernel[(tile_table.programs(device, tiles_n * triton.cdiv(V, tiles.block_v)),)](
@@ -351,9 +352,9 @@ def _logit_gradient(
             inv_temperature,
             slab.targets,
             slab.lse,
-            gradient.onehot[run],
-            gradient.prob[run],
-            None if gradient.entropy is None else gradient.entropy[run],
+            part.onehot,
+            part.prob,
+            part.entropy,
             dr,
             sums,
             N,

@@ -29,8 +29,6 @@ call of one run launches some thirty kernels and two for each slice of D; dense 
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 from torch import Tensor
@@ -102,7 +100,7 @@ def backward(
         pairs = _Pairs(call, runs, room, ordered, dh, db)
         if not needs.weight:
             pairs.finish()
-        whole = _dense(pairs, transform, gradient, routing.dense, dense_room, sums)
+        whole = _dense(pairs, gradient, routing.dense, dense_room, sums)
         dw, db = whole.weight, whole.bias  # [V, D], [V]
     else:
         dw, db = dense.accumulators(weight, needs, sums)  # [V, D], [V]
@@ -120,7 +118,6 @@ def backward(
 
 def _dense(
     pairs: _Pairs,
-    transform: LogitTransform,
     gradient: LogitGradient,
     rows: Tensor,  # [Nd]
     workspace_bytes: int,
@@ -140,18 +137,15 @@ def _dense(
         if slab.db is not None:
             slab.db.add_(pairs.db[slab.columns])
 
-    part = None if gradient.entropy is None else gradient.entropy[rows]  # [Nd]
-    if isinstance(transform.temperature, Tensor):
-        transform = dataclasses.replace(transform, temperature=transform.temperature[rows])
     fits = dense.split(Nd, D, V, hidden.element_size(), workspace_bytes, staged=False)[0] == Nd
     return dense.backward(
         hidden,
         call.weight,
         call.targets[rows],
         call.bias,
-        transform,
+        call.transform.select(rows),
         call.lse[rows],
-        LogitGradient(gradient.onehot[rows], gradient.prob[rows], part),
+        gradient.select(rows),
         needs=Needs(call.need_hidden, call.need_weight, pairs.db is not None),
         workspace_bytes=workspace_bytes,
         then=then if len(call.tokens) else None,

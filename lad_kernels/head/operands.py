@@ -104,14 +104,8 @@ def prepare(
     if given.vocab_group is not None:
         from lad_kernels.head import vocab_parallel
 
-        alike = {
-            "hidden_states": hidden,
-            "temperature": given.temperature,
-            "logit_scale": given.logit_scale,
-            "softcap": given.softcap,
-            "impl": given.impl,
-            **replicated,
-        }
+        own = {name: getattr(given, name) for name in ("temperature", "logit_scale", "softcap", "impl")}
+        alike = {"hidden_states": hidden, **own, **replicated}
         shard = vocab_parallel.join(given.vocab_group, hidden, weight, given.bias, targets, alike, packing)
     checks.target_range(targets, len(weight) if shard is None else shard.vocabulary)
     layout = Layout(packing, _transform(given, packing, hidden.dtype), triton, shard)

@@ -100,10 +100,8 @@ class Installed(NamedTuple):
 def requirements() -> tuple[dict[str, Requirement], dict[str, str]]:
     """Package -> requirement, and package -> first extra that brings it, from the metadata of lad_kernels."""
     try:
-        lines, extras = (
-            metadata.requires("lad_kernels") or [],
-            metadata.metadata("lad_kernels").get_all("Provides-Extra"),
-        )
+        lines = metadata.requires("lad_kernels") or []
+        extras = metadata.metadata("lad_kernels").get_all("Provides-Extra")
     except metadata.PackageNotFoundError:
         return {}, {}
     needed: dict[str, Requirement] = {}

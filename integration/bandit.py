@@ -20,18 +20,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
 from integration.report import Sheet, mean_and_std
 from lad_kernels import GRPOConfig, LADConfig, grpo_loss, lad_loss
 from lad_kernels.objective import DIVERGENCES
-
-plt.switch_backend("Agg")
 
 ARMS = 50
 BUMPS = ((10, 4.0), (25, 5.0), (40, 4.0))  # (centre, height); every width is 5 arms
@@ -62,15 +60,12 @@ def advantage_curve() -> Tensor:
 def methods() -> dict[str, Loss]:
     """Losses by name: LAD with every divergence, GRPO without and with clipping."""
 
-    def lad(config: LADConfig) -> Loss:
-        return lambda logp, old, adv: lad_loss(logp, old, adv, config=config).loss
+    def of(loss: Any, config: Any) -> Loss:
+        return lambda logp, old, adv: loss(logp, old, adv, config=config).loss
 
-    def grpo(config: GRPOConfig) -> Loss:
-        return lambda logp, old, adv: grpo_loss(logp, old, adv, config=config).loss
-
-    losses = {name: lad(LADConfig(divergence=name, eta=ETA)) for name in DIVERGENCES}
-    losses["grpo"] = grpo(GRPOConfig(epsilon_low=1e9, epsilon_high=1e9))
-    losses["grpo, clipped"] = grpo(GRPOConfig())
+    losses = {name: of(lad_loss, LADConfig(divergence=name, eta=ETA)) for name in DIVERGENCES}
+    losses["grpo"] = of(grpo_loss, GRPOConfig(epsilon_low=1e9, epsilon_high=1e9))
+    losses["grpo, clipped"] = of(grpo_loss, GRPOConfig())
     return losses
 
 
@@ -119,15 +114,14 @@ def bandit_sheet(result: BanditResult) -> Sheet:
 
 def plot_bandit(result: BanditResult, path: Path) -> None:
     """Bars of the target with the first seed's LAD (js) and GRPO policies over them."""
-    figure, axes = plt.subplots(figsize=(8, 4))
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot()
     axes.bar(range(ARMS), result.target.tolist(), color="0.85", label="target  softmax(A / η)")
     axes.plot(result.policies["js"][0].tolist(), color="tab:blue", label="LAD (js)")
     axes.plot(result.policies["grpo"][0].tolist(), color="tab:red", label="GRPO")
     axes.set(xlabel="arm", ylabel="probability", yscale="log", ylim=(1e-4, 1))
     axes.legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def bandit_checks(result: BanditResult) -> dict[str, bool]:

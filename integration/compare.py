@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from integration.policy import build_policy
@@ -22,8 +22,6 @@ from integration.report import Sheet, mean_and_std
 from integration.runs import follow, read_records
 from integration.tasks import Task
 from integration.trainer import TrainConfig, evaluate, load_policy, make_progress, progress_line, train, warm_start
-
-plt.switch_backend("Agg")
 
 ALGORITHMS = ("lad", "grpo")
 MEASURES = ("accuracy", "pass@8", "distinct", "entropy")
@@ -109,7 +107,8 @@ def comparison_text(result: Comparison) -> str:
 def plot_comparison(result: Comparison, path: Path) -> None:
     """Training accuracy, entropy and distinct right answers by step: mean over seeds, band of one deviation."""
     panels = {"accuracy": "accuracy", "entropy": "entropy, nats/token", "distinct": "distinct right answers of a group"}
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.6))
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels))
     for algorithm, color in zip(ALGORITHMS, ("tab:blue", "tab:red")):
         seeds = range(len(result.after[algorithm]))
         runs = [read_records(run_folder(result.folder, algorithm, seed)) for seed in seeds]
@@ -125,9 +124,7 @@ def plot_comparison(result: Comparison, path: Path) -> None:
             )
             axis.set(xlabel="step", ylabel=label)
     axes[0].legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def comparison_checks(result: Comparison) -> dict[str, bool]:

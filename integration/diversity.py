@@ -23,8 +23,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
@@ -45,8 +45,6 @@ from integration.many_answers import (
 from integration.report import Sheet
 from integration.runs import LOG, follow, read_records
 from lad_kernels import GRPOConfig, LADConfig, group_advantages, grpo_loss, lad_loss
-
-plt.switch_backend("Agg")
 
 Record = dict[str, Any]  # a line of metrics.jsonl
 FROZEN = 0  # batches a rollout: as many as there are updates
@@ -313,7 +311,8 @@ def run_checks(runs: list[Run], results: list[list[Record]]) -> dict[str, bool]:
 
 def plot_runs(runs: list[Run], results: list[list[Record]], path: Path) -> None:
     """Entropy over right answers against accuracy, one curve a run, from the start on the left."""
-    figure, axes = plt.subplots(figsize=(8, 5))
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
     colors = {"LAD": "tab:blue", "GRPO": "tab:red"}
     styles = {1: ":", FROZEN: "--"}
     for run, records in zip(runs, results):
@@ -329,6 +328,4 @@ def plot_runs(runs: list[Run], results: list[list[Record]], path: Path) -> None:
         )
     axes.set(xlabel="accuracy on held-out problems", ylabel="entropy over right answers, nats", xlim=(None, 1))
     axes.legend(fontsize="small", loc="lower left")
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
-    plt.close(figure)

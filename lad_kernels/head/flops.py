@@ -26,8 +26,8 @@ def counting() -> Iterator[list[int]]:
             outer[0] += inner[0]
 
 
-def product(rows: int, inner: int, columns: int) -> None:
-    """One product [rows, inner] x [inner, columns] is being launched."""
+def product(rows: int, inner: int, columns: int, times: int = 1) -> None:
+    """Products [rows, inner] x [inner, columns], or others of these three sizes, are being launched."""
     tally = _tally.get()
     if tally is not None:
-        tally[0] += 2 * rows * inner * columns
+        tally[0] += 2 * rows * inner * columns * times

@@ -237,7 +237,7 @@ def backward(
                 dw_slab[at].addmm_(dz.T, logits.hidden[rows], beta=int(i > 0 if dense else not first))
             if needs.bias:
                 db_slab[at] += dz.sum(0)
-            _count(len(dz), len(w), hidden.shape[1], needs.hidden + needs.weight)
+            flops.product(len(dz), len(w), hidden.shape[1], times=needs.hidden + needs.weight)
         if needs.weight and dw.dtype != dtype:
             dw[columns] = dw_slab
         if needs.bias:
@@ -253,12 +253,6 @@ def _added(gradients: HeadGradients, sums: GradientSums | None) -> HeadGradients
         if total is not None:
             total.add_(x)
     return HeadGradients(gradients.hidden, sums.weight, sums.bias)
-
-
-def _count(tokens: int, columns: int, hidden_size: int, products: int) -> None:
-    """Add `products` further products of a tile [tokens, columns] to the flop count."""
-    for _ in range(products):
-        flops.product(tokens, columns, hidden_size)
 
 
 def _pairs_by_block(routing: Routing | None) -> dict[int, list[tuple[slice, Tensor, Tensor | None]]]:
@@ -319,10 +313,9 @@ def one_pass(
     dh = torch.zeros_like(hidden) if needs.hidden else None  # [M, D]
     dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs.weight else None  # [V, D]
     db = torch.zeros_like(bias) if needs.bias and bias is not None else None  # [V]
-    logits.reserve(max((c.stop - c.start for c in chunks), default=0), len(weight))
-    step = max(
-        BLOCK, TILE_BYTES // (logits.dtype.itemsize * max(1, max((c.stop - c.start for c in chunks), default=1)))
-    )
+    longest = max((c.stop - c.start for c in chunks), default=1)
+    logits.reserve(longest, len(weight))
+    step = max(BLOCK, TILE_BYTES // (logits.dtype.itemsize * max(1, longest)))
     for rows in chunks:
         z, _ = logits.tile(rows, weight, bias)  # [C, V]
         every = torch.arange(len(z), device=z.device)
@@ -355,6 +348,6 @@ def one_pass(
             dw.addmm_(dz.T, hidden[rows.start + active])
         if db is not None:
             db += dz.sum(0)
-        _count(len(active), len(weight), hidden.shape[1], needs.hidden + needs.weight)
+        flops.product(len(active), len(weight), hidden.shape[1], times=needs.hidden + needs.weight)
     dh = None if dh is None else scatter(dh, given, tokens)  # [N, D]
     return HeadForward(logprobs, lse, entropy, None), HeadGradients(dh, dw, db)

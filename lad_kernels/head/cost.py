@@ -51,14 +51,12 @@ _H100 = Speeds(7e14, 3.0e12, 3e-13, 0.13, 1e-7, 7e-11, 3e-3)
 
 def _scaled(flops: float, bytes: float, exponentials: float) -> Speeds:
     """The H100's row for a card whose data sheet has `flops`, `bytes` and `exponentials` times an H100's."""
-    return Speeds(
+    return replace(
+        _H100,
         flops=_H100.flops * flops,
         bytes=_H100.bytes * bytes,
         element=_H100.element / exponentials,
-        gathered=_H100.gathered,
-        block=_H100.block,
         pair=_H100.pair / bytes,
-        waiting=_H100.waiting,
     )
 
 

@@ -70,18 +70,15 @@ def compare(measured: cost.Speeds, assumed: cost.Speeds) -> tuple[list[tuple[str
     Only ratios decide between paths, so assumed speeds are scaled to the measured rate of products.
     """
     faster = measured.flops / assumed.flops
-    scaled = {
-        "bytes": assumed.bytes * faster,
-        "element": assumed.element / faster,
-        "gathered": assumed.gathered,
-        "block": assumed.block / faster,
-    }
     rows = [("products, Gflop/s", f"{measured.flops / 1e9:.3g}", f"{assumed.flops / 1e9:.3g}, the unit of the others")]
-    units = {"bytes": (1e-9, "copies, GB/s"), "element": (1e9, "outside products, ns a logit")}
-    units |= {"gathered": (1.0, "routed products over large ones"), "block": (1e3, "routed, ms a block")}
     off = []
-    for name, expected in scaled.items():
-        found, (unit, title) = getattr(measured, name), units[name]
+    for name, unit, title, power in (  # power: of `faster`, with which the assumed speed grows
+        ("bytes", 1e-9, "copies, GB/s", 1),
+        ("element", 1e9, "outside products, ns a logit", -1),
+        ("gathered", 1.0, "routed products over large ones", 0),
+        ("block", 1e3, "routed, ms a block", -1),
+    ):
+        found, expected = getattr(measured, name), getattr(assumed, name) * faster**power
         rows.append((title, f"{found * unit:.3g}", f"{expected * unit:.3g}"))
         if max(found / expected, expected / found) > FIFTH:
             off.append(name)

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -84,9 +85,7 @@ class Installed(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        return self.version is not None and Requirement(f"x{self.supported}").specifier.contains(
-            self.version, prereleases=True
-        )
+        return self.version is not None and SpecifierSet(self.supported).contains(self.version, prereleases=True)
 
     @property
     def verdict(self) -> str:

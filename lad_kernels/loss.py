@@ -212,7 +212,8 @@ def _linear_loss(given: HeadArguments, inputs: PolicyInputs, config: PolicyConfi
         loss = _LinearLoss.apply(hidden, weight, bias, targets, loss, layout, plan)
         metrics |= plan.metrics
     count = tally[0] + (0 if plan is None else plan.flops)
-    metrics["head_flops"] = targets.new_full((), count, dtype=_widest(hidden.device))  # []
+    widest = torch.float32 if hidden.device.type == "mps" else torch.float64  # that the device has
+    metrics["head_flops"] = targets.new_full((), count, dtype=widest)  # []
     return LossOutput(
         loss=loss,
         logprobs=packing.place(result.logprobs) if wanted.logprobs else None,
@@ -236,11 +237,6 @@ def _reference_loss(
         softcap=given.softcap, config=config, normalizer=inputs.normalizer, ref_logprobs=inputs.ref_logprobs,
         rollout_is_weights=inputs.rollout_is_weights, return_entropy=wanted.entropy, return_logprobs=wanted.logprobs,
     )  # fmt: skip
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    """A dtype in which flops are counted: float64 where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class _LinearLoss(torch.autograd.Function):

@@ -222,11 +222,6 @@ def inverse_temperature(transform: LogitTransform, start: int, stop: int) -> Ten
     return 1.0 / transform.temperature
 
 
-def _run_length(row_bytes: int) -> int:
-    """Rows whose partials, and gathered hidden states, fit _PARTIAL_BYTES."""
-    return max(_PARTIAL_BYTES // max(row_bytes, 1) // _RUN, 1) * _RUN
-
-
 @torch.no_grad()
 def forward(
     hidden: Tensor,  # [N, D]; with `tokens` also [B, T, D], see `gather`
@@ -253,7 +248,8 @@ def forward(
     all_lse = torch.empty(blocks, N, **new) if want_block_lse else None  # [blocks, N]
     row_bytes = 4 * blocks * (want_entropy + (not want_block_lse))
     row_bytes += 0 if tokens is None else hidden.shape[-1] * hidden.element_size()
-    run = min(_run_length(row_bytes), max(N, 1))
+    run = max(_PARTIAL_BYTES // max(row_bytes, 1) // _RUN, 1) * _RUN  # whose partials, and gathered states, fit
+    run = min(run, max(N, 1))
     run_lse = None if want_block_lse else torch.empty(blocks, run, **new)  # [blocks, run]
     run_entropy = torch.empty(blocks, run, **new) if want_entropy else None  # [blocks, run]
 

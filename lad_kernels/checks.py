@@ -276,12 +276,9 @@ def per_sequence(name: str, x: Tensor, count: int | None, like: Tensor, like_nam
 POSITIVE = 0.5  # a log-prob above this is not a rounding error: 16-bit logits of 50 may give 0.25
 
 
-def log_probs(name: str, x: Tensor | None, counts: Tensor | None) -> None:
-    """Of tokens that count (a mask in the shape of `x`; None: all), none is far above 0. NaN and -inf pass."""
-    if x is None or not x.numel() or not may_read(x):
-        return
-    above = x.detach() > POSITIVE
-    above = (above if counts is None else above & counts) & (x < math.inf)
+def log_probs(name: str, x: Tensor, counts: Tensor) -> None:
+    """Of tokens that count, by a mask in the shape of `x`, none is far above 0. NaN and -inf pass."""
+    above = (x.detach() > POSITIVE) & counts & (x < math.inf)
     if bool(above.any()):
         raise ValueError(
             f"{name}: expected log-probabilities in nats, which are not above 0, got {x[above].max().item():g}; "
@@ -289,18 +286,18 @@ def log_probs(name: str, x: Tensor | None, counts: Tensor | None) -> None:
         )
 
 
-def signal(name: str, x: Tensor | None, counts: Tensor) -> None:
+def signal(name: str, x: Tensor, counts: Tensor) -> None:
     """Finite values wherever `counts`, a mask in the shape of `x`, is set."""
-    if x is not None and may_read(x) and not bool((x.detach().isfinite() | ~counts).all()):
+    if not bool((x.detach().isfinite() | ~counts).all()):
         raise ValueError(
             f"{name}: expected finite values wherever a token counts, got NaN or infinity; mask such tokens out, or "
             f"give rewards, of which those that are not finite count as unscorable"
         )
 
 
-def weights(name: str, x: Tensor | None, counts: Tensor) -> None:
+def weights(name: str, x: Tensor, counts: Tensor) -> None:
     """No negative value wherever `counts` is set; one that is not finite drops its token."""
-    if x is not None and may_read(x) and bool(((x.detach() < 0) & (x > -math.inf) & counts).any()):
+    if bool(((x.detach() < 0) & (x > -math.inf) & counts).any()):
         raise ValueError(f"{name}: expected importance weights >= 0, got negative ones; pass ratios, not their logs")
 
 

@@ -74,16 +74,17 @@ def _without_columns(inputs: PolicyInputs, like: Tensor, count: int | None) -> P
 
 
 def _validate_values(inputs: PolicyInputs, like: Tensor, config: PolicyConfig) -> None:
-    """Checks of values, for the tokens that count; each reads them only where it may."""
+    """Checks of values, for the tokens that count, where they may be read."""
     if not checks.may_read(like):
         return
     packing = pack(like.detach(), inputs.loss_mask, inputs.cu_seqlens)
     tokens = packing.place(torch.ones(packing.tokens, dtype=torch.bool, device=like.device))  # the shape of `like`
     sequences = None if packing.cu_seqlens is None else lengths_of(packing.cu_seqlens, packing.inside) > 0  # [B]
-    for name in ("old_logprobs", "ref_logprobs"):
-        checks.log_probs(name, getattr(inputs, name), tokens)
-    if like.dtype.is_floating_point:
-        checks.log_probs("logprobs", like, tokens)
+    logprobs = like if like.dtype.is_floating_point else None  # target_ids else
+    given = {"old_logprobs": inputs.old_logprobs, "ref_logprobs": inputs.ref_logprobs, "logprobs": logprobs}
+    for name, x in given.items():
+        if x is not None:
+            checks.log_probs(name, x, tokens)
     for name, check in (("advantages", checks.signal), ("rollout_is_weights", checks.weights)):
         x = getattr(inputs, name)
         if x is not None:

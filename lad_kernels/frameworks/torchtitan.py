@@ -43,8 +43,7 @@ class LADLoss(BaseLoss):
         epsilon_high: float | None = LADConfig.epsilon_high
 
     def __init__(self, config: Config, *, compile_config: Any = None) -> None:
-        names = ("divergence", "eta", "centered", "log_ratio_clamp", "target_clamp", "epsilon_low", "epsilon_high")
-        self.config = LADConfig(**{name: getattr(config, name) for name in names})
+        self.config = LADConfig(**{name: getattr(config, name) for name in LADLoss.Config.__annotations__})
 
     def __call__(
         self,

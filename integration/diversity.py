@@ -33,7 +33,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from integration.many_answers import (
     HELD_OUT,
     Paths,
-    Problem,
     Split,
     make_problems,
     measures,
@@ -144,10 +143,6 @@ class Learner:
         self.optimizer.step()
         return metrics
 
-    def look(self, problems: list[Problem], start: list[Tensor]) -> dict[str, float]:
-        """`measures` of the current policy."""
-        return measures(right_probabilities(self.model, problems), start)
-
 
 def train(learner: Learner, seconds: float, write: Callable[[Record], None], *, every: int = LOOK_EVERY) -> None:
     """A run of at most `seconds`; the number of updates follows from a first batch, timed and thrown away.
@@ -156,19 +151,20 @@ def train(learner: Learner, seconds: float, write: Callable[[Record], None], *, 
     seconds_left, and metrics; where the held-out problems were measured, also `held_out`, see `measures`.
     """
     begun, run = time.perf_counter(), learner.run
-    start = right_probabilities(learner.model, learner.split.held_out)
+    held_out = learner.split.held_out
+    start = right_probabilities(learner.model, held_out)
     looked = time.perf_counter() - begun
     learner.backward(learner.draw())
     each = time.perf_counter() - begun - looked + looked / every  # seconds an update, its share of a look included
     updates = int(max(1, min(run.updates, (seconds - looked) / each - 1)))
     record: Record = {"updates": updates, "planned": run.updates}
-    held_out = measures(start, start)
-    write({**record, "update": 0, "seconds": 0.0, "seconds_left": updates * each, "held_out": held_out})
+    first = {"seconds": 0.0, "seconds_left": updates * each, "held_out": measures(start, start)}
+    write({**record, "update": 0, **first})
     begun = time.perf_counter()
     for update, batch in enumerate(_batches(learner, updates), 1):
         metrics = learner.update(batch)
         due = update % every == 0 or update == updates
-        looks = {"held_out": learner.look(learner.split.held_out, start)} if due else {}
+        looks = {"held_out": measures(right_probabilities(learner.model, held_out), start)} if due else {}
         spent = time.perf_counter() - begun
         left = spent / update * (updates - update)
         write({**record, "update": update, "seconds": spent, "seconds_left": left, **looks, **metrics})

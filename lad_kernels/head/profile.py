@@ -6,7 +6,7 @@ forward and the routing rule of head/routing.py, without a backward, and reports
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
 from lad_kernels.head import cost, dispatch
 from lad_kernels.head.head import Head
-from lad_kernels.head.memory import Work
 from lad_kernels.head.operands import HeadArguments, prepare
 from lad_kernels.head.records import BLOCK, LogitGradient, Needs
 from lad_kernels.head.routing import ErrorBound, route
@@ -180,9 +179,42 @@ def _measure(head: Head, c: Tensor | None, tail_mass: float, tail: str, buckets:
         dense = active[routing.dense]  # [Nd] tokens that keep every block
         kept[active] = torch.bincount(routing.rows, minlength=len(active))
         kept[dense] = work.blocks
-    one_pass = head.has_one_pass(need_bias=False)
-    profile = _summarise(work, out.entropy, c, kept, bound, len(dense), tail_mass, buckets, one_pass)
-    return replace(profile, unit_coefficients=unit)
+    pairs, live, whole = int(kept.sum()), len(active), len(dense)
+    fastest = cost.score(work) + cost.dense(work, live)
+    routed = cost.score(work) + cost.routed(work, pairs - whole * work.blocks, whole, live)
+    path = "routed" if dispatch.takes_routed(work, live, pairs, whole, backward="auto") else "two_pass"
+    if head.has_one_pass(need_bias=False):
+        fastest = min(fastest, cost.one_pass(work, live))
+        rule = dispatch.Sparsity(tail_mass, unbiased=True, backward="auto")
+        shares = dispatch.Shares(live / work.tokens, pairs / max(live * work.blocks, 1), whole / max(live, 1))
+        path = "one_pass" if dispatch.takes_one_pass(work, rule, shares) else path
+    return SparsityProfile(
+        tokens=work.tokens,
+        vocab_size=work.vocab_size,
+        tail_mass=tail_mass,
+        mean_entropy=out.entropy.mean().item(),
+        kept_share=pairs / (work.tokens * work.blocks),
+        zero_share=1 - live / work.tokens,
+        dropped_mass_mean=bound.dropped_mass_mean.item(),
+        dropped_mass_max=bound.dropped_mass_max.item(),
+        dense_tokens=whole,
+        flops_share=1 / 3 + pairs / (work.tokens * work.blocks),
+        predicted_speedup=fastest / routed,
+        buckets=_buckets(out.entropy, c, kept.double() / work.blocks, buckets),
+        path=path,
+        unit_coefficients=unit,
+    )
+
+
+def _buckets(entropy: Tensor, c: Tensor, kept: Tensor, count: int) -> tuple[EntropyBucket, ...]:
+    """`count` buckets, equally filled, from entropy, coefficient and share of kept pairs of each token [M]."""
+    filled = []
+    for part in entropy.argsort().tensor_split(count):
+        if len(part):
+            nats, share = entropy[part], kept[part].mean().item()
+            zero = (c[part] == 0).double().mean().item()
+            filled.append(EntropyBucket(nats.min().item(), nats.max().item(), len(part), share, zero))
+    return tuple(filled)
 
 
 def _of_model(
@@ -215,49 +247,3 @@ def _of_model(
         if not attached:
             fused.detach()
     return profiles[-1]  # the last: the adapter calls again if the model's config was misleading
-
-
-def _summarise(
-    work: Work,
-    entropy: Tensor,
-    c: Tensor,
-    kept: Tensor,
-    bound: ErrorBound,
-    dense: int,
-    theta: float,
-    count: int,
-    one_pass: bool,
-) -> SparsityProfile:
-    """`one_pass`: whether the head can compute its gradient in the forward."""
-    tokens, active = work.tokens, int((c != 0).sum())
-    pairs = int(kept.sum())
-    filled = []
-    for part in entropy.argsort().tensor_split(count):
-        if len(part):
-            share = kept[part].double().mean().item() / work.blocks
-            nats = entropy[part]
-            zero = (c[part] == 0).double().mean().item()
-            filled.append(EntropyBucket(nats.min().item(), nats.max().item(), len(part), share, zero))
-    fastest = cost.score(work) + cost.dense(work, active)
-    routed = cost.score(work) + cost.routed(work, pairs - dense * work.blocks, dense, active)
-    rule = dispatch.Sparsity(theta, unbiased=True, backward="auto")
-    shares = dispatch.Shares(active / tokens, pairs / max(active * work.blocks, 1), dense / max(active, 1))
-    path = "routed" if dispatch.takes_routed(work, active, pairs, dense, backward="auto") else "two_pass"
-    if one_pass:
-        fastest = min(fastest, cost.one_pass(work, active))
-        path = "one_pass" if dispatch.takes_one_pass(work, rule, shares) else path
-    return SparsityProfile(
-        tokens=tokens,
-        vocab_size=work.vocab_size,
-        tail_mass=theta,
-        mean_entropy=entropy.mean().item(),
-        kept_share=pairs / (tokens * work.blocks),
-        zero_share=1 - active / tokens,
-        dropped_mass_mean=bound.dropped_mass_mean.item(),
-        dropped_mass_max=bound.dropped_mass_max.item(),
-        dense_tokens=dense,
-        flops_share=1 / 3 + pairs / (tokens * work.blocks),
-        predicted_speedup=fastest / routed,
-        buckets=tuple(filled),
-        path=path,
-    )

@@ -66,8 +66,8 @@ HOST = {
     "prior of the first chunk": ("range", "z_y - prior[rows].float()", "z_y - prior[: len(z_y)].float()"),
     "temperature of the first chunk": (
         "float32",
-        "self.transform, self.rows.start, self.rows.stop",
-        "self.transform, 0, self.rows.stop - self.rows.start",
+        "self.transform.select(self.rows)",
+        "self.transform.select(slice(0, self.rows.stop - self.rows.start))",
     ),
     "targets of the first chunk": ("no prior", "weight, targets[rows], bias", "weight, targets[: len(states)], bias"),
     "coefficients one chunk late": (

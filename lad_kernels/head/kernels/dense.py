@@ -227,20 +227,9 @@ def backward(
     gradient, down = scaled(gradient, transform, hidden.dtype)
     dh = torch.empty(N, D, dtype=torch.float32, device=hidden.device) if needs.hidden else None  # [N, D]
     dw, db = accumulators(weight, needs, sums)  # [V, D], [V]
-    whole = _Slab(hidden, weight, targets, bias, lse, 0)
+    whole = _Slab(hidden, weight, targets, bias, transform, lse, gradient, 0)
     tiles = tiles or tile_table.tiles_for(hidden, weight, bias, transform)
-    _slabs(
-        whole,
-        transform,
-        gradient,
-        down,
-        HeadGradients(dh, dw, db),
-        sums is not None,
-        workspace_bytes,
-        tiles,
-        then,
-        leave_weight,
-    )
+    _slabs(whole, down, HeadGradients(dh, dw, db), sums is not None, workspace_bytes, tiles, then, leave_weight)
     if down is not None and needs.hidden:
         dh.mul_(down)
     if sums is not None:
@@ -263,19 +252,20 @@ class _Slab(NamedTuple):
     weight: Tensor  # [V, D]
     targets: Tensor  # [N], numbered over the whole vocabulary
     bias: Tensor | None  # [V]
+    transform: LogitTransform
     lse: Tensor  # [N], over the whole vocabulary
+    gradient: LogitGradient  # scaled
     column0: int  # the slab's first vocabulary row
 
     def part(self, run: slice, columns: slice) -> _Slab:
         bias = None if self.bias is None else self.bias[columns]
         hidden, weight, targets, lse = self.hidden[run], self.weight[columns], self.targets[run], self.lse[run]
-        return _Slab(hidden, weight, targets, bias, lse, columns.start)
+        transform, gradient = self.transform.select(run), self.gradient.select(run)
+        return _Slab(hidden, weight, targets, bias, transform, lse, gradient, columns.start)
 
 
 def _slabs(
     whole: _Slab,
-    transform: LogitTransform,
-    gradient: LogitGradient,  # scaled
     down: Tensor | None,  # [] what undoes the scaling
     out: HeadGradients,  # dH [N, D] float32, still scaled; dW [V, D]; db [V] float32, added to
     add: bool,  # to dW, which is then float32
@@ -302,7 +292,7 @@ def _slabs(
         for n0 in range(0, N, rows):
             run = slice(n0, min(n0 + rows, N))
             part = whole.part(run, slab)
-            column_sums = _logit_gradient(part, transform, run, gradient, dr, db is not None, tiles)  # [width]
+            column_sums = _logit_gradient(part, dr, db is not None, tiles)  # [width]
             tile = None if dr is None else dr[: run.stop - n0, :width]  # [rows, width]
             if dh is not None:
                 accumulate(dh[run], tile, part.weight, first=v0 == 0)
@@ -327,23 +317,20 @@ def _slabs(
 
 def _logit_gradient(
     slab: _Slab,
-    transform: LogitTransform,
-    run: slice,
-    gradient: LogitGradient,
     dr: Tensor | None,  # [>= N, >= V] out
     need_sums: bool,
     tiles: Tiles,
 ) -> Tensor | None:
-    """Fill dr for the tokens of `run`; return the column sums [V] if wanted."""
+    """Fill dr; return the column sums [V] if wanted."""
     (N, D), V, device = slab.hidden.shape, slab.weight.shape[0], slab.hidden.device
+    transform, gradient = slab.transform, slab.gradient
     tiles_n = triton.cdiv(N, tiles.block_n)
     # [token tiles, V padded to whole blocks]: rows of the partial sums start where rows of dr do
     sums = (
         torch.empty(tiles_n, triton.cdiv(V, BLOCK) * BLOCK, dtype=torch.float32, device=device) if need_sums else None
     )
     flops.product(N, D, V)
-    part = gradient.select(run)
-    inv_temperature = inverse_temperature(transform, run.start, run.stop)
+    inv_temperature = inverse_temperature(transform)
     with tile_table.current(device):
         _logit_gradient_kernel[(tile_table.programs(device, tiles_n * triton.cdiv(V, tiles.block_v)),)](
             tile_table.operand(slab.hidden, tiles.block_n, tiles),
@@ -352,9 +339,9 @@ def _logit_gradient(
             inv_temperature,
             slab.targets,
             slab.lse,
-            part.onehot,
-            part.prob,
-            part.entropy,
+            gradient.onehot,
+            gradient.prob,
+            gradient.entropy,
             dr,
             sums,
             N,

@@ -215,10 +215,10 @@ def _finalize_kernel(
         tl.store(entropy + rows, log_mass + tl.sum(spread, axis=0) / mass, mask=inside)
 
 
-def inverse_temperature(transform: LogitTransform, start: int, stop: int) -> Tensor | float:
-    """1 / T as the kernels take it: a float32 tensor [stop - start] or a number."""
+def inverse_temperature(transform: LogitTransform) -> Tensor | float:
+    """1 / T as the kernels take it: a float32 tensor [N] or a number."""
     if isinstance(transform.temperature, Tensor):
-        return transform.temperature[start:stop].float().reciprocal().contiguous()  # [stop - start]
+        return transform.temperature.float().reciprocal().contiguous()  # [N]
     return 1.0 / transform.temperature
 
 
@@ -257,7 +257,7 @@ def forward(
         for start in range(0, N, run):
             stop = min(start + run, N)
             block_lse = all_lse[:, start:] if want_block_lse else run_lse  # [blocks, >= stop - start]
-            inv_temperature = inverse_temperature(transform, start, stop)
+            inv_temperature = inverse_temperature(transform.select(slice(start, stop)))
             rows = hidden[start:stop] if tokens is None else gather(hidden, tokens[start:stop])  # [<= run, D]
             chosen = tiles or tile_table.tiles_for(rows, weight, bias, transform)
             _partials(rows, weight, bias, inv_temperature, transform, block_lse, run_entropy, chosen)

@@ -265,7 +265,7 @@ class _Chunk(NamedTuple):
 
     @property
     def inverse_temperature(self) -> Tensor | float:
-        return inverse_temperature(self.transform, self.rows.start, self.rows.stop)
+        return inverse_temperature(self.transform.select(self.rows))
 
 
 def _exponentials(

@@ -94,7 +94,7 @@ def pair_gradients(call: Call, run: Run, need_dr: bool, need_sums: bool) -> tupl
         return dr, sums
     call.count(pairs, run.blocks, D)
     schedule, transform = call.tiles.pairs, call.transform
-    inv_temperature = inverse_temperature(transform, 0, N)
+    inv_temperature = inverse_temperature(transform)
     with tile_table.current(device):
         pairs_kernel[(len(items),)](
             call.hidden,

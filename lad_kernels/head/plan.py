@@ -131,7 +131,8 @@ def plan_backward(
 ) -> BackwardPlan:
     """Choose what the backward of the active tokens multiplies; exact where `out` has no block masses."""
     tokens, work = len(out.lse), head.work(needs)
-    routing, bound = None, None
+    zero = out.lse.new_zeros(())  # []
+    routing, bound = None, ErrorBound(zero + tokens * work.blocks, zero, zero, zero, zero)  # nothing left out
     if out.block_lse is not None and tokens:
         part = head.select(active)
         chosen, error_bound = route(
@@ -143,9 +144,6 @@ def plan_backward(
         pairs = sum(chosen.counts) + dense * work.blocks
         if dispatch.takes_routed(work, tokens, pairs, dense, backward=sparsity.backward) and dense < tokens:
             routing, bound = chosen, error_bound
-    if bound is None:
-        zero = out.lse.new_zeros(())  # []
-        bound = ErrorBound(zero + tokens * work.blocks, zero, zero, zero, zero)
     if out.lse_rest is not None:
         gradient = gradient.with_rest(out.lse_rest)
     metrics = {

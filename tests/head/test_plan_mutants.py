@@ -87,7 +87,7 @@ PLAN = {  # bug: check that shows it, source, mutant
     "chunks longer than memory": ("sequences", "if bound - start > rows:", "if bound - last > rows:"),
     "a sequence longer than memory": ("sequences", "if bound - last > rows:", "if False:"),
     "a sequence passed twice": ("sequences", "start = last", "start = chunks[-1].start"),
-    "error bound forgotten": ("bound", "routing, bound = chosen, error_bound", "routing, bound = chosen, None"),
+    "error bound forgotten": ("bound", "routing, bound = chosen, error_bound", "routing = chosen"),
     "largest dropped mass": (
         "bound",
         '"dropped_mass_max": bound.dropped_mass_max',

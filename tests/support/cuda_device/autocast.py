@@ -1,8 +1,4 @@
-"""Which operations `torch.autocast("cuda")` casts: the lists of ATen/autocast_mode.h, by the names of their functions.
-
-Longer than those of a CPU: `mv` and `vecdot` run in 16 bits, and exponentials, sums and powers in float32. An operation
-with `out=`, or in place, is not cast.
-"""
+"""`torch.autocast("cuda")`: what it does to the arguments of an operation."""
 
 from __future__ import annotations
 
@@ -13,21 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-LOWER = frozenset(
-    "matmul __matmul__ __rmatmul__ mm bmm addmm addbmm baddbmm addmv mv addr linear chain_matmul multi_dot vecdot "
-    "linalg_vecdot linalg_multi_dot einsum conv1d conv2d conv3d prelu scaled_dot_product_attention".split()
-)
-FLOAT32 = frozenset(
-    "acos asin cosh erfinv exp expm1 log log10 log1p log2 logsumexp reciprocal rsqrt sinh tan pow __pow__ __rpow__ "
-    "__rdiv__ __rtruediv__ softplus softmax log_softmax softmin cumsum cumprod prod sum norm renorm dist cdist "
-    "cosine_similarity layer_norm group_norm rms_norm nll_loss cross_entropy kl_div mse_loss l1_loss smooth_l1_loss "
-    "normalize binary_cross_entropy_with_logits".split()
-)
-WIDEST = frozenset("addcdiv addcmul atan2 bilinear cross dot vdot grid_sample index_put scatter_add tensordot cat stack".split())
+from cuda_device.lists import FLOAT32, LOWER, WIDEST
 
 
 def cast(function: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Arguments as `function` gets them on CUDA under the autocast in force."""
+    """Arguments as `function` gets them under the autocast in force; with `out=` or a `dtype` they stay."""
     name = getattr(function, "__name__", "")
     if "out" in kwargs or kwargs.get("dtype") is not None:
         return args, kwargs

@@ -1,4 +1,4 @@
-"""`install`: torch.cuda answers, factories take device="cuda", backward passes get a thread, the interpreter the values."""
+"""`install`: torch.cuda answers, factories make tensors of the device, backward passes get a thread of their own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_flatten
 
 from cuda_device.log import LOG, Log
-from cuda_device.tensor import CUDA, CudaTensor, host_to, run, state
+from cuda_device.tensor import CUDA, CudaTensor, host_to, run
 
 TOTAL = 80 << 30  # bytes
 PROPERTIES = types.SimpleNamespace(
@@ -103,8 +103,10 @@ TORCH_CUDA = {
     "_exchange_device": _always(0),
     "_maybe_exchange_device": _always(0),
 }
-NOTHING = "_lazy_init synchronize empty_cache ipc_collect set_device manual_seed manual_seed_all set_rng_state set_rng_state_all"
-TORCH_CUDA |= {name: _always(None) for name in NOTHING.split()}
+for _name in ("_lazy_init", "synchronize", "empty_cache", "ipc_collect", "set_device"):
+    TORCH_CUDA[_name] = _always(None)
+for _name in ("manual_seed", "manual_seed_all", "set_rng_state", "set_rng_state_all"):
+    TORCH_CUDA[_name] = _always(None)
 
 
 class Factories(TorchDispatchMode):
@@ -147,6 +149,16 @@ def _from_data(make: Callable) -> Callable:
     return from_data
 
 
+def _factories_in_every_thread() -> None:
+    stock = threading.Thread.run
+
+    def run_with_factories(self: threading.Thread) -> None:
+        with Factories():
+            stock(self)
+
+    threading.Thread.run = run_with_factories
+
+
 def _backward_in_a_thread() -> None:
     """Of a CUDA device: no context variables of the caller; autocast and the modes below autograd go along."""
     from torch.autograd import graph
@@ -157,11 +169,10 @@ def _backward_in_a_thread() -> None:
         if not any(isinstance(x, CudaTensor) for x in outputs):
             return engine(outputs, *args, **kwargs)
         found: list[Any] = []
-        modes = list(_get_current_dispatch_mode_stack())
+        modes = [mode for mode in _get_current_dispatch_mode_stack() if not isinstance(mode, Factories)]
         cast = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), enabled=torch.is_autocast_enabled("cuda"))
 
         def work() -> None:
-            state.backward = True
             try:
                 with contextlib.ExitStack() as stack:
                     for context in (*modes, cast):
@@ -225,6 +236,7 @@ def install() -> Log:
     Tensor.cuda = functools.wraps(Tensor.cuda)(lambda x, *args, **kwargs: host_to(x, CUDA))
     torch.Generator = Generator
     torch.tensor, torch.as_tensor = _from_data(torch.tensor), _from_data(torch.as_tensor)
+    _factories_in_every_thread()
     _backward_in_a_thread()
     _interpret_values()
     _mode = Factories()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
@@ -11,24 +10,11 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
 from cuda_device import autocast
+from cuda_device.lists import FLOATING, MIXED, NONDETERMINISTIC, SYNCS
 from cuda_device.log import LOG
 from cuda_device.products import PRODUCTS
 
 CUDA = torch.device("cuda", 0)
-state = threading.local()  # `backward`: this thread runs a backward pass
-
-# Operations that read values on the host, or whose result has a shape that values decide.
-SYNCS = frozenset(
-    "nonzero masked_select _unique2 unique_dim unique_consecutive bincount equal is_nonzero multinomial".split()
-)
-# The operations of the list in torch.use_deterministic_algorithms that raise; for `FLOATING` only on floating points.
-NONDETERMINISTIC = frozenset(
-    "cumsum cumsum_ cumprod put_ histc bincount kthvalue reflection_pad1d_backward _ctc_loss_backward "
-    "nll_loss2d_forward upsample_bilinear2d_backward".split()
-)
-FLOATING = frozenset("cumsum cumsum_".split())
-# Operations that take operands of both devices: copies, and indices.
-MIXED = frozenset("copy_ _to_copy index index_put index_put_ _index_put_impl_ set_ detach segment_reduce".split())
 
 
 class CudaTensor(Tensor):
@@ -156,6 +142,10 @@ def host_to(x: Tensor, *args, **kwargs) -> Tensor:
     return _ToDevice.apply(x, dtype or x.dtype)
 
 
+def in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
 def unwrap(x: object) -> object:
     return x.inner if isinstance(x, CudaTensor) else x
 
@@ -165,7 +155,13 @@ def wrap(x: object) -> object:
 
 
 def run(func, args: tuple, kwargs: dict) -> Any:
-    """One operation of ATen on values, after the checks and counts of a CUDA build."""
+    """One operation of ATen, unseen by modes above autograd."""
+    with torch._C.DisableTorchFunction():
+        return _run(func, args, kwargs)
+
+
+def _run(func, args: tuple, kwargs: dict) -> Any:
+    """On values, after the checks and counts of a CUDA build."""
     name = func._schema.name.removeprefix("aten::")
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
     there = [x for x in tensors if isinstance(x, CudaTensor)]
@@ -218,7 +214,7 @@ def _check_determinism(name: str, func, args: tuple, kwargs: dict) -> None:
 def _count_syncs(name: str, args: tuple, kwargs: dict) -> None:
     mask = name == "index" and any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
     repeats = name == "repeat_interleave" and kwargs.get("output_size") is None
-    if name in SYNCS or name == "_local_scalar_dense" or mask or repeats:
+    if name in SYNCS or mask or repeats:
         LOG.sync(name)
 
 
@@ -228,7 +224,7 @@ def _check_devices(name: str, tensors: list[Tensor], args: tuple) -> None:
         strangers = [x for x in args[2:3] if not isinstance(x, CudaTensor) and x.dim() > 0]
     elif name in MIXED:
         return
-    if getattr(state, "backward", False):  # formulas in C++ make zeros with the options of a gradient
+    if in_backward():  # formulas in C++ make zeros with the options of a gradient
         strangers = [x for x in strangers if x.count_nonzero()]
     if strangers:
         raise RuntimeError(
@@ -250,7 +246,7 @@ def _to_copy(x: Tensor, kwargs: dict) -> Tensor:
     device = kwargs.get("device")
     here = isinstance(x, CudaTensor)
     there = here if device is None else torch.device(device).type == "cuda"
-    there |= here and getattr(state, "backward", False)  # C++ takes the device of the wrapper for the CPU
+    there |= here and in_backward()  # C++ takes the device of the wrapper for the CPU
     if here and not there:
         LOG.sync("copy to the host")
     if there and not here:

@@ -37,10 +37,11 @@ test-isa: $(VENV)/.test
 	    TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest $(TWO) -m 'not slow' -k 'not ($(INTERPRETED))' $(ARGS)
 
 # Again on a CUDA device that is not there: what only CUDA reaches, and its rules (tests/support/cuda_device). Without what
-# compiles, starts processes, has too many programs for the interpreter under the tile table of that device, or inference_mode.
+# compiles, starts processes, has too many programs for the interpreter under the tile table of that device, gives kernels
+# tensors of the host on purpose, or what the device refuses by its limits (inference_mode, one_hot).
 test-device: $(VENV)/.test
 	PYTHONPATH=tests/support $(BIN)/python -m pytest $(TWO) -p cuda_device.plugin -m 'not slow' \
-	    -k 'not (compiles or distributed or soak or fuzz or offsets or more_tokens or defaults)' tests/device tests/head tests/objective tests/loss $(ARGS)
+	    -k 'not (compiles or distributed or soak or fuzz or offsets or more_tokens or test_values or defaults or excluded)' tests/device tests/head tests/objective tests/loss $(ARGS)
 
 # Random legal calls against the specification: `make fuzz CASES=20000 SEED=1`. Both have defaults.
 fuzz: $(VENV)/.test

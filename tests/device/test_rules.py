@@ -35,6 +35,7 @@ def test_a_tensor_says_where_it_is_and_keeps_its_values(x):
         torch.zeros(2, device="cuda"),
         torch.empty_like(x),
         x.new_ones(3),
+        x.new_tensor(7.0),
         torch.arange(4, device=x.device),
         torch.as_tensor([1, 2], device="cuda"),
         x[1:].T,

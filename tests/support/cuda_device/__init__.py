@@ -19,8 +19,9 @@ What it counts, in `log`: host syncs and copies to the device by the line that c
 the bytes of live storages, rounded to 512 as the caching allocator does.
 
 Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1) on the values. What a CPU cannot show is not shown:
-CUDA's own rounding, streams, launch limits, dispatch in C++ by device. A backward formula in C++ that makes zeros makes
-them on the CPU; they are let through while they are zero. `torch.inference_mode` refuses views of these tensors.
+CUDA's own rounding, streams, launch limits, dispatch in C++ by device. A formula in C++ that makes a tensor makes it on
+the CPU: zeros of a backward pass are let through while they are zero, others (`one_hot`) are refused.
+`torch.inference_mode` refuses views of these tensors.
 """
 
 from cuda_device.log import LOG, Log

@@ -166,7 +166,7 @@ def _backward_in_a_thread() -> None:
     engine = graph._engine_run_backward
 
     def run_backward(outputs, *args, **kwargs):
-        if not any(isinstance(x, CudaTensor) for x in outputs):
+        if not any(isinstance(x, CudaTensor) for x in outputs) or not torch._C._is_multithreading_enabled():
             return engine(outputs, *args, **kwargs)
         found: list[Any] = []
         modes = [mode for mode in _get_current_dispatch_mode_stack() if not isinstance(mode, Factories)]

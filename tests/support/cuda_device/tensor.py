@@ -71,6 +71,9 @@ class CudaTensor(Tensor):
     def cuda(self, *args, **kwargs) -> Tensor:
         return self
 
+    def new_tensor(self, data: Any, *, dtype=None, device=None, requires_grad: bool = False) -> Tensor:
+        return torch.tensor(data, dtype=dtype or self.dtype, device=device or CUDA, requires_grad=requires_grad)
+
     def tolist(self) -> Any:
         LOG.sync("tolist")
         return self.inner.tolist()

@@ -1,10 +1,10 @@
 """Compile what host functions launch, for any GPU, on a machine without one; and read the resources it needs.
 
 `compiling(target)` makes every `kernel[grid](...)` compile for `target` instead of running, specialised exactly as a
-launch would specialise it (dtypes, alignment, integers divisible by 16); host code gets a placeholder driver and,
-through `tile_table.probe`, a placeholder device. `resources(kernel)` reads registers, spills, shared memory and the
-instructions that matter with the tools inside the Triton wheel. Kernels must not have been imported in an interpreter
-process.
+launch would specialise it (dtypes, alignment, integers divisible by 16). `targeting` gives host code a placeholder
+driver and, through `tile_table.probe`, a placeholder device; tests/support/ptx/ runs kernels under it.
+`resources(kernel)` reads registers, spills, shared memory and the instructions that matter with the tools inside the
+Triton wheel. Kernels must not have been imported in an interpreter process.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ class Resources:
 class _Driver:
     """As much of a driver as JITFunction.run asks for before a launch."""
 
-    def __init__(self, target: GPUTarget):
-        self.target = target
+    def __init__(self, arch: str):
+        self.arch = arch
 
     def get_current_target(self) -> GPUTarget:
-        return self.target
+        return TARGETS[self.arch].gpu
 
     def get_current_device(self) -> int:
-        return 0
+        return list(TARGETS).index(self.arch)  # Triton keeps compiled kernels by device number
 
     def get_current_stream(self, device: int = 0) -> int:
         return 0
@@ -85,26 +85,33 @@ class _Driver:
 
 
 @contextlib.contextmanager
+def targeting(arch: str, processors: int) -> Iterator[None]:
+    """Launch code and Triton see a GPU of this architecture with so many processors (0: one program per tile)."""
+    probe, active = tile_table.probe, driver._active
+    driver.set_active(_Driver(arch))
+    tile_table.probe = lambda device: tile_table.Device(arch, processors)
+    try:
+        yield
+    finally:
+        tile_table.probe, driver._active = probe, active
+
+
+@contextlib.contextmanager
 def compiling(arch: str) -> Iterator[dict]:
     """Yield a dict that fills with (kernel name, compiled kernel) by hash."""
-    run, probe, active = JITFunction.run, tile_table.probe, driver._active
-    compiled, met = {}, set()
+    run, compiled = JITFunction.run, {}
 
     def compile_only(self, *arguments, grid, warmup, **options):
-        if self not in met:  # what it compiled for another target is cached under the same device number
-            self.device_caches.clear()
-            met.add(self)
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
         compiled[kernel.hash] = (self.__name__, kernel)
         return kernel
 
-    driver.set_active(_Driver(TARGETS[arch].gpu))
-    tile_table.probe = lambda device: tile_table.Device(arch, TARGETS[arch].processors)
     JITFunction.run = compile_only
     try:
-        yield compiled
+        with targeting(arch, TARGETS[arch].processors):
+            yield compiled
     finally:
-        JITFunction.run, tile_table.probe, driver._active = run, probe, active
+        JITFunction.run = run
 
 
 def _tool(name: str) -> str:

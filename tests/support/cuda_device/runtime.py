@@ -221,8 +221,11 @@ def _interpret_values() -> None:
 _mode: Factories | None = None
 
 
-def install() -> Log:
-    """Make this process one with the device; nothing the second time. Call it before `lad_kernels` is imported."""
+def install(*, interpret: bool = True) -> Log:
+    """Make this process one with the device; nothing the second time. Call it before `lad_kernels` is imported.
+
+    Without `interpret` kernels are launched as they are compiled, by a driver that the caller has to set.
+    """
     global _mode
     if _mode is not None:
         return LOG
@@ -238,7 +241,8 @@ def install() -> Log:
     torch.tensor, torch.as_tensor = _from_data(torch.tensor), _from_data(torch.as_tensor)
     _factories_in_every_thread()
     _backward_in_a_thread()
-    _interpret_values()
+    if interpret:
+        _interpret_values()
     _mode = Factories()
     _mode.__enter__()
     return LOG

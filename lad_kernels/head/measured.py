@@ -58,7 +58,10 @@ def measure(seconds: float = 2.0, clock: Callable[[], float] = time.perf_counter
             if warm or clock() >= end:
                 break
     flops = 2 * n * d * v / best["product"]
-    rate = 6 * d * BLOCK * BLOCKS * (MANY - FEW) / max(best["many"] - best["few"], 1e-9)  # of the routed products
+    tokens, span = MANY - FEW, best["many"] - best["few"]
+    if span <= 0:  # other processes took the time of the few
+        tokens, span = MANY, best["many"]
+    rate = 6 * d * BLOCK * BLOCKS * tokens / span  # of the routed products
     bytes = 2 * source.nbytes / best["copy"]
     block = best["few"] / BLOCKS - 6 * d * BLOCK * FEW / rate - weight.nbytes / BLOCKS / bytes  # dW is counted apart
     return cost.Speeds(flops, bytes, best["elements"] / (2 * z.numel()), rate / flops, max(block, 1e-9))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -210,6 +211,21 @@ def test_a_cpu_that_is_faster_at_everything_has_nothing_to_set(monkeypatch):
     assert measured.compare(double, ASSUMED)[1] is None
     monkeypatch.setattr(doctor.measured, "measure", lambda: double)
     assert "off by more" not in report(monkeypatch, device="cpu")[1]
+
+
+def test_a_busy_machine_gives_no_absurd_speed():
+    """Many tokens in less time than few, which another process had delayed."""
+    took, now, calls = itertools.cycle((1.0, 1.0, 1.0, 1.0, 0.5)), 0.0, 0  # of product, elements, copy, few, many
+
+    def clock() -> float:
+        nonlocal now, calls
+        now += next(took) if calls > 6 and calls % 2 else 0.0  # the deadline, five untimed rounds, then starts and ends
+        calls += 1
+        return now
+
+    found = MEASURE(seconds=0.0, clock=clock)
+    assert 0.1 < found.gathered < 10
+    assert found.block > 0
 
 
 def test_speeds_are_measured():

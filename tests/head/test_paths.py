@@ -194,8 +194,10 @@ def test_certified_bound(name, theta, unbiased, entropy_gradient):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_policy_is_routed_within_its_bound(dtype, device):
+def test_a_policy_is_routed_within_its_bound(dtype, device, monkeypatch):
     """Peaked policy, in working precision: error against float64 within the bound plus the dense path's own error."""
+    speeds, whole_from = cost.speeds, cost.SPEEDS["cpu", 4].gathered  # on every device the same tokens are whole
+    monkeypatch.setattr(cost, "speeds", lambda work: dataclasses.replace(speeds(work), gathered=whole_from))
     inputs = batch(0.4)
     inputs = {k: v.to(dtype).double() if k in ("hidden_states", "lm_head_weight") else v for k, v in inputs.items()}
     _, truth = run(reference.linear_lad_loss, inputs)
@@ -211,11 +213,11 @@ def test_a_policy_is_routed_within_its_bound(dtype, device):
     metrics, routed = results["routed"]
     assert (results["two_pass"][0]["routed_share"], metrics["routed_share"]) == (0, 1)
     dense = results["two_pass"][1]
-    assert metrics["kept_share"] < 0.6  # 0.53 by the speeds of an H100, where more tokens are taken whole
+    assert metrics["kept_share"] < 0.5
     assert 0 < metrics["dropped_mass_mean"] < metrics["dropped_mass_max"] <= 2
     for leaf, bound in (("hidden_states", "dhidden_bound"), ("lm_head_weight", "dweight_bound")):
         error, rounding = (routed[leaf] - truth[leaf]).norm(), (dense[leaf] - truth[leaf]).norm()
-        assert error > 1.5 * rounding  # something was dropped
+        assert error > 2 * rounding  # something was dropped
         assert error <= metrics[bound].cpu() + 2 * rounding
 
 

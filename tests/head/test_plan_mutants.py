@@ -49,7 +49,7 @@ def check(name: str, monkeypatch) -> None:
 
 CHECKS = {
     "exact": lambda _: test_paths.test_exact_paths_equal_the_specification("clipped", False, "two_pass"),
-    "bound": lambda _: test_paths.test_a_policy_is_routed_within_its_bound(torch.float32, "cpu"),
+    "bound": lambda patch: test_paths.test_a_policy_is_routed_within_its_bound(torch.float32, "cpu", patch),
     "twice": lambda _: test_paths.test_a_second_backward_gives_the_same_gradient("one_pass"),
     "twice, two passes": lambda _: test_paths.test_a_second_backward_gives_the_same_gradient("two_pass"),
     "flops": check_flops,

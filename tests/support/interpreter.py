@@ -6,8 +6,9 @@ numpy >= 2.4 refuses a runtime scalar as a bound of range(). `install()`
 
 - lets a runtime scalar bound a loop,
 - rounds `tl.fma` once,
-- makes `tl.dot` multiply values of bfloat16, sum in an order that is the same for every row, and casts to and from
-  bfloat16 round as a GPU does,
+- makes `tl.dot` multiply values of bfloat16, sum in an order that is the same for every row (of float32 factors one fma
+  after the other, as compiled code does), and casts to and from bfloat16 round as a GPU does,
+- makes `tl.exp` of float32 what is compiled for an NVIDIA GPU: 2 to the rounded product of x and log2(e),
 - turns every other operation on a bfloat16 value into an error that asks for a cast to float32,
 - lets an autotuner take its first configuration (stock: "0 active drivers").
 
@@ -21,6 +22,7 @@ import functools
 import numpy as np
 
 _installed = False
+_LOG2_E = np.float32(1.4426950408889634)
 
 
 def to_float32(bits: np.ndarray) -> np.ndarray:
@@ -78,13 +80,24 @@ def _repair_scalars(stock) -> None:
 
 def _repair_casts(stock, tl) -> None:
     builder, handle = stock.InterpreterBuilder, stock.TensorHandle
-    cast, convert, fma = builder.cast_impl, builder.create_fp_to_fp, builder.create_fma
+    cast, convert, fma, exp = builder.cast_impl, builder.create_fp_to_fp, builder.create_fma, builder.create_exp
 
     def create_dot(self, a, b, d, *rest):
         # In float64 a product of tiles is exact for 16-bit factors. A float32 BLAS sums in an order that depends on
         # the row's place in the tile, which would hide whether the kernels are bitwise independent of the batch.
+        in_order = a.dtype.scalar == tl.float32
         a, b = ((to_float32(x.data) if _is_bits(x, tl) else x.data).astype(np.float64) for x in (a, b))
-        return handle((a @ b).astype(d.data.dtype) + d.data, d.dtype.scalar)
+        if not in_order:
+            return handle((a @ b).astype(d.data.dtype) + d.data, d.dtype.scalar)
+        total = d.data
+        for k in range(a.shape[-1]):
+            total = (a[..., :, k, None] * b[..., None, k, :] + total).astype(np.float32)
+        return handle(total, d.dtype.scalar)
+
+    def create_exp(self, x):
+        if x.data.dtype != np.float32:
+            return exp(self, x)
+        return handle(np.exp2((x.data * _LOG2_E).astype(np.float64)).astype(np.float32), x.dtype.scalar)
 
     def cast_impl(self, source, dtype):
         old, new = source.dtype.scalar, dtype.scalar
@@ -105,7 +118,7 @@ def _repair_casts(stock, tl) -> None:
         wide = a.data.astype(np.float64) * b.data.astype(np.float64) + c.data.astype(np.float64)
         return handle(wide.astype(np.float32), c.dtype.scalar)
 
-    builder.create_fma = create_fma
+    builder.create_fma, builder.create_exp = create_fma, create_exp
     builder.create_dot, builder.cast_impl, builder.create_fp_to_fp = create_dot, cast_impl, create_fp_to_fp
     builder.get_bf16 = lambda self, value: handle(to_bfloat16(np.array([value], dtype=np.float32)), tl.bfloat16)
 

@@ -104,9 +104,15 @@ def sample(folder: Path, temperature: float, asked: Prompts) -> Sampled:
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     torch.manual_seed(0)
     ids = sampler.generate(
-        **inputs, do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=asked.length,
-        num_return_sequences=asked.completions, pad_token_id=pad,
-    )  # [prompts * completions, P + T]  # fmt: skip
+        **inputs,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=asked.length,
+        num_return_sequences=asked.completions,
+        pad_token_id=pad,
+    )  # [prompts * completions, P + T]
     order = torch.arange(len(ids)).view(-1, asked.completions).T.flatten()  # first one completion of every prompt
     ids, start = ids[order], inputs["input_ids"].shape[1]
     ended = ids[:, start:] == tokenizer.eos_token_id  # [B, T]

@@ -57,12 +57,20 @@ def head_options(model) -> LogitTransform:
 @pytest.mark.parametrize(
     ("family", "scale", "softcap"),
     [
-        ("gemma2", 1, 3), ("gemma3_text", 1, 4), ("recurrent_gemma", 1, 3), ("xlstm", 1, 3), ("cohere", 0.37, None),
-        ("falcon_h1", 0.6, None), ("granite", 1 / 1.7, None), ("hyperclovax", 0.6, None),
+        ("gemma2", 1, 3),
+        ("gemma3_text", 1, 4),
+        ("recurrent_gemma", 1, 3),
+        ("xlstm", 1, 3),
+        ("cohere", 0.37, None),
+        ("falcon_h1", 0.6, None),
+        ("granite", 1 / 1.7, None),
+        ("hyperclovax", 0.6, None),
         # configs that mislead
-        ("mpt", 1, None), ("minicpm3", 1, None), ("gemma3", 1, None),
+        ("mpt", 1, None),
+        ("minicpm3", 1, None),
+        ("gemma3", 1, None),
     ],
-)  # fmt: skip
+)
 def test_transform(family, scale, softcap):
     model = tiny_model(family).eval()
     attach_fused_head(model)

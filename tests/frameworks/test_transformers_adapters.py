@@ -35,8 +35,16 @@ def lora(**options):
 
 
 @pytest.mark.parametrize("attach_first", [False, True])
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lora_dropout": 0.5}, {"target_modules": ["q_proj"]},
-                                     {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"lora_dropout": 0.5},
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+)
 def test_adapters_on_the_head(options, attach_first):
     model = with_peft(lora(**options), attach_first=attach_first).train()
     compare(model)

@@ -88,10 +88,18 @@ def test_gaps_on_every_path(gap, path, impl):
 
     def loss(impl):
         config = GRPOConfig(policy_loss="reinforce", tail_mass=0.0, backward="routed" if path == "routed" else "auto")
-        return lambda h, w, b: linear_grpo_loss(
-            h, w, inputs.targets, advantages=inputs.upstream.to(h.dtype), bias=b, normalizer=1.0, config=config,
-            impl=impl,
-        ).loss  # fmt: skip
+        return lambda h, w, b: (
+            linear_grpo_loss(
+                h,
+                w,
+                inputs.targets,
+                advantages=inputs.upstream.to(h.dtype),
+                bias=b,
+                normalizer=1.0,
+                config=config,
+                impl=impl,
+            ).loss
+        )
 
     given = (inputs.hidden, inputs.weight, inputs.bias)
     with dispatch.force(path):

@@ -105,9 +105,17 @@ def route(inputs: Inputs, keep=1.0, dense=0.0, scaled=False, seed=1) -> Routing:
 def run(inputs: Inputs, routing: Routing, needs=(True, True, True), gradient=None, **options) -> HeadGradients:
     lse, computed = coefficients(inputs)
     return routed.backward(
-        inputs.hidden, inputs.weight, inputs.targets, inputs.bias, inputs.transform, lse, gradient or computed, routing,
-        needs=Needs(*needs), **options,
-    )  # fmt: skip
+        inputs.hidden,
+        inputs.weight,
+        inputs.targets,
+        inputs.bias,
+        inputs.transform,
+        lse,
+        gradient or computed,
+        routing,
+        needs=Needs(*needs),
+        **options,
+    )
 
 
 def check(inputs: Inputs, routing: Routing, gradient=None, limit=FLOAT32_LIMIT, **options) -> HeadGradients:

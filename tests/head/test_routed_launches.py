@@ -62,9 +62,17 @@ def test_launches(device, case, monkeypatch):
     gradient = dataclasses.replace(gradient, entropy=None)
     with Operations(monkeypatch) as met:
         routed.backward(
-            inputs.hidden, inputs.weight, inputs.targets, None, inputs.transform, lse, gradient, routing,
-            needs=NEEDS, workspace_bytes=workspace,
-        )  # fmt: skip
+            inputs.hidden,
+            inputs.weight,
+            inputs.targets,
+            None,
+            inputs.transform,
+            lse,
+            gradient,
+            routing,
+            needs=NEEDS,
+            workspace_bytes=workspace,
+        )
     print(case, len(routing.rows), len(routing.dense), met.operations(), met.kernels, met.torch)
     assert met.kernels == dict.fromkeys(("items", "pairs", "weight", "hidden", "token"), 1) | kernels
     assert met.operations() <= operations + 2 * (device == "cuda")  # copies to the device

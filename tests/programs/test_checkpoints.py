@@ -41,9 +41,17 @@ TINY = TrainConfig(
     warm_batch=4,
 )
 FLAGS = [
-    "--steps=2", "--prompts-per-step=4", "--group-size=4", "--train-size=60", "--held-out-size=2", "--hidden-size=32",
-    "--layers=1", "--warm-steps=2", "--warm-batch=4", "--out",
-]  # fmt: skip
+    "--steps=2",
+    "--prompts-per-step=4",
+    "--group-size=4",
+    "--train-size=60",
+    "--held-out-size=2",
+    "--hidden-size=32",
+    "--layers=1",
+    "--warm-steps=2",
+    "--warm-batch=4",
+    "--out",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -113,9 +113,17 @@ def test_samples_follow_the_distribution_that_is_scored(tmp_path, own, named):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("suppress_tokens", [7]), ("begin_suppress_tokens", [7]), ("bad_words_ids", [[7]]), ("forced_eos_token_id", 1),
-     ("forced_bos_token_id", 3), ("no_repeat_ngram_size", 2), ("min_new_tokens", 3), ("guidance_scale", 1.5)],
-)  # fmt: skip
+    [
+        ("suppress_tokens", [7]),
+        ("begin_suppress_tokens", [7]),
+        ("bad_words_ids", [[7]]),
+        ("forced_eos_token_id", 1),
+        ("forced_bos_token_id", 3),
+        ("no_repeat_ngram_size", 2),
+        ("min_new_tokens", 3),
+        ("guidance_scale", 1.5),
+    ],
+)
 def test_what_changes_single_tokens_is_refused_by_name(tmp_path, name, value):
     with pytest.raises(ValueError, match=rf"generation_config\.{name}: expected it unset, got .*; .*remove it"):
         policy_of(tmp_path, {name: value})

@@ -25,9 +25,17 @@ def tiny_llama() -> LlamaForCausalLM:
     """V and all that tensor parallelism splits can be divided by two and three."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=72, hidden_size=48, intermediate_size=36, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=6, head_dim=8, max_position_embeddings=32, initializer_range=0.3, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=72,
+        hidden_size=48,
+        intermediate_size=36,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        head_dim=8,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+    )
     return LlamaForCausalLM(config).eval()
 
 

@@ -26,6 +26,11 @@ def validate_values(on: bool) -> None:
     _always_read_values = bool(on)
 
 
+def reads_all_values() -> bool:
+    """Whether checks were asked for that cost a host sync or a second computation."""
+    return _always_read_values
+
+
 def may_read(x: Tensor) -> bool:
     """Whether a check may look at values: always on the CPU."""
     return _always_read_values or x.device.type == "cpu"
@@ -299,6 +304,15 @@ def weights(name: str, x: Tensor, counts: Tensor) -> None:
     """No negative value wherever `counts` is set; one that is not finite drops its token."""
     if bool(((x.detach() < 0) & (x > -math.inf) & counts).any()):
         raise ValueError(f"{name}: expected importance weights >= 0, got negative ones; pass ratios, not their logs")
+
+
+def token_weights(x: Tensor | None, like: Tensor, counts: Tensor) -> None:
+    """One finite factor >= 0 per token, wherever `counts`, a mask in the shape of `like`, is set."""
+    per_token("token_weights", x, like, "target_ids")
+    if x is not None and x.requires_grad:
+        raise ValueError("token_weights: expected constants, got a tensor that requires grad; detach it")
+    if x is not None and may_read(x) and not bool((((x >= 0) & (x < math.inf)) | ~counts).all()):
+        raise ValueError("token_weights: expected finite factors >= 0 wherever a token counts, got others")
 
 
 def rewards(x: Tensor, like: Tensor | None = None, like_name: str = "") -> None:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
-from lad_kernels.head import BackwardPlan, HeadArguments, Layout, Operands, flops, prepare
+from lad_kernels.head import HeadArguments, HeadForward, LogitGradient, Operands, Sparsity, flops, prepare
 from lad_kernels.objective import GRPOConfig, LADConfig, Objective, PolicyConfig, PolicyInputs, validate
 from lad_kernels.outputs import LossOutput
-from lad_kernels.step import Step, Wanted
+from lad_kernels.step import LossTerms, Step, Wanted, attach
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -201,26 +201,57 @@ def _linear_loss(given: HeadArguments, inputs: PolicyInputs, config: PolicyConfi
     operands = prepare(given, inputs.loss_mask, inputs.cu_seqlens, alike)
     if given.impl == "reference":
         return _reference_loss(operands, given, inputs, config, wanted)
-    hidden, weight, bias, targets, layout = operands
-    packing, needs = layout.packing, operands.needs()
+    packing, needs = operands.layout.packing, operands.needs()
     with torch.no_grad(), flops.counting() as tally:
-        head = operands.head()
-        objective = Objective(inputs, packing, config, given.impl, hidden)
-        result = Step(head, inputs, packing, config, objective, needs, wanted).run()
-    terms, plan, loss, metrics = result.terms, result.plan, result.terms.loss, dict(result.terms.metrics)
-    if plan is not None:
-        loss = _LinearLoss.apply(hidden, weight, bias, targets, loss, layout, plan)
-        metrics |= plan.metrics
-    count = tally[0] + (0 if plan is None else plan.flops)
-    widest = torch.float32 if hidden.device.type == "mps" else torch.float64  # that the device has
-    metrics["head_flops"] = targets.new_full((), count, dtype=widest)  # []
+        loss = _PolicyLoss(operands, inputs, config, given.impl)
+        result = Step(operands.head(), loss, needs, wanted).run()
+    advantages = result.terms.advantages
+    total, metrics = attach(operands, result, tally[0])
     return LossOutput(
-        loss=loss,
+        loss=total,
         logprobs=packing.place(result.logprobs) if wanted.logprobs else None,
         entropy=None if result.entropy is None else packing.place(result.entropy),
-        advantages=terms.advantages if inputs.advantages is None else inputs.advantages.detach(),
+        advantages=advantages if inputs.advantages is None else inputs.advantages.detach(),
         metrics=metrics,
     )
+
+
+class _PolicyLoss:
+    """LAD or a loss of the GRPO family as the head's step sees it."""
+
+    def __init__(self, operands: Operands, inputs: PolicyInputs, config: PolicyConfig, impl: str):
+        hidden, packing = operands.hidden, operands.layout.packing
+        self.sparsity = Sparsity.of(config.tail_mass, config.tail, config.backward, hidden.dtype)
+        self.known_before = inputs.old_logprobs is None and config.kl_coef == 0 and config.entropy_coef == 0
+        self.needs_outputs = config.is_direct
+        self.needs_entropy = config.entropy_coef != 0
+        self.spans = "token" if config.importance_sampling_level == "token" else "sequence"
+        self.cu_seqlens = packing.cu_seqlens
+        self._old, self._packing = inputs.old_logprobs, packing
+        self._objective = Objective(inputs, packing, config, impl, hidden)
+
+    @property
+    def prior(self) -> Tensor | None:
+        """[M] log-probabilities of the behaviour policy; any number where the objective drops the token."""
+        if self._old is None:
+            return None
+        return self._packing.take(self._old.detach()).to(self._objective.dtype).nan_to_num(0.0, 0.0, 0.0)
+
+    def terms(self, out: HeadForward) -> LossTerms:
+        terms = self._objective.terms(out.logprobs, out.entropy)
+        c, c_entropy = terms.dlogprobs, terms.dentropy  # [M], [M]
+        gradient = LogitGradient(c, -c if c_entropy is None else -c - c_entropy * out.entropy, c_entropy)
+        return LossTerms(terms.loss, gradient, terms.metrics, advantages=terms.advantages)
+
+    def gradient(self, rows: slice, out: HeadForward) -> LogitGradient:  # [C]
+        return LogitGradient.of_logprobs(self._objective.coefficients(rows, out.logprobs[rows]))
+
+    def gradient_of(self, chosen: Tensor, out: HeadForward) -> LogitGradient:  # [S]
+        """With ratio 1 (or 0 nats) for all other tokens."""
+        count, prior = self._packing.tokens, self.prior
+        every = out.logprobs.new_zeros(count) if prior is None else prior  # [M]
+        every.index_copy_(0, chosen, out.logprobs)
+        return LogitGradient.of_logprobs(self._objective.coefficients(slice(0, count), every)[chosen])
 
 
 def _reference_loss(
@@ -237,34 +268,3 @@ def _reference_loss(
         softcap=given.softcap, config=config, normalizer=inputs.normalizer, ref_logprobs=inputs.ref_logprobs,
         rollout_is_weights=inputs.rollout_is_weights, return_entropy=wanted.entropy, return_logprobs=wanted.logprobs,
     )  # fmt: skip
-
-
-class _LinearLoss(torch.autograd.Function):
-    """Gives the loss its gradient with respect to (hidden, weight, bias), from coefficients already known."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        loss: Tensor,
-        layout: Layout,
-        plan: BackwardPlan,
-    ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, targets, layout.transform.temperatures)
-        ctx.layout, ctx.plan = layout, plan
-        ctx.set_materialize_grads(False)
-        return loss.clone()
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, grad: Tensor | None) -> tuple:  # []
-        checks.refuse_double_backward()
-        if grad is None:
-            return (None,) * 7
-        hidden, weight, bias, targets, temperatures = ctx.saved_tensors
-        head = ctx.layout.head(hidden, weight, bias, targets, temperatures)
-        gradients = ctx.plan.run(head, grad).shaped(hidden)
-        return gradients.hidden, gradients.weight, gradients.bias, None, None, None, None

@@ -1,35 +1,38 @@
-"""The order of head and objective in one call of a loss, which depends on when the coefficients c_t are known.
+"""The order of head and loss in one call, which depends on when the gradient of a token is known.
 
-before the head     ratio 1, no KL, no entropy term: tokens with c = 0 get log-probs only, the others one pass or two
+before the head     (ratio 1 without KL; cross-entropy) tokens without a gradient are scored only if their outputs are
+                    asked for, the others take one pass or two
 inside a chunk      one pass, if head/dispatch.py finds it cheaper than what is expected of routing
-after the forward   score, then the backward of the tokens with c != 0, dense or routed
+after the forward   score, then the backward of the tokens with a gradient, dense or routed
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
 from lad_kernels.head import (
     BackwardPlan,
     Head,
     HeadForward,
     HeadGradients,
+    Layout,
     LogitGradient,
     Needs,
+    Operands,
     Sparsity,
     forward_for_backward,
     one_pass_chunks,
     plan_backward,
+    select,
     select_active,
     takes_one_pass,
 )
-from lad_kernels.objective import Objective, PolicyConfig, PolicyInputs, PolicyTerms
-from lad_kernels.packing import Packing
 
 
 class Wanted(NamedTuple):
@@ -37,14 +40,53 @@ class Wanted(NamedTuple):
 
     logprobs: bool
     entropy: bool
+    correct: bool = False  # whether targets are the likeliest words
+
+
+class LossTerms(NamedTuple):
+    """A loss, its gradient and what it reports."""
+
+    loss: Tensor  # []
+    gradient: LogitGradient  # [M]
+    metrics: dict[str, Tensor]  # 0-d
+    mean_logit: Tensor | None = None  # [M] d loss / d (the mean of a token's logits)
+    advantages: Tensor | None = None  # [B] or [M], as used
+
+
+class TokenLoss(Protocol):
+    """A loss of M tokens by what the head computes of them: log-prob, lse and, where wanted, entropy."""
+
+    sparsity: Sparsity
+    needs_outputs: bool  # its value depends on what the head computes
+    needs_entropy: bool  # its gradient has a part by the entropy
+    spans: str  # what the gradient of a token depends on: "token", its "sequence", or "all" tokens
+    cu_seqlens: Tensor | None  # [B + 1] bounds of the sequences among the tokens
+
+    @property
+    def prior(self) -> Tensor | None:
+        """[M] earlier log-probs, near which those of now are."""
+
+    @property
+    def known_before(self) -> bool:
+        """Whether its gradient depends on nothing that the head computes."""
+
+    def terms(self, out: HeadForward) -> LossTerms:
+        """Of all tokens; called once."""
+
+    def gradient(self, rows: slice, out: HeadForward) -> LogitGradient:  # [C]
+        """Of the tokens `rows` alone, without a part by the entropy; `out` [M] is filled up to rows.stop."""
+
+    def gradient_of(self, chosen: Tensor, out: HeadForward) -> LogitGradient:  # [S]
+        """Of a few tokens, for an estimate; `out` [S] is theirs."""
 
 
 class StepResult(NamedTuple):
     """Loss, metrics and per-token outputs, and what the backward multiplies."""
 
-    terms: PolicyTerms
+    terms: LossTerms
     logprobs: Tensor  # [M]
     entropy: Tensor | None  # [M]
+    correct: Tensor | None  # [M] bool
     plan: BackwardPlan | None  # None: no gradient is asked for
 
 
@@ -53,148 +95,185 @@ class Step:
     """One call of a loss through the head."""
 
     head: Head  # of the M tokens that take part
-    inputs: PolicyInputs
-    packing: Packing
-    config: PolicyConfig
-    objective: Objective  # of the same inputs
+    loss: TokenLoss
     needs: Needs
     wanted: Wanted
 
     @property
     def want_entropy(self) -> bool:
-        return self.wanted.entropy or self.config.entropy_coef != 0
-
-    @property
-    def known_before(self) -> bool:
-        """Whether coefficients do not depend on the log-probs at all."""
-        return self.inputs.old_logprobs is None and self.config.kl_coef == 0 and self.config.entropy_coef == 0
-
-    @property
-    def sparsity(self) -> Sparsity:
-        c = self.config
-        return Sparsity.of(c.tail_mass, c.tail, c.backward, self.head.hidden.dtype)
+        return self.wanted.entropy or self.loss.needs_entropy
 
     @without_autocast
     def run(self) -> StepResult:
-        """Forward of head and objective; all that the backward of the head needs."""
-        outputs = self.wanted.logprobs or self.want_entropy
-        if self.known_before and any(self.needs):
-            return self._coefficients_first(outputs)
-        if self.known_before and not outputs:
-            logprobs = self._zeros()
-            return StepResult(self.objective.terms(logprobs), logprobs, None, None)
+        """Forward of head and loss; all that the backward of the head needs."""
+        loss, outputs = self.loss, self.wanted.logprobs or self.wanted.correct or self.want_entropy
+        if loss.known_before and any(self.needs):
+            return self._gradient_first(outputs)
+        if loss.known_before and not (outputs or loss.needs_outputs):
+            out = self._zeros()
+            return StepResult(loss.terms(out), out.logprobs, None, None, None)
         if not any(self.needs):
-            out = self.head.forward(want_entropy=self.want_entropy)
-            return StepResult(self.objective.terms(out.logprobs, out.entropy), out.logprobs, out.entropy, None)
+            out = self.head.forward(want_entropy=self.want_entropy, want_correct=self.wanted.correct)
+            return StepResult(loss.terms(out), out.logprobs, out.entropy, out.correct, None)
         result = self._one_pass(self.head)
         if result is not None:
             out, ready, terms = result
-            terms = terms or self.objective.terms(out.logprobs, out.entropy)
-            gradient = _logit_gradient(terms, out.entropy)
-            plan = plan_backward(self.head, out, gradient, None, self.needs, self.sparsity, ready)
-            return StepResult(terms, out.logprobs, out.entropy, plan)
-        out = forward_for_backward(self.head, self.needs, self.sparsity, want_entropy=self.want_entropy)
-        terms = self.objective.terms(out.logprobs, out.entropy)
-        gradient = _logit_gradient(terms, out.entropy)
-        logprobs, entropy, active = out.logprobs, out.entropy, gradient.active()
-        out, gradient = select_active(out, active), gradient.select(active)
-        plan = plan_backward(self.head, out, gradient, active, self.needs, self.sparsity)
-        return StepResult(terms, logprobs, entropy, plan)
+            terms = terms or loss.terms(out)
+            return self._planned(out, out, terms, terms.gradient, None, ready)
+        every = forward_for_backward(
+            self.head, self.needs, loss.sparsity, want_entropy=self.want_entropy, want_correct=self.wanted.correct
+        )
+        terms = loss.terms(every)
+        active = terms.gradient.active()
+        gradient = terms.gradient.select(active)  # [A]
+        return self._planned(every, select_active(every, active), terms, gradient, active)
 
-    def _coefficients_first(self, outputs: bool) -> StepResult:
-        """Coefficients do not depend on log-probs: tokens with c = 0 are scored only if their outputs are asked for."""
-        zeros = self._zeros()
-        c = self.objective.coefficients(slice(0, len(zeros)), zeros)  # [M]
-        gradient = LogitGradient(c, -c)
-        active = gradient.active()  # [A]
-        part, gradient, ready = self.head.select(active), gradient.select(active), None
-        result = self._one_pass(part, gradient.onehot)
+    def _gradient_first(self, outputs: bool) -> StepResult:
+        """The gradient depends on no output: tokens without one are scored only if their outputs are asked for."""
+        gradient = self.loss.gradient(slice(0, len(self.head.targets)), self._zeros())  # [M]
+        active, ready = gradient.active(), None  # [A]
+        part, gradient = self.head.select(active), gradient.select(active)
+        result = self._one_pass(part, gradient)
         if result is None:
-            out = forward_for_backward(part, self.needs, self.sparsity, want_entropy=self.want_entropy)
+            out = forward_for_backward(
+                part, self.needs, self.loss.sparsity, want_entropy=self.want_entropy, want_correct=self.wanted.correct
+            )
         else:
             out, ready, _ = result
-        logprobs, entropy = self._of_all_tokens(out, active, outputs)
-        plan = plan_backward(self.head, out, gradient, active, self.needs, self.sparsity, ready)
-        return StepResult(self.objective.terms(logprobs, entropy), logprobs, entropy, plan)
+        every = self._of_all_tokens(out, active, outputs)
+        return self._planned(every, out, self.loss.terms(every), gradient, active, ready)
+
+    def _planned(
+        self,
+        every: HeadForward,  # [M]
+        out: HeadForward,  # [A]
+        terms: LossTerms,
+        gradient: LogitGradient,  # [A]
+        active: Tensor | None,  # [A]; None: all
+        ready: HeadGradients | None = None,
+    ) -> StepResult:
+        mean = select(terms.mean_logit, active)  # [A]
+        plan = plan_backward(self.head, out, gradient, active, self.needs, self.loss.sparsity, ready, mean_logit=mean)
+        return StepResult(terms, every.logprobs, every.entropy, every.correct, plan)
 
     def _one_pass(
-        self, part: Head, known: Tensor | None = None
-    ) -> tuple[HeadForward, HeadGradients, PolicyTerms | None] | None:
-        """Forward and gradient of `part` at once, if coefficients are known inside a chunk and it is worth it.
+        self, part: Head, known: LogitGradient | None = None
+    ) -> tuple[HeadForward, HeadGradients, LossTerms | None] | None:
+        """Forward and gradient of `part` at once, if the gradient is known inside a chunk and it is worth it.
 
         Args:
-            part: the active tokens [A] if their coefficients are known before, else all M.
-            known: [A] those coefficients; None: they follow from the log-probs.
+            part: the active tokens [A] if their gradient is known before, else all M.
+            known: [A] that gradient; None: it follows from the outputs.
 
         Returns:
-            Outputs, gradients, and the objective where a single chunk has computed all of it; None: not in one pass.
+            Outputs, gradients, and the loss where a single chunk has computed all of it; None: not in one pass.
         """
-        if self.config.entropy_coef != 0 or not part.has_one_pass(self.needs.bias):
+        loss, spans = self.loss, "token" if known is not None else self.loss.spans
+        want_all = self.want_entropy and self.wanted.correct
+        if spans == "all" or loss.needs_entropy or not part.has_one_pass(self.needs.bias, want_all=want_all):
             return None
-        by_token = known is not None or self.config.importance_sampling_level == "token"
-        chunks = one_pass_chunks(part, self.needs, None if by_token else self.packing.cu_seqlens)
+        chunks = one_pass_chunks(part, self.needs, loss.cu_seqlens if spans == "sequence" else None)
         if chunks is None:
             return None
-        of_sample = self._coefficients_of if known is None else lambda chosen, _: known[chosen]
-        if not takes_one_pass(part, self.needs, self.sparsity, of_sample, all_active=known is not None):
+        of_few = loss.gradient_of if known is None else lambda chosen, _: known.select(chosen)
+        if not takes_one_pass(part, self.needs, loss.sparsity, of_few, all_active=known is not None):
             return None
-        whole: list[PolicyTerms] = []  # the objective, where a single chunk has all tokens
+        whole: list[LossTerms] = []  # the loss, where a single chunk has all tokens
 
-        def coefficients(rows: slice, logprobs: Tensor) -> Tensor:  # [A] -> [C]
+        def gradient(rows: slice, out: HeadForward) -> LogitGradient:  # [A] -> [C]
             if known is not None:
-                return known[rows]
-            if len(chunks) > 1 or self.want_entropy:
-                return self.objective.coefficients(rows, logprobs[rows])
-            whole.append(self.objective.terms(logprobs))
-            return whole[0].dlogprobs
+                return known.select(rows)
+            if len(chunks) > 1:
+                return loss.gradient(rows, out)
+            whole.append(loss.terms(out))
+            return whole[0].gradient
 
         result = part.one_pass(
-            self._old_logprobs(), coefficients, chunks=chunks, want_entropy=self.want_entropy, needs=self.needs
+            loss.prior,
+            gradient,
+            chunks=chunks,
+            want_entropy=self.want_entropy,
+            want_correct=self.wanted.correct,
+            needs=self.needs,
         )
         if result is None:
             return None
         out, gradients = result
         return out, gradients, whole[0] if whole else None
 
-    def _old_logprobs(self) -> Tensor | None:  # [M]
-        """Log-probabilities of the behaviour policy; any number where the objective drops the token."""
-        old = self.inputs.old_logprobs
-        if old is None:
-            return None
-        return self.packing.take(old.detach()).to(self._dtype).nan_to_num(0.0, 0.0, 0.0)
-
-    def _coefficients_of(self, chosen: Tensor, logprobs: Tensor) -> Tensor:  # [S], [S] -> [S]
-        """Coefficients of a few of the M tokens from their log-probs, with ratio 1 (or 0 nats) for the others."""
-        old = self._old_logprobs()
-        every = self._zeros() if old is None else old.clone()  # [M]
-        every.index_copy_(0, chosen, logprobs)
-        return self.objective.coefficients(slice(0, len(every)), every)[chosen]
-
-    def _of_all_tokens(self, out: HeadForward, active: Tensor | None, outputs: bool) -> tuple[Tensor, Tensor | None]:
-        """Log-probs [M] and entropy [M]: of the active tokens, and of the others if they are asked for."""
+    def _of_all_tokens(self, out: HeadForward, active: Tensor | None, outputs: bool) -> HeadForward:
+        """Outputs [M]: of the active tokens, and of the others if they are asked for, else zeros."""
         if active is None:
-            return out.logprobs, out.entropy
-        logprobs, entropy = self._zeros().index_copy_(0, active, out.logprobs), None  # [M]
+            return out
+        every = self._zeros()
+        if self.want_entropy:
+            every = every._replace(entropy=torch.zeros_like(every.lse))
+        if self.wanted.correct:
+            every = every._replace(correct=torch.zeros_like(every.lse, dtype=torch.bool))
+        self._place(every, active, out)
         if outputs:
-            order = torch.zeros_like(logprobs).index_fill_(0, active, 1.0).argsort(stable=True)  # [M]
+            order = torch.zeros_like(every.lse).index_fill_(0, active, 1.0).argsort(stable=True)  # [M]
             rest = order[: len(order) - len(active)]  # without asking the device how many
-            others = self.head.select(rest).forward(want_entropy=self.want_entropy)
-            logprobs[rest] = others.logprobs
-            if self.want_entropy:
-                entropy = torch.empty_like(logprobs)
-                entropy[active], entropy[rest] = out.entropy, others.entropy
-        return logprobs, entropy
+            others = self.head.select(rest).forward(want_entropy=self.want_entropy, want_correct=self.wanted.correct)
+            self._place(every, rest, others)
+        return every
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return torch.promote_types(self.head.hidden.dtype, torch.float32)
+    @staticmethod
+    def _place(every: HeadForward, tokens: Tensor, out: HeadForward) -> None:
+        """Outputs [A] of some tokens into those of all [M], in place."""
+        for name in ("logprobs", "lse", "entropy", "correct"):
+            if (x := getattr(every, name)) is not None:
+                x[tokens] = getattr(out, name)
 
-    def _zeros(self) -> Tensor:
-        """Placeholder log-probs [M], on which nothing depends."""
-        return self.head.hidden.new_zeros(len(self.head.targets), dtype=self._dtype)
+    def _zeros(self) -> HeadForward:
+        """Placeholders [M], on which nothing depends."""
+        dtype = torch.promote_types(self.head.hidden.dtype, torch.float32)
+        logprobs, lse = self.head.hidden.new_zeros(2, len(self.head.targets), dtype=dtype)  # [M], [M]
+        return HeadForward(logprobs, lse, None, None)
 
 
-def _logit_gradient(terms: PolicyTerms, entropy: Tensor | None) -> LogitGradient:
-    """Coefficients of log-prob and entropy -> those of the logits."""
-    c, c_entropy = terms.dlogprobs, terms.dentropy  # [M], [M]
-    return LogitGradient(c, -c if c_entropy is None else -c - c_entropy * entropy, c_entropy)
+def attach(operands: Operands, result: StepResult, flops: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss [] with its gradient, and all metrics; `flops` were launched so far."""
+    plan, loss, metrics = result.plan, result.terms.loss, dict(result.terms.metrics)
+    if plan is not None:
+        hidden, weight, bias, targets, layout = operands
+        loss = _LinearLoss.apply(hidden, weight, bias, targets, loss, layout, plan)
+        metrics |= plan.metrics
+    count = flops + (0 if plan is None else plan.flops)
+    widest = torch.float32 if loss.device.type == "mps" else torch.float64  # that the device has
+    metrics["head_flops"] = torch.full((), count, dtype=widest, device=loss.device)  # []
+    return loss, metrics
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Gives the loss its gradient with respect to (hidden, weight, bias), from coefficients already known.
+
+    The loss keeps whatever graph it has of its own: parameters of an objective get their gradients through it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        loss: Tensor,
+        layout: Layout,
+        plan: BackwardPlan,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, targets, layout.transform.temperatures)
+        ctx.layout, ctx.plan = layout, plan
+        ctx.set_materialize_grads(False)
+        return loss.clone()
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:  # []
+        checks.refuse_double_backward()
+        if grad is None:
+            return (None,) * 7
+        hidden, weight, bias, targets, temperatures = ctx.saved_tensors
+        head = ctx.layout.head(hidden, weight, bias, targets, temperatures)
+        gradients = ctx.plan.run(head, grad).shaped(hidden)
+        return gradients.hidden, gradients.weight, gradients.bias, None, grad, None, None

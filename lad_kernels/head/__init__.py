@@ -16,7 +16,7 @@ from lad_kernels.head.plan import (
     takes_one_pass,
 )
 from lad_kernels.head.profile import SparsityProfile, profile_sparsity
-from lad_kernels.head.records import HeadForward, HeadGradients, LogitGradient, Needs
+from lad_kernels.head.records import HeadForward, HeadGradients, LogitGradient, Needs, select
 
 __all__ = [
     "BackwardPlan",
@@ -36,6 +36,7 @@ __all__ = [
     "plan_backward",
     "prepare",
     "profile_sparsity",
+    "select",
     "select_active",
     "takes_one_pass",
 ]

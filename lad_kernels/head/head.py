@@ -71,47 +71,63 @@ class Head:
         architecture, itemsize = cost.architecture(self.hidden.device, self.triton), self.hidden.dtype.itemsize
         return memory.Work(len(self.targets), hidden_size, vocab, itemsize, architecture, needs.hidden, needs.weight)
 
-    def forward(self, *, want_entropy: bool, want_block_lse: bool = False) -> HeadForward:
-        """Log-probs, lse, entropy and block masses of the M tokens."""
+    def forward(self, *, want_entropy: bool, want_block_lse: bool = False, want_correct: bool = False) -> HeadForward:
+        """Log-probs, lse, entropy, block masses of the M tokens, and whether each target is the likeliest word."""
         operands = (self.hidden, self.weight, self.targets, self.bias, self.transform)
         if self.triton:
             from lad_kernels.head.kernels import forward
 
             return forward.forward(
-                *operands, want_entropy=want_entropy, want_block_lse=want_block_lse, tokens=self.tokens
+                *operands,
+                want_entropy=want_entropy,
+                want_block_lse=want_block_lse,
+                want_correct=want_correct,
+                tokens=self.tokens,
             )
-        return pytorch.forward(*operands, want_entropy=want_entropy, want_block_lse=want_block_lse, tokens=self.tokens)
+        return pytorch.forward(
+            *operands,
+            want_entropy=want_entropy,
+            want_block_lse=want_block_lse,
+            want_correct=want_correct,
+            tokens=self.tokens,
+        )
 
-    def has_one_pass(self, need_bias: bool) -> bool:
-        """Whether `one_pass` can run.
+    def has_one_pass(self, need_bias: bool, *, want_all: bool = False) -> bool:
+        """Whether `one_pass` can run; `want_all`: entropy and correct as well.
 
         Triton: not for float16 (exponentials leave its range), nor for a 16-bit dbias (it would be rounded before the
-        sum). PyTorch: not for 16-bit inputs (the weight would be widened twice per chunk), nor with a softcap (its
-        slope would be lost).
+        sum), nor with all outputs under a softcap with a temperature per token (registers would spill). PyTorch: not
+        for 16-bit inputs (the weight would be widened twice per chunk), nor with a softcap (its slope would be lost).
         """
         dtype = self.hidden.dtype
         if self.triton:
-            return dtype == torch.float32 or (dtype == torch.bfloat16 and not need_bias)
+            fits = not want_all or self.transform.softcap is None or self.transform.temperatures is None
+            return fits and (dtype == torch.float32 or (dtype == torch.bfloat16 and not need_bias))
         return dtype.itemsize > 2 and self.transform.softcap is None
 
     def one_pass(
         self,
         prior: Tensor | None,  # [M] log-probs that may be 44 nats off (Triton); None: 0
-        coefficients: Callable[[slice, Tensor], Tensor],
+        gradient: Callable[[slice, HeadForward], LogitGradient],
         *,
         chunks: Sequence[slice],
         want_entropy: bool,
+        want_correct: bool,
         needs: Needs,
     ) -> tuple[HeadForward, HeadGradients] | None:
         """Forward and gradient together, dH [N, D]; None where the prior is too far off (Triton)."""
-        operands = (self.hidden, self.weight, self.targets, self.bias, self.transform, prior, coefficients)
+        operands = (self.hidden, self.weight, self.targets, self.bias, self.transform, prior, gradient)
+        one_pass: Callable[..., tuple[HeadForward, HeadGradients] | None] = pytorch.one_pass
         if self.triton:
-            from lad_kernels.head.kernels import one_pass
-
-            return one_pass.one_pass(
-                *operands, chunks=chunks, want_entropy=want_entropy, needs=needs, tokens=self.tokens
-            )
-        return pytorch.one_pass(*operands, chunks=chunks, want_entropy=want_entropy, needs=needs, tokens=self.tokens)
+            from lad_kernels.head.kernels.one_pass import one_pass
+        return one_pass(
+            *operands,
+            chunks=chunks,
+            want_entropy=want_entropy,
+            want_correct=want_correct,
+            needs=needs,
+            tokens=self.tokens,
+        )
 
     def backward(self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: Needs) -> HeadGradients:
         """Gradients of hidden [N, D], zero for all other tokens, of weight and of bias; exact without a routing.
@@ -187,6 +203,38 @@ class Head:
                 if x is not None:
                     x.mul_(factor)
         return gradients
+
+    def mean_logits(self) -> Tensor:
+        """Mean over the vocabulary of each token's logits [M], from one mean row of the weight; without a softcap."""
+        row, offset = self._mean_row()  # [D], [] or 0
+        factor = self.transform.scale / self.transform.temperature  # [M] or a number
+        means = [self.select(rows).rows().to(row.dtype) @ row for rows in self._runs()]
+        return (torch.cat(means) + offset) * factor if means else row.new_zeros(0)
+
+    def add_mean_logit(self, gradients: HeadGradients, upstream: Tensor) -> None:  # [M]
+        """Add, in place, the gradients of the mean logits: one row to all of dW, a multiple of another to each dH."""
+        (dh, dw, db), (row, _) = gradients, self._mean_row()
+        upstream = upstream * (self.transform.scale / self.transform.temperature)  # [M]
+        total = torch.zeros_like(row)  # [D] the hidden states' sum
+        for rows in self._runs():
+            part = self.select(rows)
+            total.addmv_(part.rows().to(row.dtype).T, upstream[rows])
+            if dh is not None:
+                at = rows if self.tokens is None else self.tokens[rows]
+                dh[at] = torch.addr(dh[at].to(row.dtype), upstream[rows], row).to(dh.dtype)
+        if dw is not None:
+            dw.add_(total / len(self.weight))
+        if db is not None:
+            db.add_(upstream.sum() / len(self.weight))
+
+    def _mean_row(self) -> tuple[Tensor, Tensor | float]:
+        """Mean row of the weight [D] and mean bias []."""
+        wide = torch.promote_types(self.hidden.dtype, torch.float32)
+        return self.weight.mean(0, dtype=wide), 0.0 if self.bias is None else self.bias.mean(dtype=wide)
+
+    def _runs(self) -> list[slice]:
+        """The M tokens, a thousand at a time, so that little is widened at once."""
+        return [slice(i, min(i + 1024, len(self.targets))) for i in range(0, len(self.targets), 1024)]
 
     def no_gradient(self) -> Tensor:
         """Zeros [N, D]."""

@@ -33,22 +33,27 @@ class BackwardPlan:
     routing: Routing | None
     metrics: dict[str, Tensor]  # 0-d: density and error bounds
     flops: int  # of the products that the backward will launch
+    mean_logit: Tensor | None = None  # [A] d loss / d (the mean of a token's logits); None: the loss has no such part
     ready: HeadGradients | None = None  # gradients that one pass has computed, for an upstream gradient of 1
 
     def run(self, head: Head, upstream: Tensor) -> HeadGradients:
         """Gradients of the hidden states [N, D], weight and bias, times `upstream` []; `head` has all M tokens."""
-        ready, self.ready = self.ready, None
-        if ready is not None:  # its buffers go to the caller; a second backward computes them again
-            return head.scale(ready, upstream)
-        gradient = self.gradient.scaled(upstream)
-        return head.select(self.active).backward(self.lse, gradient, self.routing, self.needs)
+        gradients, self.ready = self.ready, None
+        part = head.select(self.active)
+        if gradients is None:
+            gradients = part.backward(self.lse, self.gradient.scaled(upstream), self.routing, self.needs)
+        else:  # its buffers go to the caller; a second backward computes them again
+            head.scale(gradients, upstream)
+        if self.mean_logit is not None:
+            part.add_mean_logit(gradients, self.mean_logit * upstream)
+        return gradients
 
 
 def takes_one_pass(
     part: Head,  # [A]
     needs: Needs,
     sparsity: Sparsity,
-    coefficients: Callable[[Tensor, Tensor], Tensor],
+    gradient: Callable[[Tensor, HeadForward], LogitGradient],
     *,
     all_active: bool,
 ) -> bool:
@@ -58,26 +63,27 @@ def takes_one_pass(
     sync).
 
     Args:
-        coefficients: (indices [S] into the A tokens, their log-probs [S]) -> c [S].
-        all_active: no coefficient is zero.
+        gradient: (indices [S] into the A tokens, what the head computed of these [S]) -> their gradient [S].
+        all_active: every token has one.
     """
     work, shares = part.work(needs), Shares()
     if dispatch.needs_sample(work, sparsity, all_active=all_active):
         chosen = torch.arange(work.sample, device=part.targets.device) * work.tokens // work.sample  # [S]
         few = part.select(chosen)
         out = few.forward(want_entropy=False, want_block_lse=True)
-        c = coefficients(chosen, out.logprobs)  # [S]
-        kept = c.new_ones(2)  # [2] pairs, tokens that are whole
+        of_few = gradient(chosen, out)  # [S]
+        kept = out.lse.new_ones(2)  # [2] pairs, tokens that are whole
         if sparsity.threshold > 0:
             kept = kept_share(
                 out,
                 few.targets,
-                c,
+                of_few,
                 sparsity.threshold,
                 dense_share=cost.speeds(work).gathered,
                 unbiased=sparsity.unbiased,
             ).nan_to_num(0.0)  # [2]
-        shares = Shares(*torch.cat([(c != 0).to(c.dtype).mean()[None], kept]).tolist())
+        active = of_few.is_active().to(kept.dtype).mean()  # []
+        shares = Shares(*torch.cat([active[None], kept]).tolist())
     return dispatch.takes_one_pass(work, sparsity, shares)
 
 
@@ -101,10 +107,12 @@ def one_pass_chunks(part: Head, needs: Needs, cu_seqlens: Tensor | None) -> list
     return [*chunks, slice(start, last)]
 
 
-def forward_for_backward(part: Head, needs: Needs, sparsity: Sparsity, *, want_entropy: bool) -> HeadForward:
+def forward_for_backward(
+    part: Head, needs: Needs, sparsity: Sparsity, *, want_entropy: bool, want_correct: bool
+) -> HeadForward:
     """The forward, with block masses if the backward may be routed."""
     route = dispatch.may_route(part.work(needs), sparsity)
-    return part.forward(want_entropy=want_entropy, want_block_lse=route)
+    return part.forward(want_entropy=want_entropy, want_block_lse=route, want_correct=want_correct)
 
 
 def select_active(out: HeadForward, active: Tensor | None) -> HeadForward:
@@ -116,7 +124,7 @@ def select_active(out: HeadForward, active: Tensor | None) -> HeadForward:
         for blocks in block_lse.split(_BLOCKS):
             blocks[:, : len(active)] = blocks[:, active]
         block_lse = block_lse[:, : len(active)]
-    rest = None if out.lse_rest is None else out.lse_rest[active]
+    rest = select(out.lse_rest, active)
     return HeadForward(out.logprobs[active], out.lse[active], select(out.entropy, active), block_lse, rest)
 
 
@@ -128,6 +136,8 @@ def plan_backward(
     needs: Needs,
     sparsity: Sparsity,
     ready: HeadGradients | None = None,
+    *,
+    mean_logit: Tensor | None = None,  # [A]
 ) -> BackwardPlan:
     """Choose what the backward of the active tokens multiplies; exact where `out` has no block masses."""
     tokens, work = len(out.lse), head.work(needs)
@@ -155,7 +165,7 @@ def plan_backward(
         "dweight_bound": bound.dweight_bound,
     }
     flops = 0 if ready is not None else _flops(head, tokens, routing, needs)
-    return BackwardPlan(needs, active, out.lse, gradient, routing, metrics, flops, ready)
+    return BackwardPlan(needs, active, out.lse, gradient, routing, metrics, flops, mean_logit, ready)
 
 
 def _flops(head: Head, tokens: int, routing: Routing | None, needs: Needs) -> int:

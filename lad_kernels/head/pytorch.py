@@ -117,6 +117,7 @@ def forward(
     *,
     want_entropy: bool,
     want_block_lse: bool = False,
+    want_correct: bool = False,
     tokens: Tensor | None = None,  # [N] rows of hidden; None: all
 ) -> HeadForward:
     """Log-probs, lse and entropy of N tokens; memory beyond the inputs is O(TILE_BYTES + N D if 16-bit).
@@ -155,7 +156,8 @@ def forward(
     lse = top + log_mass
     entropy = log_mass - moment / mass if want_entropy else None
     logprobs = ((chosen - top) - log_mass).clamp(max=0.0)
-    return HeadForward(logprobs, lse, entropy, block_lse, log_mass - (lse - top))
+    correct = chosen >= top if want_correct else None  # [N]; both come from the same tile
+    return HeadForward(logprobs, lse, entropy, block_lse, log_mass - (lse - top), correct)
 
 
 def _exp(x: Tensor, *, keep: bool) -> Tensor:
@@ -293,23 +295,26 @@ def one_pass(
     bias: Tensor | None,  # [V]
     transform: LogitTransform,  # without a softcap
     prior: Tensor | None,  # [M] unused: this backend computes the row maximum
-    coefficients: Callable[[slice, Tensor], Tensor],
+    gradient: Callable[[slice, HeadForward], LogitGradient],
     *,
     chunks: Sequence[slice],
     want_entropy: bool,
+    want_correct: bool = False,
     needs: Needs,
     tokens: Tensor | None = None,  # [M] rows of hidden; None: all, M = N
 ) -> tuple[HeadForward, HeadGradients]:
-    """Forward and gradient of a loss with coefficients c = d loss / d logp, each logit computed once.
+    """Forward and gradient of a loss, each logit computed once.
 
     Args:
-        coefficients: (rows, log-probs [M] known up to rows.stop) -> c [C] of those rows.
+        gradient: (rows, outputs [M] known up to rows.stop) -> that of those rows [C], without a part by the entropy.
         chunks: ascending cover of the M tokens. One chunk's logits [C, V] are the workspace.
     """
-    given, hidden = hidden, gather(hidden, tokens)  # [M, D]
+    source, hidden = hidden, gather(hidden, tokens)  # [M, D]
     logits = _Logits(hidden, weight, bias, transform)
     logprobs, lse = hidden.new_empty(len(hidden)), hidden.new_empty(len(hidden))  # [M], [M]
     entropy = torch.empty_like(lse) if want_entropy else None  # [M]
+    correct = torch.empty_like(lse, dtype=torch.bool) if want_correct else None  # [M]
+    outputs = HeadForward(logprobs, lse, entropy, None, None, correct)
     dh = torch.zeros_like(hidden) if needs.hidden else None  # [M, D]
     dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs.weight else None  # [V, D]
     db = torch.zeros_like(bias) if needs.bias and bias is not None else None  # [V]
@@ -331,16 +336,18 @@ def one_pass(
         log_mass = mass.log()  # [C]
         lse[rows] = top + log_mass
         logprobs[rows] = ((z_y - top) - log_mass).clamp(max=0.0)
+        if correct is not None:
+            correct[rows] = z_y >= top
         if want_entropy:
             entropy[rows] = log_mass - moment / mass
-        c = coefficients(rows, logprobs)  # [C]
-        active = c.nonzero()[:, 0]  # [A] tokens with a gradient, moved to the front
+        given = gradient(rows, outputs)  # [C]
+        active = given.is_active().nonzero()[:, 0]  # [A] tokens with a gradient, moved to the front
         for i, n in enumerate(active.tolist()):
             if i != n:
                 z[i] = z[n]
-        dz, every, c = z[: len(active)], every[: len(active)], c[active]  # [A, V], [A], [A]
-        dz.mul_((-c / mass[active])[:, None])
-        dz[every, targets[rows][active]] += c
+        dz, every, given = z[: len(active)], every[: len(active)], given.select(active)  # [A, V], [A], [A]
+        dz.mul_((given.prob / mass[active])[:, None])
+        dz[every, targets[rows][active]] += given.onehot
         dz = logits.chain(dz, rows.start + active, None)
         if needs.hidden:
             dh[rows.start + active] = dz @ weight
@@ -349,5 +356,5 @@ def one_pass(
         if db is not None:
             db += dz.sum(0)
         flops.product(len(active), len(weight), hidden.shape[1], times=needs.hidden + needs.weight)
-    dh = None if dh is None else scatter(dh, given, tokens)  # [N, D]
-    return HeadForward(logprobs, lse, entropy, None), HeadGradients(dh, dw, db)
+    dh = None if dh is None else scatter(dh, source, tokens)  # [N, D]
+    return outputs, HeadGradients(dh, dw, db)

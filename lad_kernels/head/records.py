@@ -66,6 +66,7 @@ class HeadForward(NamedTuple):
     entropy: Tensor | None  # [N]
     block_lse: Tensor | None  # [ceil(V / BLOCK), N]: log of the un-normalised mass of each vocabulary block
     lse_rest: Tensor | None = None  # [N] rounding error of lse; None after one pass, which needs none
+    correct: Tensor | None = None  # [N] bool: no logit is larger than the target's, by more than its rounding
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,19 @@ class LogitGradient:
     prob: Tensor  # [N] float32
     entropy: Tensor | None = None  # [N] float32; None stands for zeros
 
+    @classmethod
+    def of_logprobs(cls, c: Tensor) -> LogitGradient:
+        """That of a loss with c = d loss / d logp [N]."""
+        return cls(c, -c)
+
+    def is_active(self) -> Tensor:
+        """[N] bool: the token has a coefficient that is not zero."""
+        active = (self.onehot != 0) | (self.prob != 0)  # [N]
+        return active if self.entropy is None else active | (self.entropy != 0)
+
     def active(self) -> Tensor | None:
         """Tokens [A] with a coefficient that is not zero, ascending; None if all have one. One host sync."""
-        active = (self.onehot != 0) | (self.prob != 0)  # [N]
-        if self.entropy is not None:
-            active |= self.entropy != 0
+        active = self.is_active()  # [N]
         tokens = active.nonzero()[:, 0]  # [A]
         return None if len(tokens) == len(active) else tokens
 

@@ -128,17 +128,18 @@ def block_norms(weight: Tensor) -> Tensor:
 
 
 def kept_share(
-    out: HeadForward, targets: Tensor, c: Tensor, theta: float, *, dense_share: float, unbiased: bool
-) -> Tensor:  # [S], [S] -> [2]
+    out: HeadForward, targets: Tensor, gradient: LogitGradient, theta: float, *, dense_share: float, unbiased: bool
+) -> Tensor:  # [S] tokens -> [2]
     """Of S tokens with a gradient, the share of pairs that `route` would keep, by their masses, and that of tokens that
     it would hand to the dense path whole, whose pairs are all among the kept ones; NaN without any.
     """
-    pieces = _Pieces(out.block_lse, out.lse, out.logprobs, targets, LogitGradient(c, -c))
-    threshold = theta * c.abs().sum() / (c != 0).sum().clamp(min=1)  # []
+    pieces = _Pieces(out.block_lse, out.lse, out.logprobs, targets, gradient)
+    active = pieces.size != 0  # [S]
+    threshold = theta * pieces.size.sum() / active.sum().clamp(min=1)  # []
     kept = [(norm / threshold).clamp(max=1.0) if unbiased else norm > threshold for _, norm in pieces]  # [b, S] each
-    share = torch.cat(kept).to(c.dtype).mean(0)  # [S]
+    share = torch.cat(kept).to(out.lse.dtype).mean(0)  # [S]
     whole = share > dense_share  # [S]
-    return torch.stack([torch.where(whole, 1.0, share), whole.to(c.dtype)])[:, c != 0].mean(1)
+    return torch.stack([torch.where(whole, 1.0, share), whole.to(share.dtype)])[:, active].mean(1)
 
 
 def route(

@@ -139,8 +139,10 @@ class ShardedHead(Head):
 
     shard: Shard = field(kw_only=True)
 
-    def forward(self, *, want_entropy: bool, want_block_lse: bool = False) -> HeadForward:
+    def forward(self, *, want_entropy: bool, want_block_lse: bool = False, want_correct: bool = False) -> HeadForward:
         """Log-probs, lse and entropy over the whole vocabulary; block masses are never reported."""
+        if want_correct:
+            raise ValueError("want_correct: not built for a head that is spread over ranks")
         if len(self.weight):
             out = self._local().forward(want_entropy=want_entropy)
             outputs = [out.lse, out.lse_rest, out.logprobs, *([out.entropy] if want_entropy else [])]
@@ -166,7 +168,7 @@ class ShardedHead(Head):
             entropy = torch.where(share > 0, share * (parts[:, 3] - log_share), 0.0).sum(0)  # [M]
         return HeadForward(logprobs, lse, entropy, None, log_mass - (lse - top))
 
-    def has_one_pass(self, need_bias: bool) -> bool:
+    def has_one_pass(self, need_bias: bool, *, want_all: bool = False) -> bool:
         return False  # the coefficients need the global lse
 
     def backward(self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: Needs) -> HeadGradients:

@@ -1,7 +1,17 @@
 """The objective: log-probabilities and rewards in, a loss and its gradient out. Others import from here alone."""
 
 from lad_kernels.objective.advantages import group_advantages
-from lad_kernels.objective.config import DIVERGENCES, LEVELS, SETTINGS, GRPOConfig, LADConfig, PolicyConfig
+from lad_kernels.objective.config import (
+    DIVERGENCES,
+    LEVELS,
+    SETTINGS,
+    GRPOConfig,
+    LADConfig,
+    PolicyConfig,
+    check_choice,
+    check_number,
+    check_tail,
+)
 from lad_kernels.objective.context_parallel import (
     ContextShard,
     context_parallel_loss,
@@ -26,6 +36,9 @@ __all__ = [
     "PolicyConfig",
     "PolicyInputs",
     "PolicyTerms",
+    "check_choice",
+    "check_number",
+    "check_tail",
     "context_parallel_loss",
     "global_normalizer",
     "group_advantages",

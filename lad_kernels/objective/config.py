@@ -52,6 +52,13 @@ def check_number(name: str, value: Any, low: float = -math.inf, *, strict: bool 
     return value if type(value) in (int, float) else float(value)
 
 
+def check_tail(backward: str, tail_mass: float | None, tail: str) -> float | None:
+    """Check how the head's backward is to be computed, as in `LADConfig`; returns tail_mass as a Python number."""
+    check_choice("backward", backward, BACKWARDS)
+    check_choice("tail", tail, TAILS)
+    return check_number("tail_mass", tail_mass, 0.0, optional=True)
+
+
 class PolicyConfig:
     """What every objective has: how ratios are formed, how tokens are averaged, KL, entropy, and how the head runs.
 
@@ -78,9 +85,7 @@ class PolicyConfig:
         self._number("kl_coef", 0.0)
         self._number("kl_clamp", 0.0, strict=True, optional=True)
         self._number("entropy_coef")
-        check_choice("backward", self.backward, BACKWARDS)
-        self._number("tail_mass", 0.0, optional=True)
-        check_choice("tail", self.tail, TAILS)
+        object.__setattr__(self, "tail_mass", check_tail(self.backward, self.tail_mass, self.tail))
 
     def _number(self, name: str, low: float = -math.inf, **how: bool) -> None:
         """Check a field and store it as a Python number."""
@@ -90,6 +95,11 @@ class PolicyConfig:
     def objective(self) -> str:
         """Name of the loss of a token: one of DIVERGENCES or of POLICY_LOSSES."""
         raise NotImplementedError
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the loss holds log-probs themselves, not ratios alone."""
+        return self.objective in DIRECT_LOSSES
 
     @property
     def norms_target(self) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lad_kernels.objective.advantages import advantages_of, group_log_mean_exp
-from lad_kernels.objective.config import DIRECT_LOSSES, DIVERGENCES, PolicyConfig
+from lad_kernels.objective.config import DIVERGENCES, PolicyConfig
 from lad_kernels.objective.divergences import Terms, clip, grpo_terms, lad_terms
 from lad_kernels.objective.inputs import PackedInputs, lengths_of
 from lad_kernels.packing import sequence_of
@@ -118,7 +118,7 @@ def _token_terms(seq: _Sequences, logprobs: Tensor, inputs: PackedInputs, config
     s, isw = w, inputs.rollout_is_weights  # [M]
     if isw is not None:
         s = w * (seq.clean(isw) if inputs.weights_by_token else seq.expand(isw))
-    direct = config.objective in DIRECT_LOSSES
+    direct = config.is_direct
     through_ratio = torch.where(stopped & (not direct), 0.0, s * terms.coef)  # [M]
     level = "token" if direct else config.importance_sampling_level  # at which a log-prob reaches the loss
     dlogprobs = seq.clean(seq.level(through_ratio, level))

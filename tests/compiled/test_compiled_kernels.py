@@ -20,6 +20,7 @@ import torch
 from head_formula import DTYPES, FEATURES, make, same
 
 from lad_kernels.head.kernels import dense, forward, tile_table
+from lad_kernels.head.records import LogitGradient
 
 N, V = 261, 521
 LAYOUTS = {"aligned": 144, "ragged": 136, "unaligned": 137}  # D
@@ -78,10 +79,10 @@ def test_a_token_keeps_its_bits_in_another_place(dtype, softcap, path):
         if path == "two passes":
             out = forward.forward(*moved, want_entropy=True, want_block_lse=False)
         else:
-            coefficients = lambda rows, logprobs: torch.ones_like(logprobs[rows])  # noqa: E731
+            ones = lambda rows, out: LogitGradient.of_logprobs(torch.ones_like(out.logprobs[rows]))  # noqa: E731
             needs = one_pass.Needs(False, False, False)
             out, _ = one_pass.one_pass.one_pass(
-                *moved, None, coefficients, chunks=[slice(0, 150)], want_entropy=True, needs=needs
+                *moved, None, ones, chunks=[slice(0, 150)], want_entropy=True, needs=needs
             )
         found.append(torch.stack([out.logprobs, out.lse, out.entropy])[:, order.argsort()])  # [3, 150]
     for other in found[1:]:
@@ -104,7 +105,7 @@ def test_infinity_stays_with_its_token(layout):
     hidden[5, 3] = float("inf")
     expected, found = two_pass.run(inputs), two_pass.run(dataclasses.replace(inputs, hidden=hidden))
     others = torch.arange(37) != 5
-    same(type(found)(*(x[..., others] for x in found)), type(found)(*(x[..., others] for x in expected)))
+    same(type(found)(*(x[..., others] for x in found[:5])), type(found)(*(x[..., others] for x in expected[:5])))
     assert not found.lse[5].isfinite()
 
 

@@ -58,7 +58,8 @@ def compile_all(arch: str, cases: list[tuple[str, str, str]]) -> None:
             softcap=30.0 if "softcap" in features else None, temperature=numbers if "temperature" in features else 0.9
         )
         with compiling(arch) as compiled:
-            forward.forward(hidden, weight, targets, bias, transform, want_entropy=entropy, want_block_lse=True)
+            wanted = {"want_entropy": entropy, "want_block_lse": True, "want_correct": entropy}
+            forward.forward(hidden, weight, targets, bias, transform, **wanted)
             gradient = LogitGradient(numbers, numbers, numbers if entropy else None)
             needs = Needs(True, False, bias is not None)
             arguments = (hidden, weight, targets, bias, transform, numbers, gradient)

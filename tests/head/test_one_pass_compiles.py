@@ -18,7 +18,7 @@ import torch
 from aot import TARGETS, compiling, resources
 
 from lad_kernels.head.kernels import dense, one_pass
-from lad_kernels.head.records import LogitTransform, Needs
+from lad_kernels.head.records import LogitGradient, LogitTransform, Needs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = {"aligned": (2048, 151936), "odd V": (896, 50257), "unaligned": (897, 50257), "ragged": (1000, 50257)}
@@ -46,9 +46,10 @@ def compile_all(arch: str, cases: list[tuple[str, str, str]]) -> None:
                 bias,
                 transform,
                 numbers,
-                lambda rows, logprobs: logprobs[rows],
+                lambda rows, outputs: LogitGradient.of_logprobs(outputs.logprobs[rows]),
                 chunks=[slice(0, n)],
                 want_entropy="entropy" in features,
+                want_correct="entropy" in features and ("softcap" not in features or "temperature" not in features),
                 needs=Needs(True, False, bias is not None),
             )
         for name, kernel in compiled.values():

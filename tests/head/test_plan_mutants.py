@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import test_cross_entropy
 import test_dispatch
 import test_far_logits
 import test_path_choice
@@ -57,6 +58,7 @@ CHECKS = {
     "offset": check_offset,
     "looks": check_looks,
     "sample": test_path_choice.test_the_sample_is_spread_over_the_tokens,
+    "smoothed": lambda _: test_cross_entropy.test_float64("smoothing 0.1, z 0.01, weights", "sum", "routed"),
     "sequences": lambda _: test_path_choice.test_chunks_of_whole_sequences(),
     "frozen": check_frozen,
     "model": check_model,
@@ -69,7 +71,7 @@ CHECKS = {
 }
 SMALL_CHUNKS = ("exact", "bound", "twice", "twice, two passes", "flops", "final", "sample", "sequences", "frozen")
 PLAN = {  # bug: check that shows it, source, mutant
-    "compaction forgotten in the backward": ("exact", "head.select(self.active).backward(", "head.backward("),
+    "compaction forgotten in the backward": ("exact", "part = head.select(self.active)", "part = head"),
     "coefficients' first tokens": ("bound", "= blocks[:, active]", "= blocks[:, : len(active)]"),
     "log-probs of the first tokens": (
         "bound",
@@ -77,11 +79,21 @@ PLAN = {  # bug: check that shows it, source, mutant
         "HeadForward(out.logprobs[: len(active)]",
     ),
     "lse of the first tokens": ("exact", "out.lse[active], select", "out.lse[: len(active)], select"),
-    "rest of lse of the first tokens": ("offset", "out.lse_rest[active]", "out.lse_rest[: len(active)]"),
+    "rest of lse of the first tokens": (
+        "offset",
+        "select(out.lse_rest, active)",
+        "select(out.lse_rest, slice(len(active)))",
+    ),
+    "mean logit's part forgotten": ("smoothed", "if self.mean_logit is not None:", "if False:"),
+    "mean logit's upstream gradient": ("smoothed", "self.mean_logit * upstream)", "self.mean_logit)"),
     "rest of lse forgotten": ("offset", "if out.lse_rest is not None:", "if False:"),
     "upstream gradient forgotten": ("twice, two passes", "self.gradient.scaled(upstream)", "self.gradient"),
-    "gradients of one pass handed out twice": ("twice", "ready, self.ready = self.ready, None", "ready = self.ready"),
-    "share of tokens with a gradient": ("looks", "(c != 0).to(c.dtype).mean()", "(c == c).to(c.dtype).mean()"),
+    "gradients of one pass handed out twice": (
+        "twice",
+        "gradients, self.ready = self.ready, None",
+        "gradients = self.ready",
+    ),
+    "share of tokens with a gradient": ("looks", "of_few.is_active().to(kept.dtype)", "(kept == kept).to(kept.dtype)"),
     "density of a dropped tail": ("looks", "kept]).tolist()", "kept * 0]).tolist()"),
     "a sample of the first tokens": ("sample", " * work.tokens // work.sample  # [S]", "  # [S]"),
     "chunks longer than memory": ("sequences", "if bound - start > rows:", "if bound - last > rows:"),

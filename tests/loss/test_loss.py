@@ -328,3 +328,21 @@ def test_config_is_immutable_and_comparable():
     assert replace(LADConfig(), eta=0.5) == LADConfig(eta=0.5)
     with pytest.raises(AttributeError):
         LADConfig().eta = 1.0
+
+
+@pytest.mark.parametrize("policy_loss", ["reinforce", "cispo", "vespo", "ppo"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_value_does_not_depend_on_what_else_is_returned(policy_loss, grad):
+    """On-policy, where gradients are known before the head and the value of some losses is not."""
+    level = "sequence_sum" if policy_loss == "vespo" else "token"
+    config = GRPOConfig(policy_loss=policy_loss, importance_sampling_level=level)
+    kw = batch() | {"old_logprobs": None, "advantages": torch.linspace(-1, 1, B, dtype=torch.float64), "config": config}
+    kw.pop("ref_logprobs")
+    with torch.set_grad_enabled(grad):
+        if grad:
+            kw["hidden_states"].requires_grad_()
+        truth = reference.linear_grpo_loss(**kw).loss
+        for wanted in (False, True):
+            torch.testing.assert_close(
+                linear_grpo_loss(**kw, return_logprobs=wanted).loss, truth, rtol=1e-10, atol=1e-12
+            )

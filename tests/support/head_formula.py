@@ -65,7 +65,8 @@ def formula(inputs: Inputs, dtype: torch.dtype) -> tuple[HeadForward, HeadGradie
     block_lse = torch.stack([block.logsumexp(1) for block in z.split(BLOCK, dim=1)])  # [blocks, N]
     (torch.stack([logprobs, lse, entropy]) * inputs.upstream).sum().backward()
     outputs = HeadForward(*(x.detach() for x in (logprobs, lse, entropy, block_lse)))
-    return outputs, HeadGradients(*(None if x is None else x.grad for x in leaves))
+    correct = log_p.argmax(1) == inputs.targets  # [N]
+    return outputs._replace(correct=correct), HeadGradients(*(None if x is None else x.grad for x in leaves))
 
 
 def error(actual: Tensor, truth: Tensor) -> float:

@@ -58,7 +58,7 @@ _TARGET_TOKENS = 64  # of the gathered product
 _FINAL_BLOCKS, _FINAL_TOKENS = 64, 32  # tile of the reduction over blocks
 
 
-@triton.jit(do_not_specialize=["N", "lse_stride", "entropy_stride"])
+@triton.jit(do_not_specialize=["N", "lse_stride", "run_stride"])
 def _partials_kernel(
     h,  # [N, D]
     w,  # [V, D]
@@ -66,13 +66,14 @@ def _partials_kernel(
     inv_temperature,  # [N] or a number
     block_lse,  # [blocks, N] out
     block_entropy,  # [blocks, N] out, or None
+    block_top,  # [blocks, N] out, or None
     N,
     V,
     D,
     h_stride,
     w_stride,
     lse_stride,
-    entropy_stride,
+    run_stride,
     scale,
     softcap,
     BLOCK_N: tl.constexpr,
@@ -116,12 +117,14 @@ def _partials_kernel(
         if bias is not None:
             mass = tl.where(empty, _LOWEST, mass)
         tl.store(block_lse + at * lse_stride + rows[:, None], mass, mask=valid)
+        if block_top is not None:
+            tl.store(block_top + at * run_stride + rows[:, None], top * factor, mask=valid)
         if block_entropy is not None:
             inside = (log_total - tl.sum(e * d, axis=2) / total) * LN_2  # [BLOCK_N, PARTS]; r cancels
             inside = tl.where(inside < 0, 0.0, inside)  # [BLOCK_N, PARTS]; a maximum would turn NaN into 0
             if bias is not None:
                 inside = tl.where(empty, 0.0, inside)
-            tl.store(block_entropy + at * entropy_stride + rows[:, None], inside, mask=valid)
+            tl.store(block_entropy + at * run_stride + rows[:, None], inside, mask=valid)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -166,19 +169,21 @@ def _target_kernel(
     tl.store(target_logits + rows, tl.where(known, z, -float("inf")), mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "blocks", "lse_stride", "entropy_stride"])
+@triton.jit(do_not_specialize=["N", "blocks", "lse_stride", "run_stride"])
 def _finalize_kernel(
     block_lse,  # [blocks, N]
     block_entropy,  # [blocks, N] or None
+    block_top,  # [blocks, N] or None
     target_logits,  # [N]
     logprobs,  # [N] out
     lse,  # [N] out
     lse_rest,  # [N] out
     entropy,  # [N] out, or None
+    correct,  # [N] out, or None
     N,
     blocks,
     lse_stride,
-    entropy_stride,
+    run_stride,
     BLOCKS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -201,7 +206,7 @@ def _finalize_kernel(
         e = tl.where(mask, tl.exp(below), 0.0)  # [BLOCKS, TOKENS]
         mass += e
         if block_entropy is not None:
-            offsets = at[:, None].to(tl.int64) * entropy_stride + rows[None, :]  # [BLOCKS, TOKENS]
+            offsets = at[:, None].to(tl.int64) * run_stride + rows[None, :]  # [BLOCKS, TOKENS]
             spread += e * (tl.load(block_entropy + offsets, mask, other=0.0) - below)
     mass = tl.where(inside, tl.sum(mass, axis=0), 1.0)  # [TOKENS], at least 1
     log_mass = tl.where(top < _NOTHING, float("nan"), tl.log(mass))  # [TOKENS]; NaN where a bias excludes every word
@@ -213,6 +218,20 @@ def _finalize_kernel(
     tl.store(logprobs + rows, tl.where(logp > 0, 0.0, logp), mask=inside)  # a minimum would turn NaN into 0
     if block_entropy is not None:
         tl.store(entropy + rows, log_mass + tl.sum(spread, axis=0) / mass, mask=inside)
+    if block_top is not None:
+        largest = tl.full((BLOCKS, TOKENS), _LOWEST, tl.float32)  # [BLOCKS, TOKENS]
+        for first in range(0, blocks, BLOCKS):
+            at = first + tl.arange(0, BLOCKS)  # [BLOCKS]
+            mask = (at[:, None] < blocks) & inside[None, :]  # [BLOCKS, TOKENS]
+            offsets = at[:, None].to(tl.int64) * run_stride + rows[None, :]  # [BLOCKS, TOKENS]
+            largest = tl.maximum(largest, tl.load(block_top + offsets, mask, other=_LOWEST))
+        tl.store(correct + rows, is_largest(z_y, tl.max(largest, axis=0)), mask=inside)
+
+
+@triton.jit
+def is_largest(z, largest):
+    """Whether no logit is larger, by more than their rounding."""
+    return z >= largest - 5e-7 * tl.maximum(tl.abs(largest), 1.0)
 
 
 def inverse_temperature(transform: LogitTransform) -> Tensor | float:
@@ -232,6 +251,7 @@ def forward(
     *,
     want_entropy: bool,
     want_block_lse: bool,
+    want_correct: bool = False,
     tokens: Tensor | None = None,  # [N] rows of hidden; None: all
     tiles: Tiles | None = None,
 ) -> HeadForward:
@@ -245,13 +265,15 @@ def forward(
     new = {"dtype": torch.float32, "device": device}
     logprobs, lse, rest = (torch.empty(N, **new) for _ in range(3))  # [N] each
     entropy = torch.empty(N, **new) if want_entropy else None  # [N]
+    correct = torch.empty(N, dtype=torch.bool, device=device) if want_correct else None  # [N]
     all_lse = torch.empty(blocks, N, **new) if want_block_lse else None  # [blocks, N]
-    row_bytes = 4 * blocks * (want_entropy + (not want_block_lse))
+    row_bytes = 4 * blocks * (want_entropy + want_correct + (not want_block_lse))
     row_bytes += 0 if tokens is None else hidden.shape[-1] * hidden.element_size()
     run = max(_PARTIAL_BYTES // max(row_bytes, 1) // _RUN, 1) * _RUN  # whose partials, and gathered states, fit
     run = min(run, max(N, 1))
     run_lse = None if want_block_lse else torch.empty(blocks, run, **new)  # [blocks, run]
     run_entropy = torch.empty(blocks, run, **new) if want_entropy else None  # [blocks, run]
+    run_top = torch.empty(blocks, run, **new) if want_correct else None  # [blocks, run]
 
     with tile_table.current(device):
         for start in range(0, N, run):
@@ -260,25 +282,27 @@ def forward(
             inv_temperature = inverse_temperature(transform.select(slice(start, stop)))
             rows = hidden[start:stop] if tokens is None else gather(hidden, tokens[start:stop])  # [<= run, D]
             chosen = tiles or tile_table.tiles_for(rows, weight, bias, transform)
-            _partials(rows, weight, bias, inv_temperature, transform, block_lse, run_entropy, chosen)
+            _partials(rows, weight, bias, inv_temperature, transform, block_lse, run_entropy, run_top, run, chosen)
             z_y = target_logits(rows, weight, targets[start:stop], bias, inv_temperature, transform, chosen)
             _finalize_kernel[(triton.cdiv(stop - start, _FINAL_TOKENS),)](
                 block_lse,
                 run_entropy,
+                run_top,
                 z_y,
                 logprobs[start:],
                 lse[start:],
                 rest[start:],
                 entropy[start:] if want_entropy else None,
+                correct[start:] if want_correct else None,
                 stop - start,
                 blocks,
                 block_lse.stride(0),
-                run_entropy.stride(0) if want_entropy else 0,
+                run,
                 BLOCKS=_FINAL_BLOCKS,
                 TOKENS=_FINAL_TOKENS,
                 **tile_table.SAME_BITS,
             )
-    return HeadForward(logprobs, lse, entropy, all_lse, rest)
+    return HeadForward(logprobs, lse, entropy, all_lse, rest, correct)
 
 
 def _partials(
@@ -289,6 +313,8 @@ def _partials(
     transform: LogitTransform,
     block_lse: Tensor,  # [blocks, >= N] out
     block_entropy: Tensor | None,  # [blocks, >= N] out
+    block_top: Tensor | None,  # [blocks, >= N] out
+    run: int,  # stride of the last two
     tiles: Tiles,
 ) -> None:
     (N, D), V = hidden.shape, weight.shape[0]
@@ -301,13 +327,14 @@ def _partials(
         inv_temperature,
         block_lse,
         block_entropy,
+        block_top,
         N,
         V,
         D,
         hidden.stride(0),
         weight.stride(0),
         block_lse.stride(0),
-        block_entropy.stride(0) if block_entropy is not None else 0,
+        run,
         float(transform.scale),
         None if transform.softcap is None else float(transform.softcap),
         BLOCK_N=tiles.block_n,

@@ -7,16 +7,17 @@ Tokens pass in chunks, for which the exponentials of all logits are stored. z as
                                  any s near lse will do, since a shift cancels
     E_nj = e^(z_nj - s_n)        S_n = sum_j E_nj,  A_n = sum_j E_nj (z_nj - s_n)
     lse  = s + log S             logp = (z_y - s) - log S          H = log S - A / S
-    p    = E / S                 dR_nj = c_n (1[j = y] - p_nj) z'_nj = r_n F_nj,   z' = dz / draw,   r_n = -c_n / S_n
-    F    = E z', but S (p_y - 1) z'_ny in the target's column
+    p    = E / S                 dR_nj = (b_n p_nj + a_n 1[j = y]) z'_nj = r_n F_nj,   z' = dz / draw,   r_n = b_n / S_n
+    F    = E z', but S (p_y + a / b) z'_ny in the target's column
 
-F does not depend on c, so the tiles write it before c is known, and c enters as one factor per row:
+a and b are `onehot` and `prob` of records.LogitGradient; of a loss of log-probs alone a = c, b = -c. All of F but one
+element a row is without them: tiles write it before they are known, and b enters as a factor per row:
 
     dH = diag(r) (F W),   dW = F^T (diag(r) H),   db = F^T r
 
 1. `target_logits` of forward.py: raw products of the targets, hence z_y, z'_y and s.
 2. `_exponentials_kernel` (2 C D V flops): F [C, V] without the target's term; sums of E and E (z - s) per tile.
-3. `_finalize_kernel`: those sums over the tiles in ascending order -> S, lse, logp, H; then F_ny, one number per row.
+3. `_finalize_kernel`: those sums over the tiles in ascending order -> S, lse, logp, H; then a, b and F_ny.
 4. the library: dH of the chunk, complete at once; dW into one float32 [V, D] over all chunks, cast once.
 
 Range: F and r H live in the dtype of the inputs, so S must stay within 2^-64 .. 2^64: the prior may be off by 44 nats;
@@ -45,16 +46,10 @@ from torch import Tensor
 
 from lad_kernels.head import flops
 from lad_kernels.head.kernels import dense, tile_table
-from lad_kernels.head.kernels.forward import inverse_temperature, target_logits
-from lad_kernels.head.kernels.tile import (
-    LN_2,
-    LOG2_E,
-    logit_tile,
-    row_levels,
-    tile_order,
-)
+from lad_kernels.head.kernels.forward import inverse_temperature, is_largest, target_logits
+from lad_kernels.head.kernels.tile import LN_2, LOG2_E, logit_tile, row_levels, tile_order
 from lad_kernels.head.kernels.tile_table import Tiles
-from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitTransform, Needs, gather
+from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitGradient, LogitTransform, Needs, gather
 
 _LARGEST_SUM = 2.0**64  # F, F W and r H stay far inside the exponents of bfloat16 and float32
 _BLOCK = tl.constexpr(BLOCK)
@@ -62,15 +57,15 @@ _FINAL_TILES, _FINAL_TOKENS = 64, 32  # tile of the reduction over vocabulary ti
 
 
 @triton.jit
-def _row_sums(x, column, V, WHOLE_BLOCKS: tl.constexpr):
-    """Sums [R] over the columns of a tile [R, C] that starts at `column`; whole blocks beyond V do not count."""
+def _by_row(x, column, V, WHOLE_BLOCKS: tl.constexpr, LARGEST: tl.constexpr):
+    """Sums, or largest numbers, [R] of a tile [R, C] that starts at `column`; whole blocks beyond V do not count."""
     if WHOLE_BLOCKS:
         parts: tl.constexpr = x.shape[1] // _BLOCK
-        each = tl.sum(tl.reshape(x, (x.shape[0], parts, _BLOCK)), axis=2)  # [R, parts]
+        x = tl.reshape(x, (x.shape[0], parts, _BLOCK))  # [R, parts, BLOCK]
+        x = tl.max(x, axis=2) if LARGEST else tl.sum(x, axis=2)  # [R, parts]
         inside = column + tl.arange(0, parts) * _BLOCK < V  # [parts]
-        return tl.sum(tl.where(inside[None, :], each, 0.0), axis=1)
-    else:
-        return tl.sum(x, axis=1)
+        x = tl.where(inside[None, :], x, -1e30 if LARGEST else 0.0)
+    return tl.max(x, axis=1) if LARGEST else tl.sum(x, axis=1)
 
 
 @triton.jit(do_not_specialize=["N", "sums_stride"])
@@ -83,6 +78,7 @@ def _exponentials_kernel(
     out,  # [N, >= V] F
     sums,  # [vocabulary tiles, >= N] out
     moments,  # [vocabulary tiles, >= N] out, or None
+    tops,  # [vocabulary tiles, >= N] out, or None
     N,
     V,
     D,
@@ -119,13 +115,18 @@ def _exponentials_kernel(
         d = tl.fma(x, f, -tl.where(in_n[:, None], level, 1e30))  # [BLOCK_N, BLOCK_V] (z - shift) log2 e + r
         if not WHOLE_BLOCKS:  # else a block is complete, or beyond V
             d = tl.where(in_v[None, :], d, -1e30)
+        at = sums_stride * tile_v.to(tl.int64) + rows  # [BLOCK_N]
+        if tops is not None:
+            top = _by_row(d, column, V, WHOLE_BLOCKS, True) - tl.reshape(
+                r, (BLOCK_N,)
+            )  # [BLOCK_N] the largest z - shift
+            tl.store(tops + at, top * LN_2, mask=in_n)
         e = tl.exp2(d)  # [BLOCK_N, BLOCK_V], 2^r too large
         scaling = tl.exp2(-r)  # [BLOCK_N, 1]
-        at = sums_stride * tile_v.to(tl.int64) + rows  # [BLOCK_N]
-        total = _row_sums(e, column, V, WHOLE_BLOCKS)  # [BLOCK_N]
+        total = _by_row(e, column, V, WHOLE_BLOCKS, False)  # [BLOCK_N]
         tl.store(sums + at, total * tl.reshape(scaling, (BLOCK_N,)), mask=in_n)
         if moments is not None:
-            moment = _row_sums(e * d, column, V, WHOLE_BLOCKS) - total * tl.reshape(r, (BLOCK_N,))  # [BLOCK_N]
+            moment = _by_row(e * d, column, V, WHOLE_BLOCKS, False) - total * tl.reshape(r, (BLOCK_N,))  # [BLOCK_N]
             tl.store(moments + at, moment * tl.reshape(scaling, (BLOCK_N,)) * LN_2, mask=in_n)
         # The mask is as wide as a row of out, not as V: its bound divides by 16, so that the stores stay wide.
         at = rows[:, None].to(tl.int64) * out_stride + columns[None, :]  # [BLOCK_N, BLOCK_V]
@@ -135,17 +136,19 @@ def _exponentials_kernel(
 
 @triton.jit(
     do_not_specialize=["N", "tiles", "sums_stride"],
-    do_not_specialize_on_alignment=["row_sums", "logprobs", "lse", "entropy"],  # a chunk starts anywhere
+    do_not_specialize_on_alignment=["row_sums", "logprobs", "lse", "entropy", "correct"],  # a chunk starts anywhere
 )
 def _finalize_kernel(
     sums,  # [tiles, >= N]
     moments,  # [tiles, >= N] or None
+    tops,  # [tiles, >= N] or None
     target_logits,  # [N]
     shift,  # [N]
     row_sums,  # [N] out
     logprobs,  # [N] out
     lse,  # [N] out
     entropy,  # [N] out, or None
+    correct,  # [N] out, or None
     N,
     tiles,
     sums_stride,
@@ -156,6 +159,7 @@ def _finalize_kernel(
     inside = rows < N  # [TOKENS]
     total = tl.zeros((TILES, TOKENS), tl.float32)  # [TILES, TOKENS]
     moment = tl.zeros((TILES, TOKENS), tl.float32)  # [TILES, TOKENS]
+    top = tl.full((TILES, TOKENS), -1e30, tl.float32)  # [TILES, TOKENS]
     for first in range(0, tiles, TILES):
         at = first + tl.arange(0, TILES)  # [TILES]
         mask = (at[:, None] < tiles) & inside[None, :]  # [TILES, TOKENS]
@@ -163,6 +167,8 @@ def _finalize_kernel(
         total += tl.load(sums + offsets, mask, other=0.0)
         if moments is not None:
             moment += tl.load(moments + offsets, mask, other=0.0)
+        if tops is not None:
+            top = tl.maximum(top, tl.load(tops + offsets, mask, other=-1e30))
     total = tl.where(inside, tl.sum(total, axis=0), 1.0)  # [TOKENS]
     log_total = tl.log(total)  # [TOKENS]
     s = tl.load(shift + rows, mask=inside, other=0.0)  # [TOKENS]
@@ -173,6 +179,9 @@ def _finalize_kernel(
     if moments is not None:
         spread = log_total - tl.sum(moment, axis=0) / total  # [TOKENS]
         tl.store(entropy + rows, tl.where(spread < 0, 0.0, spread), mask=inside)
+    if tops is not None:
+        z_y = tl.load(target_logits + rows, mask=inside, other=0.0)  # [TOKENS]
+        tl.store(correct + rows, is_largest(z_y, s + tl.max(top, axis=0)), mask=inside)
 
 
 def _padded(V: int) -> int:
@@ -188,18 +197,19 @@ def one_pass(
     bias: Tensor | None,  # [V]
     transform: LogitTransform,
     prior: Tensor | None,  # [M]
-    coefficients: Callable[[slice, Tensor], Tensor],
+    gradient: Callable[[slice, HeadForward], LogitGradient],
     *,
     chunks: Sequence[slice],
     want_entropy: bool,
+    want_correct: bool = False,
     needs: Needs,
     tokens: Tensor | None = None,  # [M] rows of hidden; None: all, M = N
     tiles: Tiles | None = None,
 ) -> tuple[HeadForward, HeadGradients] | None:
     """Outputs and gradients, or None where a row of exponentials left its range. `tiles` overrides tile_table.py.
 
-    `chunks` are ascending and cover 0..M. `coefficients(rows, logprobs)` returns c [C] float32 of these rows, given
-    logprobs [M] that are filled up to rows.stop. dH is [N, D], zero for all other tokens.
+    `chunks` are ascending and cover 0..M. `gradient(rows, outputs)` returns that of these rows [C], without a part by
+    the entropy, given outputs [M] that are filled up to rows.stop. dH is [N, D], zero for all other tokens.
     """
     if hidden.dtype == torch.float16:
         raise ValueError("float16 has too few exponents for one pass; use forward and backward")
@@ -210,7 +220,8 @@ def one_pass(
 
     new = {"dtype": torch.float32, "device": hidden.device}
     entropy = torch.empty(M, **new) if want_entropy else None  # [M]
-    outputs = HeadForward(torch.empty(M, **new), torch.empty(M, **new), entropy, None)
+    correct = torch.empty(M, dtype=torch.bool, device=hidden.device) if want_correct else None  # [M]
+    outputs = HeadForward(torch.empty(M, **new), torch.empty(M, **new), entropy, None, None, correct)
     row_sums = torch.empty(M, **new)  # [M]
     dh = hidden.new_zeros(hidden.shape[:-1].numel(), D) if needs.hidden else None  # [N, D]
     once = len(chunks) == 1 and hidden.element_size() == 2  # the library rounds the only product itself
@@ -227,9 +238,12 @@ def one_pass(
         part = _Chunk(states, weight, targets[rows], bias, transform, rows)
         f = workspace[: rows.stop - rows.start, :V]  # [C, V]
         chosen = tiles or tile_table.tiles_for(part.hidden, weight, bias, transform)
-        _exponentials(part, prior, f, row_sums, outputs, chosen)
-        c = coefficients(rows, outputs.logprobs)  # [C]
-        r = -c / row_sums[rows]  # [C]
+        slope = _exponentials(part, prior, f, row_sums, outputs, chosen)  # [C]
+        given = gradient(rows, outputs)  # [C]
+        lost = (given.prob == 0) & (given.onehot != 0)  # [C] F_ny has no such b; 2^-24 of a is below its rounding
+        prob = torch.where(lost, given.onehot * 2.0**-24, given.prob)  # [C]
+        r = prob / row_sums[rows]  # [C]
+        _fill_targets(f, part.targets, slope, given.onehot, prob, row_sums[rows], outputs.logprobs[rows])
         if needs.hidden:
             dh_chunk = torch.empty(len(f), D, **new)  # [C, D]
             dense.accumulate(dh_chunk, f, weight, first=True)
@@ -275,26 +289,29 @@ def _exponentials(
     row_sums: Tensor,  # [M] out, its rows of the chunk
     outputs: HeadForward,  # [M] out, the same
     tiles: Tiles,
-) -> None:
-    """Fill f, the row sums and the outputs of the tokens of a chunk."""
+) -> Tensor:  # [C]
+    """Fill f, the row sums and the outputs of the tokens of a chunk; returns dz / draw of the targets."""
     rows, targets, (C, V), device = part.rows, part.targets, f.shape, f.device
     tiles_v = triton.cdiv(V, tiles.block_v)
     sums = torch.empty(tiles_v, C, dtype=torch.float32, device=device)  # [vocabulary tiles, C]
     moments = torch.empty_like(sums) if outputs.entropy is not None else None  # [vocabulary tiles, C]
+    tops = torch.empty_like(sums) if outputs.correct is not None else None  # [vocabulary tiles, C]
     with tile_table.current(device):
         raw = target_logits(part.hidden, part.weight, targets, part.bias, 1.0, LogitTransform(), tiles)  # [C]
         z_y, slope = _transformed(raw, part.transform, part.inverse_temperature)  # [C], [C]
         shift = z_y if prior is None else z_y - prior[rows].float()  # [C]
-        _launch(part, shift, f, sums, moments, tiles)
+        _launch(part, shift, f, sums, moments, tops, tiles)
         _finalize_kernel[(triton.cdiv(C, _FINAL_TOKENS),)](
             sums,
             moments,
+            tops,
             z_y,
             shift,
             row_sums[rows],
             outputs.logprobs[rows],
             outputs.lse[rows],
             None if moments is None else outputs.entropy[rows],
+            None if tops is None else outputs.correct[rows],
             C,
             tiles_v,
             C,
@@ -302,12 +319,25 @@ def _exponentials(
             TOKENS=_FINAL_TOKENS,
             **tile_table.SAME_BITS,
         )
-    # S (p_y - 1): where F is float32, from the tile's own E_y, whose error S shares; else z_y is the better number.
-    column = targets.clamp(0, V - 1)[:, None]  # [C, 1]
+    return slope
+
+
+def _fill_targets(
+    f: Tensor,  # [C, V]
+    targets: Tensor,  # [C]
+    slope: Tensor,  # [C] dz / draw of the targets
+    onehot: Tensor,  # [C] a
+    prob: Tensor,  # [C] b
+    row_sums: Tensor,  # [C]
+    logprobs: Tensor,  # [C]
+) -> None:
+    """S (p_y + a / b) z'_y: where F is float32, from the tile's own E_y, whose error S shares; else from logp."""
+    column = targets.clamp(0, f.shape[1] - 1)[:, None]  # [C, 1]
+    ratio = torch.where(onehot == -prob, -1.0, onehot / prob)  # [C]
     if f.dtype == torch.float32:
-        at_target = f.gather(1, column)[:, 0] - row_sums[rows] * slope  # [C]
+        at_target = f.gather(1, column)[:, 0] + ratio * (row_sums * slope)  # [C]
     else:
-        at_target = row_sums[rows] * torch.expm1(outputs.logprobs[rows]) * slope  # [C]
+        at_target = row_sums * (torch.expm1(logprobs) + (1 + ratio)) * slope  # [C]
     f.scatter_(1, column, at_target.to(f.dtype)[:, None])
 
 
@@ -327,6 +357,7 @@ def _launch(
     f: Tensor,  # [C, V] out
     sums: Tensor,  # [vocabulary tiles, C] out
     moments: Tensor | None,  # [vocabulary tiles, C] out
+    tops: Tensor | None,  # [vocabulary tiles, C] out
     tiles: Tiles,
 ) -> None:
     hidden, weight, transform, inv_temperature = part.hidden, part.weight, part.transform, part.inverse_temperature
@@ -342,6 +373,7 @@ def _launch(
         f,
         sums,
         moments,
+        tops,
         C,
         V,
         D,

@@ -34,6 +34,8 @@ CONTENTS = """
 :caption: Use
 docs/install
 docs/losses
+docs/own_losses
+docs/cross_entropy
 docs/sparsity
 docs/cli
 ```

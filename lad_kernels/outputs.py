@@ -61,5 +61,16 @@ class LossOutput(NamedTuple):
     loss: Tensor  # []
     logprobs: Tensor | None  # [N] or [B, T]: log-probabilities of the targets, 0 where masked; None if not wanted
     entropy: Tensor | None  # same shape; None unless asked for
-    advantages: Tensor  # [B], or [N] / [B, T] when they were given per token
+    advantages: Tensor | None  # [B], or [N] / [B, T] when they were given per token; None for an objective of your own
     metrics: dict[str, Tensor]  # 0-d; METRICS says how each is combined with those of other batches
+
+
+class CrossEntropyStats(NamedTuple):
+    """What `linear_cross_entropy` reports besides the loss; nothing here carries a gradient."""
+
+    token_accuracy: Tensor  # [] share of the tokens that count whose target no other word beats
+    correct: Tensor  # bool, the shape of target_ids: which those are; False where ignored
+    logprobs: Tensor  # the same shape: log-probability of the target, nats, 0 where ignored
+    entropy: Tensor  # the same shape: of each token's distribution, nats, 0 where ignored
+    z_loss: Tensor  # [] the part of the loss that z_loss adds; with reduction="none" its sum
+    metrics: dict[str, Tensor]  # 0-d: kept share and error bounds of the backward, head_flops; as in `LossOutput`

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lad_kernels.objective.config import GRPOConfig, LADConfig
-from lad_kernels.outputs import LinearLogprobs, LossOutput
+from lad_kernels.outputs import CrossEntropyStats, LinearLogprobs, LossOutput
 from lad_kernels.reference_objective import GENERATORS, SLOPE_AT_ONE, counted, grpo_loss, lad_loss  # noqa: F401
 
 if TYPE_CHECKING:
@@ -43,17 +43,7 @@ def linear_logprobs(
     if vocab_group is not None:
         raise ValueError("vocab_group: expected None, got a group; the reference needs all rows of lm_head_weight")
     kept = counted(target_ids, loss_mask, None).reshape(-1).nonzero()[:, 0]  # [M] flat
-    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-    h = hidden_states.reshape(-1, hidden_states.shape[-1])[kept].to(dtype)  # [M, D]
-    z = h @ lm_head_weight.to(dtype).T  # [M, V]
-    if bias is not None:
-        z = z + bias.to(dtype)
-    z = z * logit_scale
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    if isinstance(temperature, Tensor) and temperature.ndim:
-        temperature = temperature.expand(target_ids.shape).reshape(-1, 1)[kept].to(dtype)  # [M, 1]
-    z = z / temperature
+    z = _logits(hidden_states, lm_head_weight, kept, target_ids.shape, bias, temperature, logit_scale, softcap)
     lse = z.logsumexp(-1)  # [M]
     logprobs = z.gather(1, target_ids.reshape(-1, 1)[kept])[:, 0] - lse  # [M]
     entropy = None
@@ -65,6 +55,70 @@ def linear_logprobs(
         return x.new_zeros(target_ids.numel()).index_put((kept,), x).reshape(target_ids.shape)
 
     return LinearLogprobs(place(logprobs), None if entropy is None else place(entropy), place(lse))
+
+
+def _logits(
+    hidden_states: Tensor,  # [N, D] or [B, T, D]
+    lm_head_weight: Tensor,  # [V, D]
+    kept: Tensor,  # [M] flat positions
+    shape: torch.Size,  # of target_ids
+    bias: Tensor | None,  # [V]
+    temperature: float | Tensor,  # number, or the shape of target_ids
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:  # [M, V]
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    h = hidden_states.reshape(-1, hidden_states.shape[-1])[kept].to(dtype)  # [M, D]
+    z = h @ lm_head_weight.to(dtype).T  # [M, V]
+    if bias is not None:
+        z = z + bias.to(dtype)
+    z = z * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    if isinstance(temperature, Tensor) and temperature.ndim:
+        temperature = temperature.expand(shape).reshape(-1, 1)[kept].to(dtype)  # [M, 1]
+    return z / temperature
+
+
+def linear_cross_entropy(
+    hidden_states: Tensor,  # [N, D] or [B, T, D]
+    lm_head_weight: Tensor,  # [V, D]
+    target_ids: Tensor,  # [N] or [B, T]
+    *,
+    bias: Tensor | None = None,  # [V]
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    token_weights: Tensor | None = None,  # the shape of target_ids
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+    """PyTorch's cross-entropy of stored logits, plus z_loss times lse^2, weighted per token."""
+    kept = (target_ids != ignore_index).reshape(-1).nonzero()[:, 0]  # [M] flat
+    z = _logits(hidden_states, lm_head_weight, kept, target_ids.shape, bias, temperature, logit_scale, softcap)
+    y, lse = target_ids.reshape(-1)[kept], z.logsumexp(-1)  # [M], [M]
+    loss = torch.nn.functional.cross_entropy(z, y, reduction="none", label_smoothing=label_smoothing)  # [M]
+    w = torch.ones_like(lse) if token_weights is None else token_weights.reshape(-1)[kept].to(z.dtype)  # [M]
+    w = w / w.sum().clamp(min=torch.finfo(z.dtype).tiny) if reduction == "mean" else w
+    squares = z_loss * lse.square()  # [M]
+    loss = torch.where(w == 0, 0.0, w * (loss + squares))  # [M]
+
+    def place(x: Tensor) -> Tensor:
+        return x.new_zeros(target_ids.numel()).index_put((kept,), x).reshape(target_ids.shape)
+
+    total = place(loss) if reduction == "none" else loss.sum()
+    if not return_stats:
+        return total
+    z = z.detach()
+    z_y, log_p = z.gather(1, y[:, None])[:, 0], (z - lse.detach()[:, None]).clamp(min=-1e30)  # [M], [M, V]
+    correct, entropy = z_y >= z.amax(1), -(log_p.exp() * log_p).sum(-1)  # [M], [M]
+    accuracy = correct.to(z.dtype).sum() / max(len(kept), 1)  # []
+    return total, CrossEntropyStats(
+        accuracy, place(correct), place(z_y - lse.detach()), place(entropy), (w * squares).sum().detach(), {}
+    )
 
 
 def group_advantages(

@@ -21,9 +21,11 @@ from lad_kernels import (
     group_advantages,
     grpo_loss,
     lad_loss,
+    linear_cross_entropy,
     linear_grpo_loss,
     linear_lad_loss,
     linear_logprobs,
+    linear_policy_loss,
     profile_sparsity,
 )
 from lad_kernels.head import dispatch
@@ -33,8 +35,9 @@ B, T, D, V = 2, 16, 24, 300  # few sequences: each is a program of the objective
 N = B * T
 # What the public functions do to floating tensors before and after: check, cast and move them.
 OUTSIDE = {
-    "__eq__", "__get__", "__len__", "__set__", "clone", "detach", "element_size", "expand", "gt", "isfinite", "lt",
-    "index_copy", "index_select", "is_floating_point", "ne", "new_zeros", "numel", "reshape", "stride", "to", "view",
+    "__eq__", "__get__", "__len__", "__set__", "clone", "detach", "element_size", "expand", "ge", "gt", "isfinite",
+    "index_copy", "index_select", "is_floating_point", "lt", "ne", "new_zeros", "numel", "reshape", "stride", "to",
+    "view",
 }  # fmt: skip
 
 
@@ -105,6 +108,38 @@ def of_a_loss(config: LADConfig | GRPOConfig) -> Callable:
     return call
 
 
+def of_cross_entropy(reduction: str) -> Callable:
+    def call(impl: str, path: str, given: dict, leaves: Leaves) -> list[Tensor]:
+        targets = given["target_ids"].masked_fill(given["loss_mask"] == 0, -100)
+        with dispatch.force(path):
+            options = dict(token_weights=given["rollout_is_weights"], label_smoothing=0.1, z_loss=0.01)
+            loss, stats = linear_cross_entropy(
+                **leaves,
+                **options,
+                target_ids=targets,
+                temperature=given["temperature"],
+                reduction=reduction,
+                impl=impl,
+                return_stats=True,
+            )
+        return [loss, *stats[:-1]]
+
+    return call
+
+
+def of_an_objective(impl: str, path: str, given: dict, leaves: Leaves) -> list[Tensor]:
+    def objective(logprobs, entropy, tokens):
+        ratio = (logprobs - tokens.take(given["old_logprobs"])).exp()  # [m]
+        return (ratio @ ratio + 0.1 * entropy.sum()) / N
+
+    names = ("target_ids", "temperature", "loss_mask")
+    with dispatch.force(path):
+        out = linear_policy_loss(
+            **leaves, **{k: given[k] for k in names}, objective=objective, return_entropy=True, impl=impl
+        )
+    return [out.loss, out.logprobs, out.entropy]
+
+
 TAIL = dict(tail_mass=1e-2, tail="drop")
 CALLS = {  # what is called, on which path
     "log-probs": (of_log_probs, ""),
@@ -114,6 +149,9 @@ CALLS = {  # what is called, on which path
         of_a_loss(GRPOConfig(importance_sampling_level="sequence", loss_agg_mode="seq-mean-token-mean")),
         "two_pass",
     ),
+    "cross-entropy, one pass": (of_cross_entropy("mean"), "one_pass"),
+    "cross-entropy by token": (of_cross_entropy("none"), "two_pass"),
+    "an objective": (of_an_objective, "two_pass"),
     "routed, tail dropped": (of_a_loss(LADConfig(target_norm="group", **TAIL)), "routed"),
     "routed, entropy, as asked": (of_a_loss(LADConfig(entropy_coef=0.1, tail_mass=1e-2, backward="routed")), "asked"),
 }

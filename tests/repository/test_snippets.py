@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import importlib
 import importlib.util
 import re
@@ -25,7 +26,7 @@ pytest.importorskip("transformers", reason="needs the train extra: transformers;
 pytest.importorskip("jsonargparse", reason="needs the cli extra: jsonargparse; lost: the snippets of all pages")
 
 import lad_kernels
-from lad_kernels import GRPOConfig, LADConfig, cli, doctor, linear_grpo_loss, linear_lad_loss
+from lad_kernels import GRPOConfig, LADConfig, cli, doctor, linear_grpo_loss, linear_lad_loss, linear_policy_loss
 from lad_kernels.frameworks.transformers import attach_fused_head
 
 CODE = snippets("python")
@@ -41,6 +42,32 @@ def check_losses(names: dict) -> None:
     hidden, weight = (names[n].detach().requires_grad_() for n in ("hidden", "weight"))
     given = {"rewards": names["rewards"], "group_size": 8, "loss_mask": names["mask"], "impl": "reference"}
     linear_lad_loss(hidden, weight, names["targets"], names["old_logprobs"], **given).loss.backward()
+    assert near(names["hidden"].grad, hidden.grad)
+    assert near(names["weight"].grad, weight.grad)
+
+
+def by_formula(names: dict, **options) -> None:
+    """The snippet's objective on stored logits gives its gradients."""
+    leaves = [names[n].detach().requires_grad_() for n in ("hidden", "weight")]
+    options |= {"loss_mask": names.get("mask"), "cu_seqlens": names.get("cu_seqlens"), "impl": "reference"}
+    objective = next(names[n] for n in ("ppo", "dpo", "sapo", "objective") if n in names)
+    linear_policy_loss(*leaves, names["targets"], objective, **options).loss.backward()
+    for leaf, name in zip(leaves, ("hidden", "weight")):
+        assert near(names[name].grad, leaf.grad), name
+
+
+def check_new(names: dict) -> None:
+    assert names["objective"].scale.grad
+    by_formula(names)
+
+
+def check_cross_entropy(names: dict) -> None:
+    """Once with the z-loss and once, in two parts, without."""
+    hidden, weight = (names[n].detach().requires_grad_() for n in ("hidden", "weight"))
+    z = (hidden @ weight.T).flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(z, names["targets"].flatten())
+    squares = z.logsumexp(-1)[names["targets"].flatten() != -100].square().mean()
+    (2 * loss + 1e-4 * squares).backward()
     assert near(names["hidden"].grad, hidden.grad)
     assert near(names["weight"].grad, weight.grad)
 
@@ -96,6 +123,8 @@ def check_readme(names: dict) -> None:
 CHECKS = {
     "README.md": [check_readme, check_readme],
     "docs/losses.md": [check_losses],
+    "docs/own_losses.md": [by_formula, by_formula, functools.partial(by_formula, return_entropy=True), check_new],
+    "docs/cross_entropy.md": [check_cross_entropy],
     "docs/sparsity.md": [check_sparsity],
     "docs/frameworks/transformers.md": [check_transformers],
     "docs/frameworks/trl.md": [check_trl],
@@ -325,11 +354,13 @@ def test_tables_of_losses_have_every_choice():
     assert first_column(section("docs/losses.md", "## LAD")) - {"divergence"} == set(config.DIVERGENCES)
     for name in (*config.LEVELS, *config.AGGREGATIONS, *config.ADVANTAGE_SCALES, *config.TAILS):
         assert f"`{name}`" in page, name
-    named = set(re.findall(r"\w+", page + (ROOT / "docs" / "sparsity.md").read_text()))
+    others = [(ROOT / "docs" / f"{name}.md").read_text() for name in ("sparsity", "own_losses")]
+    named = set(re.findall(r"\w+", page + "".join(others)))
     for kind in (LADConfig, GRPOConfig):
         told = {f.name for f in fields(kind) if not f.name.startswith(("sapo_", "vespo_"))}
         assert told <= named, told - named
-    assert set(lad_kernels.__all__) - {"LossOutput", "LinearLogprobs", "SparsityProfile"} <= named
+    records = {"LossOutput", "LinearLogprobs", "SparsityProfile", "CrossEntropyStats"}
+    assert set(lad_kernels.__all__) - records <= named
 
 
 def test_the_families_are_listed():

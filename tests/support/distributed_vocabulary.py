@@ -5,6 +5,7 @@ Data come from seeds, so every rank has the whole batch and compares its part wi
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -20,9 +21,11 @@ from lad_kernels import (
     LossOutput,
     grpo_loss,
     lad_loss,
+    linear_cross_entropy,
     linear_grpo_loss,
     linear_lad_loss,
     linear_logprobs,
+    linear_policy_loss,
     reference,
 )
 from lad_kernels.head import vocab_parallel
@@ -247,6 +250,52 @@ def vocabulary_parallel_losses() -> None:
                 assert (out.metrics["head_flops"] > 0) == (len(mine["bias"]) > 0)
 
 
+def cross_entropy_and_own_losses() -> None:
+    """linear_cross_entropy with weights and a z-loss, and an objective with a learnt parameter, in float64."""
+    head, kw = policy_batch(torch.float64)
+    targets = kw["target_ids"].masked_fill(~kw["loss_mask"], -100)  # [B, T]
+    rows = slice(*splits(83)[1][dist.get_rank() :][:2])
+    mine = {k: x if k == "hidden_states" else x[rows] for k, x in head.items()}
+    weights, ranks = kw["rollout_is_weights"], {"vocab_group": dist.group.WORLD}  # [B, T]
+    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+    def objective(logprobs, entropy, tokens):
+        ratio = (logprobs - tokens.take(kw["old_logprobs"])).exp()  # [m]
+        return -(scale * ratio * tokens.take(weights) + 0.1 * entropy).sum() / 30
+
+    def gradients(call, leaves: dict) -> dict[str, Tensor]:
+        leaves = {k: x.detach().clone().requires_grad_() for k, x in leaves.items()}
+        value = call(**leaves)
+        (value * torch.linspace(1, 2, value.numel(), dtype=value.dtype).view(value.shape)).sum().backward()
+        return {"value": value.detach(), **{k: x.grad for k, x in leaves.items()}}
+
+    for reduction in ("mean", "sum", "none"):
+        given = {"target_ids": targets, "reduction": reduction, "z_loss": 0.01, "token_weights": weights}
+        truth = gradients(functools.partial(reference.linear_cross_entropy, **given), head)
+        compare(gradients(functools.partial(linear_cross_entropy, **given, **ranks), mine), truth)
+    given = {
+        "target_ids": kw["target_ids"],
+        "loss_mask": kw["loss_mask"],
+        "objective": objective,
+        "return_entropy": True,
+    }
+    own = lambda **x: linear_policy_loss(**given, **x).loss  # noqa: E731
+    truth, slope = gradients(functools.partial(own, impl="reference"), head), scale.grad.clone()
+    scale.grad = None
+    compare(gradients(functools.partial(own, **ranks), mine), truth)
+    assert relative_error(scale.grad, slope) < FLOAT64
+    for name, options in (("label_smoothing", {"label_smoothing": 0.1}), ("return_stats", {"return_stats": True})):
+        with pytest.raises(ValueError, match=f"{name}: not built for a head that vocab_group spreads over ranks"):
+            linear_cross_entropy(**mine, target_ids=targets, **options, **ranks)
+
+
+def compare(found: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+    """Of this rank, dW and dbias of its rows, against one process with all of them."""
+    for name, x in found.items():
+        x = whole(x) if name in ("lm_head_weight", "bias") else x
+        assert relative_error(x, truth[name]) < FLOAT64, name
+
+
 def refusals() -> None:
     """What cannot be right is refused on every rank, before anything is computed."""
     rank, world = dist.get_rank(), dist.group.WORLD
@@ -321,6 +370,7 @@ def disagreements() -> None:
 
 
 CASES = [
+    cross_entropy_and_own_losses,
     disagreements,
     heads_exact,
     heads_rounded,

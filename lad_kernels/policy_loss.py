@@ -1,0 +1,320 @@
+"""linear_policy_loss: any objective of token log-probs, written in PyTorch, with the head's paths that LAD has.
+
+The objective's gradient by autograd, one number per token (two with entropy), is all that the head needs. It is taken
+in the forward; the objective's own graph stays with the loss, so that its parameters get their gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lad_kernels import checks
+from lad_kernels.autocast import without_autocast
+from lad_kernels.head import HeadArguments, HeadForward, LogitGradient, Operands, Sparsity, flops, prepare
+from lad_kernels.objective import check_tail
+from lad_kernels.outputs import LossOutput
+from lad_kernels.packing import Packing
+from lad_kernels.step import LossTerms, Step, Wanted, attach
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_SAME = 1e-3  # of the largest coefficient: one pass and two differ by 1e-6 of it, a mean in place of a sum by all of it
+_OURS = {"kept_share", "routed_share", "dropped_mass_mean", "dropped_mass_max", "dhidden_bound", "dweight_bound"}
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Which tokens an objective is given.
+
+    Attributes:
+        positions: [m] int64, ascending: where they stand in target_ids.reshape(-1).
+        sequences: [m] int64: which row of [B, T], or which span of cu_seqlens, each belongs to; None for packed
+            input without cu_seqlens.
+        shape: of target_ids.
+    """
+
+    positions: Tensor
+    sequences: Tensor | None
+    shape: torch.Size
+
+    def take(self, x: Tensor) -> Tensor:
+        """Their values [m] of a tensor shaped like target_ids, such as old log-probs."""
+        if x.shape != self.shape:
+            raise ValueError(
+                f"Tokens.take: expected {list(self.shape)} as target_ids, got {list(x.shape)}; one value per sequence "
+                f"is for Tokens.expand"
+            )
+        return x.reshape(-1)[self.positions]
+
+    def expand(self, x: Tensor) -> Tensor:
+        """One value per sequence [B] -> that of each token's sequence [m], such as advantages."""
+        if self.sequences is None or x.ndim != 1:
+            got = "packed input without cu_seqlens" if self.sequences is None else list(x.shape)
+            raise ValueError(f"Tokens.expand: expected [B], one value per sequence, got {got}")
+        return x[self.sequences]
+
+    def select(self, chosen: Tensor | slice) -> Tokens:
+        """Some of them."""
+        sequences = None if self.sequences is None else self.sequences[chosen]
+        return Tokens(self.positions[chosen], sequences, self.shape)
+
+
+Objective = Callable[[Tensor, "Tensor | None", Tokens], "Tensor | tuple[Tensor, Mapping[str, Tensor]]"]
+
+
+@torch.compiler.disable
+def linear_policy_loss(
+    hidden_states: Tensor,  # [N, D] or [B, T, D]
+    lm_head_weight: Tensor,  # [V, D]
+    target_ids: Tensor,  # [N] or [B, T]
+    objective: Objective,
+    *,
+    loss_mask: Tensor | None = None,  # the shape of target_ids
+    cu_seqlens: Tensor | None = None,  # [B + 1]
+    bias: Tensor | None = None,  # [V]
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+    return_logprobs: bool = True,
+    separable: bool = False,
+    backward: str = "auto",
+    tail_mass: float | None = None,
+    tail: str = "unbiased",
+    vocab_group: ProcessGroup | None = None,
+    impl: str = "auto",
+) -> LossOutput:
+    """A loss of your own from last hidden states and the lm_head weight, without storing N x V logits.
+
+    Args:
+        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl: as for
+            `linear_logprobs`.
+        objective: `objective(logprobs, entropy, tokens)` returns a scalar loss, or (loss, metrics). It is ordinary
+            differentiable PyTorch on the m tokens that count: logprobs [m] and entropy [m] are float32 (float64 for
+            float64 input), entropy None without `return_entropy`; `tokens` says which they are and takes their values
+            of the batch's tensors. metrics are 0-d tensors or numbers by name. It runs without autocast and must
+            give the same for the same arguments: it may be called more than once, also with a few of the tokens if
+            `separable`. Parameters that it uses get their gradients. It is not called where no token counts: the loss
+            is then 0, without metrics of its own.
+        loss_mask: nonzero where a token counts; the others never reach the head or the objective and may hold
+            anything.
+        cu_seqlens: int32 [B + 1] cumulative lengths of packed [N] input. Tokens beyond the last bound do not count;
+            one host sync on an accelerator.
+        return_entropy: also compute each token's entropy, give it to the objective and return it. A gradient through
+            it counts, so gradients are then not made in one pass.
+        return_logprobs: with False the log-probs are not returned.
+        separable: your word that the loss is a sum of one term per token which depends on no other token: a sum over
+            a constant, not a mean over the tokens given. Gradients can then be made in one pass, chunk by chunk. A
+            false claim is an error where chunks were used, and always under LAD_KERNELS_VALIDATE=1.
+        backward, tail_mass, tail: how the gradient of the head is computed, and how much of it may be left out, as in
+            `LADConfig`.
+
+    Returns:
+        LossOutput. `loss` is differentiable in hidden_states, lm_head_weight, bias and whatever the objective uses;
+        `advantages` is None; `metrics` are the objective's and those of the head's backward.
+
+    Raises:
+        ValueError, TypeError: an argument, or what the objective returned, is of the wrong kind, shape, dtype, device
+            or range; the message says which.
+        RuntimeError: impl='triton' where Triton cannot run; torch.func transforms; double backward.
+    """
+    checks.plain_tensor("target_ids", target_ids)
+    if not callable(objective):
+        raise TypeError(
+            f"objective: expected a function (logprobs, entropy, tokens) -> loss, got {type(objective).__name__}"
+        )
+    checks.layout(target_ids, "target_ids", cu_seqlens)
+    checks.mask(loss_mask, target_ids, "target_ids")
+    tail_mass = check_tail(backward, tail_mass, tail)
+    checks.vocab_group(vocab_group, impl, backward)
+    if cu_seqlens is not None and loss_mask is None:
+        loss_mask = torch.ones_like(target_ids, dtype=torch.bool)  # so that those beyond the last bound are dropped
+    given = HeadArguments(
+        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl
+    )
+    alike = {"loss_mask": loss_mask, "return_entropy": return_entropy, "separable": separable, "backward": backward}
+    operands = prepare(given, loss_mask, cu_seqlens, alike | {"tail_mass": tail_mass, "tail": tail})
+    packing, needs, wanted = operands.layout.packing, operands.needs(), Wanted(return_logprobs, return_entropy)
+    sparsity, device = Sparsity.of(tail_mass, tail, backward, operands.hidden.dtype), operands.hidden.device
+    loss = _OwnLoss(objective, packing, sparsity, device, needs_entropy=return_entropy, separable=separable)
+    if impl == "reference":
+        return _reference(operands, given, loss, wanted)
+    with torch.no_grad(), flops.counting() as tally:
+        result = Step(operands.head(), loss, needs, wanted).run()
+    total, metrics = attach(operands, result, tally[0])
+    return LossOutput(
+        loss=total,
+        logprobs=packing.place(result.logprobs) if return_logprobs else None,
+        entropy=packing.place(result.entropy) if return_entropy else None,
+        advantages=None,
+        metrics=metrics,
+    )
+
+
+class _OwnLoss:
+    """A user's objective as the head's step sees it."""
+
+    known_before = False
+    needs_outputs = True
+    cu_seqlens: Tensor | None = None
+    prior: Tensor | None = None
+
+    def __init__(
+        self,
+        objective: Objective,
+        packing: Packing,
+        sparsity: Sparsity,
+        device: torch.device,
+        *,
+        needs_entropy: bool,
+        separable: bool,
+    ):
+        self.sparsity, self.needs_entropy, self._objective = sparsity, needs_entropy, objective
+        self.spans = "token" if separable else "all"
+        kept = torch.arange(packing.tokens, device=device) if packing.kept is None else packing.kept  # [M]
+        self._tokens = Tokens(kept, None if packing.cu_seqlens is None else packing.sequence, packing.shape)
+        self._grad = torch.is_grad_enabled()
+        self._chunks: list[tuple[slice, Tensor]] = []  # rows, and d loss / d logprob [C] of them alone
+
+    def terms(self, out: HeadForward) -> LossTerms:
+        loss, metrics, gradient = self._evaluate(out, self._tokens, keep=True)
+        joint = gradient.onehot  # [M]
+        if self.spans == "token" and checks.reads_all_values() and self._grad:
+            for part in (slice(0, None, 2), slice(1, None, 2)):
+                chosen = torch.arange(len(joint), device=joint.device)[part]
+                self._chunks.append((part, self.gradient_of(chosen, _rows(out, part)).onehot))
+        for rows, alone in self._chunks:
+            self._refuse_if_joint(joint, rows, alone)
+        self._chunks.clear()
+        return LossTerms(loss, gradient, metrics)
+
+    def gradient(self, rows: slice, out: HeadForward) -> LogitGradient:  # [C]
+        gradient = self._evaluate(_rows(out, rows), self._tokens.select(rows))[2]
+        self._chunks.append((rows, gradient.onehot))
+        return gradient
+
+    def gradient_of(self, chosen: Tensor, out: HeadForward) -> LogitGradient:  # [S]
+        return self._evaluate(out, self._tokens.select(chosen))[2]
+
+    def _evaluate(
+        self, out: HeadForward, tokens: Tokens, *, keep: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor], LogitGradient]:
+        """Loss, metrics and gradient for `out` [m] of `tokens`; with `keep` the loss keeps its graph."""
+        entropy = out.entropy if self.needs_entropy else None
+        with torch.set_grad_enabled(self._grad):
+            inputs = [x.detach().clone().requires_grad_(self._grad) for x in (out.logprobs, entropy) if x is not None]
+            loss, metrics = self.call(inputs[0], inputs[1] if entropy is not None else None, tokens)
+            nothing = LogitGradient.of_logprobs(torch.zeros_like(out.logprobs))
+            if not self._grad or not len(out.logprobs):
+                return loss, metrics, nothing
+            found: Sequence[Tensor | None] = [None] * len(inputs)
+            if loss.requires_grad:
+                found = torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)
+        if all(g is None for g in found):
+            raise ValueError(
+                "objective: expected a loss that depends on the log-probs given to it, got one that does not; was it "
+                "detached, or made of other log-probs?"
+            )
+        c = torch.zeros_like(out.logprobs) if found[0] is None else found[0]  # [m]
+        c_entropy = found[1] if len(found) > 1 else None  # [m]
+        self._refuse_nan(loss, c, c_entropy, out, tokens)
+        prob = -c if c_entropy is None else -c - c_entropy * entropy  # [m]
+        return loss if keep else loss.detach(), metrics, LogitGradient(c, prob, c_entropy)
+
+    def call(
+        self, logprobs: Tensor, entropy: Tensor | None, tokens: Tokens
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # [m], [m]
+        """Loss and metrics of the objective, checked; a differentiable 0 for no token."""
+        if not len(logprobs):
+            return logprobs.sum(), {}
+        found = self._objective(logprobs, entropy, tokens)
+        loss, metrics = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
+        if not isinstance(loss, Tensor) or not isinstance(metrics, Mapping):
+            kinds = ", ".join(type(x).__name__ for x in (found if isinstance(found, tuple) else (found,)))
+            raise TypeError(f"objective: expected it to return a scalar loss, or (loss, metrics by name), got {kinds}")
+        if loss.shape != () or not loss.dtype.is_floating_point or loss.device != logprobs.device:
+            raise ValueError(
+                f"objective: expected a scalar floating loss on {logprobs.device}, got {loss.dtype} "
+                f"{list(loss.shape)} on {loss.device}; sum over the tokens"
+            )
+        return loss, _checked(metrics, loss)
+
+    def _refuse_nan(
+        self, loss: Tensor, c: Tensor, c_entropy: Tensor | None, out: HeadForward, tokens: Tokens
+    ) -> None:  # [], [m], [m]
+        """NaN that the head did not give, where values may be read."""
+        if not checks.may_read(c) or out.logprobs.isnan().any():
+            return
+        bad = c.isnan() if c_entropy is None else c.isnan() | c_entropy.isnan()  # [m]
+        if bad.any() or loss.isnan():
+            where = f"at position {int(tokens.positions[bad][0])} of target_ids" if bad.any() else "in the loss"
+            raise ValueError(
+                f"objective: expected a loss and a gradient that are numbers, got NaN {where}; look for 0 * inf, "
+                f"inf - inf and logs of negative numbers there"
+            )
+
+    def _refuse_if_joint(self, joint: Tensor, rows: slice, alone: Tensor) -> None:  # [M], [C]
+        """A claim of `separable` that the gradients of some tokens alone [C] show to be false."""
+        largest = joint.abs().nan_to_num(0.0).amax()  # []
+        off = (joint[rows] - alone).abs() > _SAME * largest  # [C]
+        if bool(off.any()):
+            at = int(off.nonzero()[0, 0])
+            raise ValueError(
+                f"separable: expected a loss that is a sum of one term per token, got one whose gradient at position "
+                f"{int(self._tokens.positions[rows][at])} of target_ids is {float(joint[rows][at]):g} among all tokens "
+                f"and {float(alone[at]):g} among some; divide by a constant instead of taking a mean, or leave "
+                f"separable=False"
+            )
+
+
+def _checked(metrics: Mapping[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
+    """0-d and detached."""
+    found = {}
+    for name, value in metrics.items():
+        if name in _OURS or name == "head_flops":
+            raise ValueError(f"objective: metric {name!r} is one of the head's own; give yours another name")
+        x = value if isinstance(value, Tensor) else torch.as_tensor(value)
+        if x.numel() != 1:
+            raise ValueError(f"objective: expected 0-d metrics, got {list(x.shape)} for {name!r}; reduce it")
+        found[name] = x.detach().reshape(()).to(loss.device)
+    return found
+
+
+def _rows(out: HeadForward, rows: slice) -> HeadForward:
+    """Log-probs and entropy [C] of some tokens."""
+    return HeadForward(out.logprobs[rows], out.lse[rows], None if out.entropy is None else out.entropy[rows], None)
+
+
+@without_autocast
+def _reference(operands: Operands, given: HeadArguments, loss: _OwnLoss, wanted: Wanted) -> LossOutput:
+    """Stored logits, and autograd through everything."""
+    from lad_kernels import reference
+
+    packing = operands.layout.packing
+    mask = packing.place(torch.ones(packing.tokens, dtype=torch.bool, device=operands.hidden.device))
+    out = reference.linear_logprobs(
+        operands.hidden,
+        operands.weight,
+        given.target_ids.long(),
+        bias=given.bias,
+        temperature=given.temperature,
+        logit_scale=given.logit_scale,
+        softcap=given.softcap,
+        loss_mask=mask,
+        return_entropy=loss.needs_entropy,
+    )
+    entropy = packing.take(out.entropy) if wanted.entropy else None  # [M]
+    total, metrics = loss.call(packing.take(out.logprobs), entropy, loss._tokens)
+    return LossOutput(
+        loss=total,
+        logprobs=out.logprobs.detach() if wanted.logprobs else None,
+        entropy=out.entropy.detach() if wanted.entropy else None,
+        advantages=None,
+        metrics=metrics,
+    )

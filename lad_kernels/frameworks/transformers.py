@@ -24,6 +24,8 @@ variable (`head_call.py`). A checkpoint (torch.utils.checkpoint) may surround th
 a model on several devices hidden states are moved to the head's device, and the function has to move its targets.
 
 To answer another library's keyword, wrap `model.forward` with a function that calls `model.forward(fused_head=...)`.
+
+    patch_loss(model)  # Trainer, SFT scripts: a training forward with labels computes the loss without logits
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from lad_kernels import linear_cross_entropy
 from lad_kernels.frameworks.head_call import HeadCall, Leaves, call_is_active, current_call, restore
 from lad_kernels.frameworks.logit_transform import LogitTransform, logit_transform
 
@@ -102,11 +105,62 @@ def attach_fused_head(model: nn.Module) -> FusedHead:
     return head
 
 
+def patch_loss(
+    model: nn.Module,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    backward: str = "auto",
+    tail_mass: float | None = None,
+    tail: str = "unbiased",
+) -> FusedHead:
+    """Let `model(labels=...)` compute its loss by `linear_cross_entropy` while it trains, as `Trainer` calls it.
+
+    The loss is the model's own: labels are shifted inside (`shift_labels` are not), -100 is ignored, the sum is divided
+    by `num_items_in_batch` where Trainer gives it, and a mixture of experts adds its auxiliary loss. What is returned
+    has no logits, and is 0 where no label counts. In evaluation, and without labels, the forward is the model's own.
+
+    Args:
+        model: as for `attach_fused_head`, before anything wraps it.
+        label_smoothing, z_loss, backward, tail_mass, tail: as for `linear_cross_entropy`; Trainer's own
+            label_smoothing_factor needs logits, so leave it 0.
+
+    Returns:
+        The FusedHead; its `detach()` removes both.
+
+    Raises:
+        TypeError, ValueError: as `attach_fused_head`; a model with a loss of its own making.
+    """
+    head = attach_fused_head(model)
+    name, own = type(head.model).__name__, getattr(head.model, "loss_function", None)
+    if getattr(own, "__name__", None) != "ForCausalLMLoss" or "loss_function(" not in _source(type(head.model).forward):
+        raise ValueError(
+            f"model: expected {name} to compute its loss by transformers' ForCausalLMLoss, got one of its own making, "
+            f"which linear_cross_entropy does not know; give the loss by fused_head"
+        )
+    head.loss_options = {
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "backward": backward,
+        "tail_mass": tail_mass,
+        "tail": tail,
+    }
+    return head
+
+
+def _source(function: Callable[..., Any]) -> str:
+    try:
+        return inspect.getsource(function)
+    except OSError:
+        return ""
+
+
 class FusedHead:
     """The patch on one causal LM's `forward`; made by `attach_fused_head`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.loss_options: dict[str, Any] | None = None  # of `patch_loss`
         self._before = model.__dict__.get("forward")  # another library's patch; None for the class's own method
         self._checked: dict[tuple, LogitTransform] = {}  # by `HeadCall.describe`; replaced, never written to
         self._measured: dict[LogitTransform, LogitTransform] = {}  # by the transform that the config names
@@ -165,6 +219,31 @@ class FusedHead:
             return self._before.__func__(model, *args, **kwargs)
         return self._before(*args, **kwargs)
 
+    def supervised(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The model's output with the loss of `labels`, without logits."""
+        from transformers.modeling_outputs import CausalLMOutput
+
+        labels, targets = kwargs.pop("labels"), kwargs.pop("shift_labels", None)  # [B, T]
+        count = kwargs.pop("num_items_in_batch", None)
+        ignore_index = kwargs.pop("ignore_index", -100)
+        if targets is None:
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)  # [B, T]
+
+        def loss(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:  # [B, T, D], [V, D]
+            return linear_cross_entropy(
+                hidden,
+                weight,
+                targets.to(hidden.device),
+                ignore_index=ignore_index,
+                reduction="mean" if count is None else "sum",
+                **self.loss_options,
+                **head,
+            )
+
+        out = self.run(model, loss, args, kwargs)
+        total = out.result if count is None else out.result / torch.as_tensor(count).to(out.result.device)
+        return CausalLMOutput(loss=total if out.aux_loss is None else total + out.aux_loss.to(total.device))
+
     @torch.compiler.disable(recursive=False)
     def run(
         self, model: nn.Module, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
@@ -206,6 +285,8 @@ def _forward_of(cls: type) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, fused_head: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
         if fused_head is not None:
             return self._fused_head.run(self, fused_head, args, kwargs)
+        if self._fused_head.loss_options is not None and self.training and kwargs.get("labels") is not None:
+            return self._fused_head.supervised(self, args, kwargs)
         if call_is_active():
             with current_call(None):
                 return self._fused_head.own_forward(self, *args, **kwargs)

@@ -17,13 +17,13 @@ try:
     import trl
     import trl.trainer.utils
     from packaging.version import Version
-    from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
+    from trl import GRPOConfig, GRPOTrainer, RLOOTrainer, SFTTrainer
 
     known = Version("1.14") <= Version(trl.__version__) < Version("1.17") and trl.__version__ != "1.15.0"
     unusable = None if known else f"TRL {trl.__version__}"
     trl_has_fused_head = hasattr(trl.trainer.utils, "add_fused_lm_head")  # since 1.15
 except (ImportError, RuntimeError) as error:  # RuntimeError: TRL lacks a package of its own
-    GRPOConfig = GRPOTrainer = RLOOTrainer = object
+    GRPOConfig = GRPOTrainer = RLOOTrainer = SFTTrainer = object
     unusable, trl_has_fused_head = f"one that cannot be imported ({error})", False
 
 # Options of TRL that have no meaning for LAD: refused unless they keep TRL's default.

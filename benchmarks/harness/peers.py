@@ -151,6 +151,7 @@ def peer_providers() -> list[Provider]:
     return [
         Provider("TRL fused head", "head", trl_logprobs, trl_missing),
         Provider("TRL fused head, eager loss", "grpo", trl_grpo, trl_missing),
+        Provider("TRL fused head, mean", "ce", lambda b: -trl_logprobs(b).mean(), trl_missing),
         Provider("Liger scaled CE", "head", liger_scaled_ce, liger_scaled_missing),
         Provider("Liger fused linear CE, none", "head", liger_linear_ce("none"), liger_cuda),
         Provider("Liger fused linear CE", "ce", liger_linear_ce("mean"), liger_cuda),

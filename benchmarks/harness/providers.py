@@ -14,7 +14,14 @@ from benchmarks.harness.data import Batch
 from benchmarks.harness.eager import EAGER, eager_ce, eager_grpo, eager_lad, eager_logprobs
 from benchmarks.harness.peers import peer_providers
 from benchmarks.harness.provider import SLOW, SLOW_START, Provider, anywhere, compiler_missing
-from lad_kernels import GRPOConfig, LADConfig, linear_grpo_loss, linear_lad_loss, linear_logprobs
+from lad_kernels import (
+    GRPOConfig,
+    LADConfig,
+    linear_cross_entropy,
+    linear_grpo_loss,
+    linear_lad_loss,
+    linear_logprobs,
+)
 
 CHUNK = 512  # rows of the checkpointed baseline
 TAIL_MASS, PROMISE = 3e-4, 4e-3  # of the routed rows, and the relative gradient error that they may reach
@@ -74,6 +81,10 @@ def our_logprobs(impl: str) -> Callable[[Batch], Tensor]:
     return lambda b: linear_logprobs(b.hidden, b.weight, b.targets, impl=impl).logprobs
 
 
+def our_cross_entropy(impl: str, tail_mass: float) -> Callable[[Batch], Tensor]:
+    return lambda b: linear_cross_entropy(b.hidden, b.weight, b.targets, tail_mass=tail_mass, impl=impl)
+
+
 def our_loss(loss: Callable, impl: str, **options: object) -> Callable[[Batch], Tensor]:
     def forward(b: Batch) -> Tensor:
         padded = b.hidden.view(*b.padded, -1), b.weight, b.targets.view(b.padded), b.old_logprobs
@@ -84,15 +95,15 @@ def our_loss(loss: Callable, impl: str, **options: object) -> Callable[[Batch], 
 
 def our_providers(impl: str) -> list[Provider]:
     name, missing = f"lad_kernels ({impl})", kernels_missing if impl == "triton" else anywhere
-    ce = lambda b: -our_logprobs(impl)(b).mean()  # noqa: E731
     jobs = {
         "head": our_logprobs(impl),
-        "ce": ce,
+        "ce": our_cross_entropy(impl, tail_mass=0.0),
         "grpo": our_loss(linear_grpo_loss, impl),
         "lad": our_loss(linear_lad_loss, impl),
     }
     found = [Provider(name, job, forward, missing, ours=True) for job, forward in jobs.items()]
     routed = {
+        "ce": our_cross_entropy(impl, tail_mass=TAIL_MASS),
         "grpo": our_loss(linear_grpo_loss, impl, config=GRPOConfig(tail_mass=TAIL_MASS)),
         "lad": our_loss(linear_lad_loss, impl, config=LADConfig(tail_mass=TAIL_MASS)),
     }
@@ -109,7 +120,7 @@ def torch_providers() -> list[Provider]:
         Provider(
             "torch.compile", job, run_compiled(baseline[job]), compiler_missing, note="stores logits", tags=SLOW_START
         )
-        for job in ("head", "grpo")
+        for job in ("head", "ce", "grpo")
     ]
     found.append(Provider(f"torch, {CHUNK}-row checkpoints", "head", chunked_logprobs))
     found.append(Provider("torch linear_cross_entropy", "ce", torch_linear_ce, torch_linear_ce_missing, tags=SLOW))

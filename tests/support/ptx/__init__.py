@@ -7,15 +7,15 @@ Modelled
   different values in one place; masked-off elements of a load without `other` are poison, not the compiler's zero
 - shared memory: bounds, alignment, bytes never written, accesses of two warps without a barrier between them
 - cp.async: bytes arrive at the wait_group that covers them, and must not be touched before
-- sm_90: tensor maps (2-d loads; box, bounds, swizzle, fill), mbarriers (arrivals, bytes, parity), elect, wgmma from
-  shared-memory descriptors or registers, computed at the wait_group that covers it; fence.proxy.async between ordinary
-  writes and the wgmma that reads them
-- mma.sync m16n8k16 (f16, bf16), ldmatrix, stmatrix, shuffles: all threads of the warp must take part
+- sm_90: tensor maps (2-d loads; box, bounds, swizzle, zeros outside), mbarriers (arrivals, bytes, parity), elect, wgmma
+  from swizzled shared memory, computed at the wait_group that covers it; fence.proxy.async between ordinary writes and
+  the wgmma that reads them
+- mma.sync m16n8k16 (f16, bf16), ldmatrix, stmatrix, shuffles and sums of a warp: all its threads must take part
 - programs of a grid run in random order, some of them side by side
 
 Not modelled: accepted without effect
-- caches, time, weak ordering of global memory; cache hints; fence and membar, wgmma.fence and griddepcontrol; a missing
-  fence.proxy.async between cp.async and wgmma, which Triton 3.6 leaves out (3.7 does not)
+- caches, time, weak ordering of global memory; cache hints; wgmma.fence; a missing fence.proxy.async between cp.async
+  and wgmma, which Triton 3.6 leaves out (3.7 does not)
 - rounding inside a matrix instruction: products and sums of one instruction are exact, then rounded to float32 once,
   whereas tensor cores cut off what they align; `.approx` functions are computed in float64 and rounded
 - ptxas: it may fuse and reorder what PTX leaves open
@@ -23,6 +23,8 @@ Not modelled: accepted without effect
   which of two neighbouring bytes is meant
 
 Not modelled: refused by name (NotImplementedError)
-- any other instruction, type, modifier or rounding: among them tf32 products, sm_100's tensor memory, clusters, named
-  barriers, bulk stores, tensor maps of other ranks, atomics but float32 sums, spin loops but those on an mbarrier
+- what no kernel of the package asks for, that is all but the patterns of MODELLED in instructions.py and arithmetic.py:
+  among it 16-bit arithmetic, other roundings, tf32 products, wgmma from registers or without swizzle, sm_100's tensor
+  memory, clusters, named barriers, other fences, bulk stores, tensor maps of other ranks or with NaN outside, atomics
+  but float32 sums, spin loops but those on an mbarrier
 """

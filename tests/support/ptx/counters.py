@@ -10,18 +10,14 @@ import numpy as np
 CLASSES = {  # the first whose beginning matches
     "matrix": ("mma", "wgmma.mma_async"),
     "copy": ("cp.async", "ldmatrix", "stmatrix"),
-    "special": ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh", "div.full.f32", "div.rn.f32", "div.approx"),
+    "special": ("ex2", "sqrt", "div.full.f32", "div.rn.f32"),
     "float32": ("fma", "add.f32", "add.rn.f32", "mul.f32", "mul.rn.f32", "sub.f32", "sub.rn.f32", "max.f32", "min.f32"),
     "global": ("ld.global", "st.global", "atom.global", "red.global"),
     "shared": ("ld.shared", "st.shared"),
-    "synchronise": ("bar", "barrier", "mbarrier", "fence", "membar", "wgmma"),
+    "synchronise": ("bar", "mbarrier", "fence", "wgmma"),
     "shuffle": ("shfl", "elect"),
     "convert": ("cvt",),
 }
-
-
-def class_of(name: str) -> str:
-    return next((c for c, beginnings in CLASSES.items() if name.startswith(beginnings)), "integer and control")
 
 
 @dataclass
@@ -34,18 +30,19 @@ class Counters:
     barriers: int = 0  # CTAs that passed a bar.sync
 
     def issued(self, name: str, warps: int) -> None:
-        self.instructions[class_of(name)] += warps
+        kind = next((c for c, beginnings in CLASSES.items() if name.startswith(beginnings)), "integer and control")
+        self.instructions[kind] += warps
 
     def global_access(self, kind: str, addresses: np.ndarray, size: int, lanes: np.ndarray) -> None:
         """`size` bytes at addresses [n], by the threads `lanes` [n]."""
-        warps = (lanes // 32).astype(np.uint64) << np.uint64(50)
-        ends = np.concatenate([addresses, addresses + np.uint64(size - 1)]) >> np.uint64(5)  # sectors
+        warps = lanes // 32 << 50
+        ends = np.concatenate([addresses, addresses + size - 1]) >> 5  # sectors
         self.sectors[kind] += len(np.unique(ends | np.tile(warps, 2)))
-        distinct = np.unique(addresses | warps) >> np.uint64(50)  # warp of each address that it asks for
-        self.sectors_needed[kind] += int((-(np.bincount(distinct.astype(np.int64)) * size // -32)).sum())
+        distinct = np.unique(addresses | warps) >> 50  # warp of each address that it asks for
+        self.sectors_needed[kind] += int((-(np.bincount(distinct) * size // -32)).sum())
 
     def shared_access(self, kind: str, at: np.ndarray, size: int, lanes: np.ndarray) -> None:
-        """`size` bytes at each flat index [n]. Accesses of 8 and 16 bytes take half and quarter warps at a time."""
+        """`size` bytes at each address [n]. Accesses of 8 and 16 bytes take half and quarter warps at a time."""
         words = max(size // 4, 1)
         word = ((at >> 2)[:, None] + np.arange(words)).reshape(-1)
         turn = np.repeat(lanes // (32 // words), words)  # threads that pass together

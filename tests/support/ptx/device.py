@@ -18,9 +18,9 @@ from triton.compiler.compiler import CompiledKernel
 
 from ptx.bulk import TensorMap
 from ptx.counters import Counters
-from ptx.global_memory import GlobalMemory
 from ptx.instructions import Place, translate
 from ptx.machine import Code, launch
+from ptx.memory import GlobalMemory
 from ptx.reader import Kernel, read
 
 PROCESSORS = {"sm_80": 0, "sm_90": 5}  # few, so that the programs of a persistent grid walk over several tiles
@@ -51,7 +51,7 @@ class Device:
             self.edited += count
         kernel, code = _translated(text, compiled.asm["ttir"])
         values += [0] * (len(kernel.parameters) - len(values))  # scratch memory, of which nothing is asked for
-        parameters = {name: value for (name, _), value in zip(kernel.parameters, values, strict=True)}
+        parameters = dict(zip(kernel.parameters, values, strict=True))
         counters = Counters() if self.counting else None
         seed = len(self.launches)
         launch(kernel, code, (x, y, z), parameters, memory, compiled.metadata.shared, counters=counters, seed=seed)
@@ -81,16 +81,16 @@ def _parameters(compiled: CompiledKernel, arguments, memory: GlobalMemory) -> It
     """Kernel parameters as the launcher passes them; their storages become memory that the launch may touch."""
     metas = iter(getattr(compiled.metadata, "tensordesc_meta", None) or [])  # none before sm_90: pointers instead
     for (name, kind), value in zip(compiled.src.signature.items(), arguments, strict=True):
+        if kind.startswith(("tensordesc", "*")):
+            storage = (value if kind.startswith("*") else value.base).untyped_storage()
+            memory.register(name, storage.data_ptr(), storage.nbytes())
         if kind.startswith("tensordesc"):
-            memory.register(name, value.base.untyped_storage().data_ptr(), value.base.untyped_storage().nbytes())
+            if value.padding != "zero":
+                raise NotImplementedError("tensor descriptors with NaN outside of the tensor")
             meta, extent = next(metas, None), [int(n) for n in (*value.shape, *value.strides)]
-            if meta is None:
-                yield from (value.base.data_ptr(), *extent, int(value.padding == "nan"))
-            else:
-                yield _tensor_map(value, meta)
+            yield from [_tensor_map(value, meta)] if meta else [value.base.data_ptr(), *extent, 0]  # 0: no NaN outside
             yield from extent
         elif kind.startswith("*"):
-            memory.register(name, value.untyped_storage().data_ptr(), value.untyped_storage().nbytes())
             yield value.data_ptr()
         elif kind in ("fp32", "fp16", "bf16"):  # travel as float32
             yield int.from_bytes(struct.pack("f", value), "little")
@@ -102,10 +102,8 @@ def _tensor_map(descriptor, meta: dict) -> TensorMap:
     base, size = descriptor.base.data_ptr(), meta["elem_size"]
     if base % 16 or any(s * size % 16 for s in descriptor.strides[:-1]):
         raise ValueError("cuTensorMapEncodeTiled: base and strides must be multiples of 16 bytes")
-    nan = descriptor.padding == "nan"
-    return TensorMap(
-        base, tuple(descriptor.shape), descriptor.strides[0], size, tuple(meta["block_size"]), meta["swizzle"], nan
-    )
+    box, swizzle = tuple(meta["block_size"]), meta["swizzle"]
+    return TensorMap(base, tuple(descriptor.shape), descriptor.strides[0], size, box, swizzle)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -9,42 +10,34 @@ import numpy as np
 from ptx import arithmetic, bulk, matrix, transfers
 from ptx.arithmetic import TYPES, to_bits
 from ptx.machine import Code, Execute, Machine, reader_of
-from ptx.reader import Immediate, Instruction, Kernel, Register
+from ptx.memory import BARRIER, WARP
+from ptx.reader import Instruction, Kernel, Register
 
 Place = tuple[int, int]  # line and column of the Python source
 
 
 def translate(kernel: Kernel, unfilled: frozenset[Place] = frozenset()) -> Code:
     """`unfilled`: places of masked loads without `other`, whose masked-off elements are anything."""
-    return [[(i, _guarded(i, _execute(i, i.place[1:] in unfilled))) for i in b.instructions] for b in kernel.blocks]
+    for i in (i for block in kernel.blocks for i in block.instructions):
+        i.unfilled = i.place[1:] in unfilled
+    return [[(i, _guarded(i, _execute(i))) for i in block.instructions] for block in kernel.blocks]
 
 
-def _execute(i: Instruction, unfilled: bool) -> Execute | None:
-    name = i.opcode[0]
-    if name in ("bra", "ret"):
+def _execute(i: Instruction) -> Execute | None:
+    if i.opcode[0] in ("bra", "ret"):
         return None
-    if name == "mov" and unfilled and i.opcode[1].startswith("u") and _is_zero(i.operands[1]):
-        # The compiler writes 0 before a masked load, as the interpreter does; Triton promises nothing.
-        return _move(Instruction(None, False, i.opcode, [i.operands[0], Immediate(-1)], i.place, i.text))
-    if name == "cp" and i.opcode[2] in ("ca", "cg"):
-        return transfers.asynchronous_copy(i, 0xFF if unfilled else 0)
-    build = BUILDERS.get(name) or (_arithmetic if name in arithmetic.FUNCTIONS else None)
-    if build is None:
-        raise NotImplementedError(f"PTX instruction {i.text}")
-    return build(i)
-
-
-def _is_zero(operand) -> bool:
-    return isinstance(operand, Immediate) and operand.bits == 0
+    for pattern, build in MODELLED.items():
+        if re.fullmatch(pattern, i.name):
+            return build(i)
+    raise NotImplementedError(f"PTX instruction {i.text}")
 
 
 def _guarded(i: Instruction, execute: Execute | None) -> Execute | None:
     if execute is None or i.guard is None:
         return execute
-    register, negated = i.guard, i.negated
 
     def run(m: Machine) -> None:
-        saved, guard = m.mask, m.read(register) ^ negated
+        saved, guard = m.mask, m.read(i.guard) ^ i.negated
         if guard.all():
             return execute(m)
         m.mask = guard if saved is None else saved & guard
@@ -55,108 +48,59 @@ def _guarded(i: Instruction, execute: Execute | None) -> Execute | None:
     return run
 
 
-def _arithmetic(i: Instruction) -> Execute:
-    f, dtype, target = arithmetic.function(i.opcode), TYPES[i.opcode[-1]], i.operands[0]
-    kinds = [dtype] * (len(i.operands) - 1)
-    if i.opcode[0] in ("shl", "shr"):
-        kinds[1] = np.uint32
-    if i.opcode[0] == "bfe":
-        kinds[1:] = [np.uint32, np.uint32]
-    if "wide" in i.opcode and len(kinds) == 3:
+def _compute(i: Instruction) -> Execute:
+    """All that only touches registers: the first operand is a function of the others."""
+    f, (target, *sources), name, dtype = arithmetic.function(i.opcode), i.operands, i.opcode[0], i.opcode[-1]
+    if not isinstance(target, Register):  # two predicates
+        raise NotImplementedError(f"PTX instruction {i.text}")
+    kinds: list = [TYPES[dtype]] * len(sources)
+    if name in ("shl", "shr", "bfe"):
+        kinds[1:] = [np.uint32] * (len(sources) - 1)
+    elif name == "selp":
+        kinds[2] = np.bool_
+    elif i.opcode[:2] == ("mad", "wide"):
         kinds[2] = arithmetic.WIDER[dtype]
-    sources = [reader_of(x, kind) for x, kind in zip(i.operands[1:], kinds)]
+    sources = [reader_of(x, kind) for x, kind in zip(sources, kinds, strict=True)]
     return lambda m: m.write(target, to_bits(f(*(source(m) for source in sources))))
 
 
 def _move(i: Instruction) -> Execute:
+    """mov and cvta, since all addresses are generic. The halves of a register go in braces, the lower one first."""
     target, source = i.operands
+    if i.unfilled and source == 0 and i.opcode[1][0] == "u":
+        source = -1  # the compiler writes 0 before a masked load, as the interpreter does; Triton promises nothing
     dtype = np.dtype(TYPES[target.kind] if isinstance(target, Register) else TYPES[i.opcode[-1]])
+    half, shift = f"u{dtype.itemsize // 2}", dtype.type(4 * dtype.itemsize)
     if isinstance(source, tuple):
-        return _pack(target, source, dtype)
+        low, high = (reader_of(x, half) for x in source)
+        return lambda m: m.write(target, low(m).astype(dtype) | high(m).astype(dtype) << shift)
     value = reader_of(source, dtype)
-    if not isinstance(target, tuple):
+    if isinstance(target, Register):
         return lambda m: m.write(target, value(m))
-    size = dtype.itemsize // len(target)
 
-    def unpack(m: Machine) -> None:
+    def split(m: Machine) -> None:
         whole = value(m)
-        for j, x in enumerate(target):
-            if isinstance(x, Register):
-                m.write(x, (whole >> dtype.type(8 * size * j)).astype(f"u{size}"))
+        for register, part in zip(target, (whole, whole >> shift), strict=True):
+            if isinstance(register, Register):
+                m.write(register, part.astype(half))
 
-    return unpack
-
-
-def _pack(target: Register, parts: tuple, dtype: np.dtype) -> Execute:
-    size = dtype.itemsize // len(parts)
-    readers = [reader_of(x, f"u{size}") for x in parts]
-
-    def pack(m: Machine) -> None:
-        total = readers[0](m).astype(dtype)
-        for j, part in enumerate(readers[1:], 1):
-            total = total | part(m).astype(dtype) << dtype.type(8 * size * j)
-        m.write(target, total)
-
-    return pack
-
-
-def _compare(i: Instruction) -> Execute:
-    """setp, with or without a predicate that the comparison is joined with."""
-    relation, *joint = i.opcode[1:-1]
-    joint = [x for x in joint if x != "ftz"]
-    f, dtype, target = arithmetic.relation(relation, i.opcode[-1]), TYPES[i.opcode[-1]], i.operands[0]
-    if "ftz" in i.opcode or i.opcode[-1] in ("bf16", "bf16x2", "f16x2") or not isinstance(target, Register):
-        raise NotImplementedError(f"PTX instruction {i.text}")
-    a, b = (reader_of(x, dtype) for x in i.operands[1:3])
-    if not joint:
-        return lambda m: m.write(target, f(a(m), b(m)))
-    join, third = arithmetic.FUNCTIONS[joint[0]], reader_of(i.operands[3], np.bool_)
-    return lambda m: m.write(target, join(f(a(m), b(m)), third(m)))
-
-
-def _select(i: Instruction) -> Execute:
-    target, dtype = i.operands[0], TYPES[i.opcode[-1]]
-    a, b, condition = (reader_of(x, kind) for x, kind in zip(i.operands[1:], (dtype, dtype, np.bool_)))
-    return lambda m: m.write(target, to_bits(np.where(condition(m), a(m), b(m))))
-
-
-def _convert(i: Instruction) -> Execute:
-    if i.opcode[0] == "cvta":  # all addresses are generic
-        return _move(i)
-    f, target = arithmetic.conversion(i.opcode), i.operands[0]
-    sources = [reader_of(x, TYPES[i.opcode[-1]]) for x in i.operands[1:]]
-    dtype, signed = TYPES[target.kind], i.opcode[-2][0] == "s"
-
-    def run(m: Machine) -> None:
-        found = f(*(source(m) for source in sources))
-        m.write(target, (found.view(f"i{found.dtype.itemsize}") if signed else found).astype(dtype))
-
-    return run
+    return split
 
 
 def _shuffle(i: Instruction) -> Execute:
-    mode = i.opcode[2]
-    targets = i.operands[0] if isinstance(i.operands[0], tuple) else (i.operands[0],)
-    value, by, clamp = (reader_of(x, np.uint32) for x in i.operands[1:4])
+    """Among all lanes of a warp; one whose source is beyond the warp keeps its own value."""
+    mode, target, (value, by) = i.opcode[2], i.operands[0], (reader_of(x, np.uint32) for x in i.operands[1:3])
+    if not isinstance(target, Register) or i.operands[3:] != [0 if mode == "up" else 31, -1]:
+        raise NotImplementedError(f"PTX instruction {i.text}")
     lane = np.arange(32)
 
     def run(m: Machine) -> None:
         m.whole("a shuffle", 32)
-        step = np.broadcast_to(by(m), (m.C, m.T)).reshape(m.C, m.W, 32).astype(np.int64)
-        limit = int(clamp(m).reshape(-1)[0])
-        segment = limit >> 8 & 31
-        first, last = (
-            lane & segment,
-            (lane & segment) | (limit & 31 & ~segment),
-        )  # of the lane's segment; up: first twice
-        source = {"bfly": lane ^ step, "idx": first | (step & 31 & ~segment), "up": lane - step, "down": lane + step}[
-            mode
-        ]
-        valid = source >= last if mode == "up" else source <= last
-        x = np.broadcast_to(value(m), (m.C, m.T)).reshape(m.C, m.W, 32)
-        m.write(targets[0], np.take_along_axis(x, np.where(valid, source, lane), -1).reshape(m.C, m.T))
-        if len(targets) > 1:
-            m.write(targets[1], valid.reshape(m.C, m.T))
+        x, step = (np.broadcast_to(operand(m), (m.C, m.T)).reshape(m.C, m.W, 32) for operand in (value, by))
+        step = step.astype(np.int64)
+        source = {"bfly": lane ^ step, "idx": step & 31, "up": lane - step, "down": lane + step}[mode]
+        source = np.where((source < 0) | (source > 31), lane, source)
+        m.write(target, np.take_along_axis(x, source, -1).reshape(m.C, m.T))
 
     return run
 
@@ -164,8 +108,6 @@ def _shuffle(i: Instruction) -> Execute:
 def _warp_sum(i: Instruction) -> Execute:
     """redux.sync.add"""
     target, value, members = i.operands[0], *(reader_of(x, np.uint32) for x in i.operands[1:])
-    if i.opcode[2:] not in [("add", "s32"), ("add", "u32")]:
-        raise NotImplementedError(f"PTX instruction {i.text}")
 
     def run(m: Machine) -> None:
         m.whole("redux.sync", 32)
@@ -182,7 +124,7 @@ def _elect(i: Instruction) -> Execute:
 
     def run(m: Machine) -> None:
         m.whole("elect.sync", 32)
-        if isinstance(leader, Register):
+        if leader != "_":
             m.write(leader, np.zeros((1, 1), np.uint32))
         m.write(predicate, (np.arange(m.T) % 32 == 0)[None])
 
@@ -190,18 +132,12 @@ def _elect(i: Instruction) -> Execute:
 
 
 def _barrier(i: Instruction) -> Execute:
-    if i.opcode[:2] == ("bar", "warp"):
-
-        def converge(m: Machine) -> None:
-            m.whole("bar.warp.sync", 32)
-
-        return converge
-    if len(i.operands) != 1 or not isinstance(i.operands[0], Immediate):
+    if i.operands != [0]:
         raise NotImplementedError(f"PTX instruction {i.text}")
 
     def run(m: Machine) -> None:
         passing = m.whole("bar.sync", m.T)[:, 0]
-        m.shared.epoch[passing] += 1
+        m.everyone.stamp.reshape(m.C, m.T)[passing] += BARRIER
         if m.counters is not None:
             m.counters.barriers += int(passing.sum())
 
@@ -209,18 +145,36 @@ def _barrier(i: Instruction) -> Execute:
 
 
 def _fence(i: Instruction) -> Execute:
+    """fence.proxy.async"""
+
     def run(m: Machine) -> None:
-        if i.opcode[:3] == ("fence", "proxy", "async"):
-            lanes = m.lanes()
-            m.shared.fences[lanes.row, lanes.warp] += 1
+        lanes = m.lanes()
+        m.shared.fences[lanes.row, lanes.stamp & WARP] += 1
 
     return run
 
 
-BUILDERS: dict[str, Callable[[Instruction], Execute]] = {
-    "mov": _move, "setp": _compare, "selp": _select, "cvt": _convert, "cvta": _convert, "shfl": _shuffle,
-    "redux": _warp_sum, "elect": _elect, "bar": _barrier, "barrier": _barrier, "fence": _fence, "membar": _fence,
-    "griddepcontrol": _fence, "ld": transfers.load, "st": transfers.store,
-    "atom": transfers.atomic_add, "red": transfers.atomic_add, "cp": bulk.copy, "mbarrier": bulk.mbarrier,
-    "mma": matrix.mma, "ldmatrix": matrix.ldmatrix, "stmatrix": matrix.ldmatrix, "wgmma": matrix.wgmma,
-}  # fmt: skip
+# What is modelled, as patterns of whole opcodes. Anything else is refused by name.
+HINT = r"(\.(nc|ca|cg|cs|wb|L1::\w+))*"
+KIND = r"\.(v[248]\.)?[bsuf](8|16|32|64)"
+MODELLED: dict[str, Callable[[Instruction], Execute]] = {
+    **dict.fromkeys(arithmetic.MODELLED, _compute),
+    r"mov\.(pred|[bsuf](16|32|64))|cvta(\.to)?\.(param|global|shared)\.u64": _move,
+    r"shfl\.sync\.(bfly|idx|up|down)\.b32": _shuffle,
+    r"redux\.sync\.add\.[su]32": _warp_sum,
+    r"elect\.sync": _elect,
+    r"bar\.sync": _barrier,
+    r"bar\.warp\.sync": lambda i: lambda m: m.whole("bar.warp.sync", 32),
+    r"fence\.proxy\.async(\.shared::cta)?": _fence,
+    r"wgmma\.fence\.sync\.aligned": lambda i: lambda m: None,
+    rf"ld\.(param|global|shared){HINT}{KIND}": transfers.load,
+    rf"st\.(global|shared){HINT}{KIND}": transfers.store,
+    r"(atom|red)\.global(\.gpu)?(\.relaxed|\.acq_rel)?\.add(\.v[248])?\.f32": transfers.atomic_add,
+    r"cp\.async\.c[ag]\.shared\.global": transfers.asynchronous_copy,
+    r"(cp\.async|wgmma)\.(commit|wait)_group(\.sync\.aligned)?": transfers.group,
+    r"cp\.async\.bulk\.tensor\.2d\.shared::(cta|cluster)\.global\.mbarrier::complete_tx::bytes": bulk.copy,
+    r"mbarrier\.(init|inval|arrive\.expect_tx|wait\.parity)\.shared(::cta)?\.b64": bulk.mbarrier,
+    r"(ld|st)matrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared\.b16": matrix.ldmatrix,
+    r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(f16\.f16|bf16\.bf16)\.f32": matrix.mma,
+    r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.(f16\.f16|bf16\.bf16)": matrix.wgmma,
+}

@@ -14,42 +14,20 @@ import numpy as np
 
 from ptx.arithmetic import TYPES
 from ptx.counters import Counters
-from ptx.global_memory import Fault, GlobalMemory, stamp
-from ptx.reader import Address, Immediate, Instruction, Kernel, Operand, Register, Symbol
-from ptx.shared_memory import BASE, SharedMemory
+from ptx.memory import BASE, Fault, GlobalMemory, Lanes, SharedMemory, stamp
+from ptx.reader import Address, Instruction, Kernel, Operand, Register
 
 Execute = Callable[["Machine"], None]
 Code = list[list[tuple[Instruction, Execute | None]]]  # by block; None for branches and returns
 THREADS_TOGETHER = 8192
 
 
-@dataclass(frozen=True)
-class Lanes:
-    """Threads that execute an instruction."""
-
-    index: np.ndarray  # [n] of C * T
-    row: np.ndarray  # [n] of C
-    warp: np.ndarray  # [n] int16, in the CTA
-    program: np.ndarray  # [n]
-
-    def __getitem__(self, chosen) -> Lanes:
-        return Lanes(*(x[chosen] for x in vars(self).values()))
-
-
-@dataclass
-class Group:
-    """Asynchronous operations that were committed together."""
-
-    members: list
-    pending: np.ndarray  # [C] bool
-
-
 @dataclass
 class Groups:
-    """Asynchronous operations of one kind, oldest group first."""
+    """Asynchronous operations of one kind: functions that finish one in the CTAs that they are given, [C] bool."""
 
-    open: list = field(default_factory=list)  # issued and not committed
-    committed: list[Group] = field(default_factory=list)
+    open: list[Callable[[np.ndarray], None]] = field(default_factory=list)  # issued and not committed
+    committed: list[tuple[list, np.ndarray]] = field(default_factory=list)  # and where they are pending; oldest first
 
 
 class Machine:
@@ -64,40 +42,37 @@ class Machine:
         shared: int,  # bytes
         counters: Counters | None,
     ):
-        self.kernel, self.code, self.grid, self.parameters, self.memory = kernel, code, grid, parameters, memory
+        self.kernel, self.code, self.grid, self.parameters = kernel, code, grid, parameters
         self.C, self.T, self.W = len(programs), kernel.threads, kernel.threads // 32
         self.programs = programs
         self.numbers = programs[:, 0] + grid[0] * (programs[:, 1] + grid[1] * programs[:, 2])  # [C]
         self.registers: list[np.ndarray | None] = [None] * kernel.registers
         self.mask: np.ndarray | None = None  # broadcasts to [C, T] bool; None: all
-        self.shared = SharedMemory(self.C, shared, self.W)
+        self.memory, self.shared = memory, SharedMemory(self.C, shared)
         self.counters = counters
-        self.copies, self.products = Groups(), Groups()  # cp.async and wgmma
+        self.groups = {"cp": Groups(), "wgmma": Groups()}
         self.accumulating: set[int] = set()  # registers of a wgmma that was not awaited
-        self.mbarriers: dict = {}  # by shared address
+        self.mbarriers: dict = {}  # by CTA and shared address
         self.fragments: dict = {}  # matrix operands already converted, see matrix.py
-        lanes = np.arange(self.C * self.T)
-        warps = (lanes % self.T // 32).astype(np.int16)
-        self.everyone = Lanes(lanes, lanes // self.T, warps, self.numbers[lanes // self.T])
+        index = np.arange(self.C * self.T)
+        row = index // self.T
+        self.everyone = Lanes(index, row, stamp(self.numbers[row], index % self.T // 32))
 
     # --- control flow
 
     def run(self) -> None:
         blocks = self.kernel.blocks
-        stack: list[list] = [[0, -1, None]]  # block to run, block at which to stop, mask
+        end = len(blocks)
+        stack: list[list] = [[0, end, None]]  # block to run, block at which to stop, mask
         with np.errstate(all="ignore"):
             while stack:
                 number, stop, self.mask = stack[-1]
-                if number in (stop, -1):
+                if number in (stop, end):
                     stack.pop()
                     continue
-                condition, block, mask = self._run_block(number), blocks[number], self.mask
-                if condition is None:
-                    stack[-1][0] = block.successors[0]
-                    continue
-                taken, other = block.successors
-                active = np.broadcast_to(True if mask is None else mask, (self.C, self.T))
-                if (condition | ~active).all():
+                condition, block, active = self._run_block(number), blocks[number], self.active()
+                taken, other = block.successors[0], block.successors[-1]
+                if condition is None or (condition | ~active).all():
                     stack[-1][0] = taken
                 elif not (condition & active).any():
                     stack[-1][0] = other
@@ -111,36 +86,27 @@ class Machine:
         for instruction, execute in self.code[number]:
             try:
                 if self.counters is not None:
-                    self.counters.issued(instruction.name, self._active_warps())
+                    self.counters.issued(instruction.name, int(self.active().reshape(-1, 32).any(-1).sum()))
                 if execute is None:
                     guard = instruction.guard
                     return None if guard is None else self.read(guard) ^ instruction.negated
-                if self.accumulating:
-                    self._check_accumulators(instruction)
+                if self.accumulating and instruction.opcode[0] != "wgmma":
+                    touched = [r.name for r in instruction.registers if r.number in self.accumulating]
+                    if touched:
+                        raise Fault(f"uses {touched[0]}, into which a wgmma that was not awaited accumulates")
                 execute(self)
             except Fault as fault:
                 raise self._located(instruction, fault) from fault
         return None
-
-    def _active_warps(self) -> int:
-        if self.mask is None:
-            return self.C * self.W
-        return int(np.broadcast_to(self.mask, (self.C, self.T)).reshape(-1, 32).any(-1).sum())
 
     def _located(self, instruction: Instruction, fault: Fault) -> Fault:
         text = str(fault)
         if fault.lane is not None:
             lanes = self.lanes()
             lane = fault.lane if fault.lane < len(lanes.index) else 0
-            text = f"program {lanes.program[lane]}, thread {lanes.index[lane] % self.T}: {text}"
+            text = f"program {self.numbers[lanes.row[lane]]}, thread {lanes.index[lane] % self.T}: {text}"
         file, line, _ = instruction.place
         return Fault(f"{self.kernel.name}, {file}:{line}: {text}\n    {instruction.text[:160]}")
-
-    def _check_accumulators(self, instruction: Instruction) -> None:
-        if instruction.opcode[0] != "wgmma":
-            touched = [r.name for r in instruction.sources() if r.number in self.accumulating]
-            if touched:
-                raise Fault(f"reads {touched[0]}, into which a wgmma that was not awaited accumulates")
 
     # --- registers and threads
 
@@ -157,119 +123,102 @@ class Machine:
             value = np.where(self.mask, value, ~np.zeros((1, 1), value.dtype) if old is None else old)
         self.registers[register.number] = value
 
+    def write_lanes(self, register: Operand, lanes: Lanes, values: np.ndarray) -> None:
+        """Values [n] of the active threads, into their register or the sink."""
+        if isinstance(register, Register):
+            full = np.empty(self.C * self.T, TYPES[register.kind])
+            full[lanes.index] = values
+            self.write(register, full.reshape(self.C, self.T))
+
+    def active(self) -> np.ndarray:
+        """[C, T] bool"""
+        return np.broadcast_to(True if self.mask is None else self.mask, (self.C, self.T))
+
     def lanes(self) -> Lanes:
         """Active threads."""
-        if self.mask is None:
-            return self.everyone
-        return self.everyone[np.flatnonzero(np.broadcast_to(self.mask, (self.C, self.T)))]
+        return self.everyone if self.mask is None else self.everyone[np.flatnonzero(self.active())]
 
     def of_lanes(self, value: np.ndarray, lanes: Lanes) -> np.ndarray:
         """A register's values [n] in these threads."""
         full = np.broadcast_to(value, (self.C, self.T)).reshape(-1)
         return full if lanes is self.everyone else full[lanes.index]
 
-    def write_lanes(self, register: Register | Symbol, lanes: Lanes, values: np.ndarray) -> None:
-        """Values [n] into a register of these threads."""
-        if isinstance(register, Symbol):
-            return
-        dtype = TYPES[register.kind]
-        values = values.astype(dtype, copy=False)
-        if lanes is self.everyone:
-            self.registers[register.number] = values.reshape(self.C, self.T)
-            return
-        old = self.registers[register.number]
-        new = np.broadcast_to(~np.zeros((1, 1), dtype) if old is None else old, (self.C, self.T)).copy()
-        new.reshape(-1)[lanes.index] = values
-        self.registers[register.number] = new
-
     def whole(self, what: str, unit: int) -> np.ndarray:
         """[C, T / unit] bool: which warps or CTAs are active; none may be in part."""
-        if self.mask is None:
-            return np.ones((self.C, self.T // unit), bool)
-        parts = np.broadcast_to(self.mask, (self.C, self.T)).reshape(self.C, -1, unit)
+        parts = self.active().reshape(self.C, -1, unit)
         some = parts.any(-1)
         if (some & ~parts.all(-1)).any():
             raise Fault(f"{what} that not all {unit} threads reach")
         return some
 
-    def one_per_cta(self, *values: np.ndarray) -> tuple[np.ndarray, ...]:
-        """CTAs with an active thread [n], and its values [n] of registers; there must be one."""
+    def one_per_cta(self, *values: np.ndarray) -> list[tuple[int, ...]]:
+        """(CTA, values of registers in its active thread) where there is one; there must not be more."""
         lanes = self.lanes()
         if len(np.unique(lanes.row)) != len(lanes.row):
             raise Fault("several threads of a CTA issue what one should")
-        return (lanes.row, *(self.of_lanes(x, lanes) for x in values))
+        return list(zip(lanes.row.tolist(), *(self.of_lanes(x, lanes).tolist() for x in values), strict=True))
 
-    def stamps(self, lanes: Lanes) -> np.ndarray:
-        """Who accesses global memory, [n]."""
-        return stamp(lanes.program, self.shared.epoch[lanes.row], lanes.warp)
+    def space(self, name: str) -> GlobalMemory | SharedMemory:
+        return self.memory if name == "global" else self.shared
+
+    def count(self, space: str, kind: str, at: np.ndarray, size: int, lanes: Lanes) -> None:
+        """`size` bytes at addresses [n] for the counters, if there are any."""
+        if self.counters is not None:
+            count = self.counters.global_access if space == "global" else self.counters.shared_access
+            count(kind, at, size, lanes.index)
 
     # --- asynchronous operations
 
     def commit(self, groups: Groups) -> None:
-        groups.committed.append(Group(groups.open, self.whole("a commit", self.T)[:, 0]))
+        groups.committed.append((groups.open, self.whole("a commit", self.T)[:, 0]))
         groups.open = []
 
-    def wait(self, groups: Groups, allowed: int, finish: Callable) -> None:
+    def wait(self, groups: Groups, allowed: int) -> None:
         """Finish, oldest first, all groups of the active CTAs but the `allowed` newest."""
         active, newer, due = self.whole("a wait", self.T)[:, 0], np.zeros(self.C, int), []
-        for group in reversed(groups.committed):
-            due.append((group, group.pending & active & (newer >= allowed)))
-            newer += group.pending
-        for group, now in reversed(due):
+        for members, pending in reversed(groups.committed):
+            due.insert(0, (members, pending, pending & active & (newer >= allowed)))
+            newer += pending
+        for members, _, now in due:
             if now.any():
-                for member in group.members:
-                    finish(self, member, now)
-                group.pending = group.pending & ~now
-        groups.committed = [g for g in groups.committed if g.pending.any()]
+                for finish in members:
+                    finish(now)
+        groups.committed = [(members, pending & ~now) for members, pending, now in due if (pending & ~now).any()]
+        if not self.groups["wgmma"].open + self.groups["wgmma"].committed:
+            self.accumulating.clear()
 
 
 # --- operands
+
+SPECIAL: dict[str, Callable[[Machine], np.ndarray]] = {
+    "%tid.x": lambda m: np.arange(m.T)[None],
+    "global_smem": lambda m: np.array([[BASE]]),
+    **{f"%ctaid.{x}": lambda m, n=n: m.programs[:, n : n + 1] for n, x in enumerate("xyz")},
+    **{f"%nctaid.{x}": lambda m, n=n: np.array([[m.grid[n]]]) for n, x in enumerate("xyz")},
+}
 
 
 def reader_of(operand: Operand, dtype) -> Callable[[Machine], np.ndarray]:
     """A function that returns the operand as an array of `dtype`; of a wider register the low part."""
     dtype = np.dtype(dtype)
+    bits = dtype if dtype == np.bool_ else np.dtype(f"u{dtype.itemsize}")  # as a register holds it
     if isinstance(operand, Register):
-        if dtype == np.bool_:
-            return lambda m: m.read(operand)
-        if np.dtype(TYPES[operand.kind]).itemsize == dtype.itemsize:
-            return lambda m: m.read(operand).view(dtype)
-        low = np.dtype(f"u{dtype.itemsize}")
-        return lambda m: m.read(operand).astype(low).view(dtype)
-    if isinstance(operand, Immediate):
-        if dtype == np.bool_ or (dtype.kind == "f" and not operand.is_float):
-            value = np.array([[operand.bits]]).astype(dtype)
-        else:
-            bits = operand.bits & ((1 << 8 * dtype.itemsize) - 1)
-            value = np.array([[bits]], np.dtype(f"u{dtype.itemsize}")).view(dtype)
+        return lambda m: m.read(operand).astype(bits, copy=False).view(dtype)
+    if isinstance(operand, int):
+        value = np.array([[operand & (1 << 8 * dtype.itemsize) - 1]]).astype(bits).view(dtype)
         return lambda m: value
-    if not isinstance(operand, Symbol):
+    if operand in SPECIAL:
+        return lambda m: SPECIAL[operand](m).astype(dtype)
+    if not isinstance(operand, str) or "_param_" not in operand:
         raise NotImplementedError(f"PTX operand {operand}")
-    return _symbol(operand.name, dtype)
+    return lambda m: np.array([[list(m.parameters).index(operand)]], dtype)  # stands for a tensor map's address
 
 
-def _symbol(name: str, dtype: np.dtype) -> Callable[[Machine], np.ndarray]:
-    base, _, axis = name.partition(".")
-    number = "xyz".find(axis) if axis else 0
-    special: dict[str, Callable[[Machine], np.ndarray]] = {
-        "%tid": lambda m: np.arange(m.T)[None] if number == 0 else np.zeros((1, 1)),
-        "%ntid": lambda m: np.array([[1 if number else m.T]]),
-        "%ctaid": lambda m: m.programs[:, number : number + 1],
-        "%nctaid": lambda m: np.array([[m.grid[number]]]),
-        "%laneid": lambda m: np.arange(m.T)[None] % 32,
-        "global_smem": lambda m: np.array([[BASE]]),
-    }
-    if base in special:
-        return lambda m: special[base](m).astype(dtype)
-    if name.startswith("%") or "_param_" not in name:
-        raise NotImplementedError(f"PTX operand {name}")
-    return lambda m: np.array([[list(m.parameters).index(name)]], dtype)  # stands for a tensor map's address
-
-
-def address_of(operand: Address, dtype: type) -> Callable[[Machine], np.ndarray]:
-    """uint64 addresses of global memory, uint32 of shared memory."""
-    base, offset = reader_of(operand.base, dtype), np.array([[operand.offset]], np.int64).astype(dtype)
-    return (lambda m: base(m) + offset) if operand.offset else base
+def address_of(operand: Address) -> Callable[[Machine], np.ndarray]:
+    """Addresses as int64, of global and of shared memory."""
+    wide = isinstance(operand.base, Register) and operand.base.kind == "b64"
+    base = reader_of(operand.base, np.uint64 if wide else np.uint32)
+    return lambda m: base(m).astype(np.int64) + operand.offset
 
 
 def launch(

@@ -275,6 +275,16 @@ def test_threads_that_diverge_meet_again():
     assert out.tolist() == [7] * 5 + [8] * 5 + [107] * 22
 
 
+def test_two_scopes_may_declare_the_same_register():
+    out = np.zeros(32, U32)
+    execute(
+        """{ .reg .b32 one; mov.b32 one, 1; } { .reg .b32 one, two; mov.b32 one, 3; mov.b32 two, 4;
+        add.s32 %r2, one, two; } add.s64 %rd3, %rd0, %rd10; st.global.b32 [%rd3], %r2;""",
+        [out],
+    )
+    assert (out == 7).all()
+
+
 # %r3: where shared memory begins, %r5: the thread's place in it
 OWN = "mov.b32 %r3, global_smem; shl.b32 %r4, %r0, 2; add.s32 %r5, %r3, %r4;"
 SHARED = f"{OWN} xor.b32 %r6, %r4, 128; add.s32 %r7, %r3, %r6;"  # %r7: that of a thread of the other warp

@@ -54,7 +54,7 @@ class Lanes:
 
     index: np.ndarray  # [n] of all C * T that run together
     row: np.ndarray  # [n] of C
-    stamp: np.ndarray  # [n]
+    stamp: np.ndarray  # [n] who they are to a memory
 
     def __getitem__(self, chosen) -> Lanes:
         return Lanes(*(x[chosen] for x in vars(self).values()))

@@ -18,6 +18,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lad_kernels import LinearLogprobs, LossOutput, lad_loss, linear_lad_loss, linear_logprobs
+from lad_kernels import (
+    LinearLogprobs,
+    LossOutput,
+    Tokens,
+    lad_loss,
+    linear_lad_loss,
+    linear_logprobs,
+    linear_policy_loss,
+)
 from lad_kernels.frameworks.distributed import require_sound_ranks
 from lad_kernels.frameworks.options import say_bounds
 from lad_kernels.frameworks.transformers import attach_fused_head
@@ -51,11 +60,18 @@ TRL_NAMES = {"entropy": "entropy", "kl_ref": "kl"}  # the others are logged as l
 class FusedHeadMixin:
     """`class MyTrainer(FusedHeadMixin, trl.GRPOTrainer)`: old, reference and current log-probs without N x V logits.
 
+    Attributes:
+        head_options: None, or `tail_mass`, `tail` and `backward` of `linear_policy_loss`, whose objective TRL's loss
+            then is: the head's backward is routed where that is faster. Set it in the class; no mixture of experts.
+
     Raises:
         ImportError: no supported TRL.
         TypeError: not in front of GRPOTrainer or RLOOTrainer.
         ValueError, RuntimeError: an option or package that replaces the same forward.
     """
+
+    head_options: dict[str, Any] | None = None
+    _given: tuple | None = None  # what TRL's loss is given while it is an objective
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any):
         require_trl()
@@ -82,6 +98,10 @@ class FusedHeadMixin:
             )
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         require_sound_ranks(self.accelerator, reference_model=self.ref_model is not None)
+        if getattr(self, "aux_loss_enabled", False) and self.head_options is not None:
+            raise ValueError(
+                "head_options: expected None with a mixture of experts' loss, which TRL adds inside its own"
+            )
         if getattr(self, "aux_loss_enabled", False) and self._router_coefficient() == 0:
             raise ValueError(
                 "router_aux_loss_coef: expected a model whose own coefficient is not 0, got 0; set it in the model's "
@@ -93,6 +113,8 @@ class FusedHeadMixin:
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> tuple:
         """TRL's method with the model replaced by one that scores labels through the fused head."""
+        if self._given is not None:
+            return self._given
         want_entropy = kwargs.get("compute_entropy", False)
 
         def scored(labels: Tensor, fused_lm_head: bool, **inputs: Any) -> SimpleNamespace:  # labels [B, L]
@@ -101,6 +123,25 @@ class FusedHeadMixin:
         if trl_has_fused_head:
             return super()._get_per_token_logps_and_entropies(scored, *args, **kwargs)
         return self._score_rows(scored, *args, **kwargs)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """TRL's loss [] of a micro-batch; with `head_options` as an objective inside the model's forward."""
+        if self.head_options is None or not torch.is_grad_enabled():
+            return super()._compute_loss(model, inputs)
+        own, device = super()._compute_loss, inputs["completion_ids"].device
+
+        def objective(logprobs: Tensor, entropy: Tensor, tokens: Tokens) -> Tensor:  # [m], [m]
+            at, blank = tokens.positions, logprobs.new_zeros(tokens.shape.numel())  # [m], [B T]
+            placed = [blank.index_put((at,), x).view(tokens.shape).to(device) for x in (logprobs, entropy)]  # [B, T]
+            self._given = (*placed, None)
+            try:
+                return own(model, inputs).to(logprobs.device)
+            finally:
+                self._given = None
+
+        loss_of = partial(linear_policy_loss, objective=objective, return_entropy=True, return_logprobs=False)
+        out, _ = self._forward(model, inputs, loss_of, loss_mask=inputs["completion_mask"], **self.head_options)
+        return out.loss
 
     def _score_rows(
         self,
@@ -151,6 +192,29 @@ class FusedHeadMixin:
         (logprobs, entropy, _), aux_loss = _on(labels.device, (out.result, out.aux_loss))
         aux_loss = aux_loss / self._router_coefficient() if inputs.get("output_router_logits") else None
         return SimpleNamespace(log_probs=logprobs, entropy=entropy, aux_loss=aux_loss)
+
+    def _forward(self, model: Any, inputs: dict[str, Any], loss_or_logprobs: Callable, **options: Any) -> tuple:
+        """`loss_or_logprobs` on the rows that predict the completion, inside the wrapped forward; and the aux loss."""
+        completion_ids = inputs["completion_ids"]  # [B, T]
+
+        def head(hidden: Tensor, weight: Tensor, **transform: Any) -> Any:  # [B, L, D], [V, D]
+            rows = hidden[:, -completion_ids.shape[1] - 1 : -1]  # [B, T, D]
+            ids, given = _on(hidden.device, (completion_ids, options))
+            return loss_or_logprobs(rows, weight, ids, temperature=self.temperature, **given, **transform)
+
+        images = {name: inputs[name] for name in MULTIMODAL if inputs.get(name) is not None}
+        if self.aux_loss_enabled:
+            images["output_router_logits"] = True
+        with self.accelerator.autocast():
+            out = model(
+                input_ids=torch.cat([inputs["prompt_ids"], completion_ids], 1),
+                attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+                use_cache=False,
+                fused_head=head,
+                **images,
+            )
+        result, aux_loss = _on(completion_ids.device, (out.result, out.aux_loss))
+        return result, aux_loss / self._router_coefficient() if self.aux_loss_enabled else None
 
     def _router_coefficient(self) -> float:
         """What the model multiplies its mixture-of-experts loss by; TRL wants the loss without it."""
@@ -253,29 +317,6 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
         sequences = len(inputs["completion_ids"]) * self._steps()
         return sequences * (self.max_completion_length if self.args.loss_agg_mode.endswith("norm") else 1)
 
-    def _forward(self, model: Any, inputs: dict[str, Any], loss_or_logprobs: Callable, **options: Any) -> tuple:
-        """`loss_or_logprobs` on the rows that predict the completion, inside the wrapped forward; and the aux loss."""
-        completion_ids = inputs["completion_ids"]  # [B, T]
-
-        def head(hidden: Tensor, weight: Tensor, **transform: Any) -> Any:  # [B, L, D], [V, D]
-            rows = hidden[:, -completion_ids.shape[1] - 1 : -1]  # [B, T, D]
-            ids, given = _on(hidden.device, (completion_ids, options))
-            return loss_or_logprobs(rows, weight, ids, temperature=self.temperature, **given, **transform)
-
-        images = {name: inputs[name] for name in MULTIMODAL if inputs.get(name) is not None}
-        if self.aux_loss_enabled:
-            images["output_router_logits"] = True
-        with self.accelerator.autocast():
-            out = model(
-                input_ids=torch.cat([inputs["prompt_ids"], completion_ids], 1),
-                attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
-                use_cache=False,
-                fused_head=head,
-                **images,
-            )
-        result, aux_loss = _on(completion_ids.device, (out.result, out.aux_loss))
-        return result, aux_loss / self._router_coefficient() if self.aux_loss_enabled else None
-
     def _loss_in_one_call(self, model: Any, inputs: dict[str, Any], given: dict) -> tuple[LossOutput, Tensor | None]:
         return self._forward(
             model,
@@ -332,12 +373,8 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
         """
         signs = (advantages if advantages.ndim == 2 else advantages[:, None]).sign() * mask  # [B, T]
         tokens, positive, negative = mask.sum(), (signs > 0).sum(), (signs < 0).sum()
-        tokens_of = {
-            "tokens": tokens,
-            "positive tokens": positive,
-            "negative tokens": negative,
-            "loss tokens": chosen,
-        }
+        kinds = ("tokens", "positive tokens", "negative tokens", "loss tokens")
+        tokens_of = dict(zip(kinds, (tokens, positive, negative, chosen)))
         counts = {name: tokens_of[how] for name, how in METRICS.items() if how in tokens_of}
         metrics = {**metrics, "nonfinite_share": (chosen - tokens) / chosen.clamp(min=1)}
         names = [name for name in counts if name in metrics]

@@ -70,6 +70,25 @@ def test_stock_trainer_logs_the_same_with_our_head(name, folder, tmp_path):
         assert_off_policy_step_counts(rows)
 
 
+class RoutedGRPOTrainer(FusedGRPOTrainer):
+    head_options = {"tail_mass": 1e-12, "backward": "routed"}  # noqa: RUF012
+
+
+class ExactRLOOTrainer(FusedRLOOTrainer):
+    head_options = {"tail_mass": 0.0}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_losses_are_objectives_of_the_routed_head(name, folder, tmp_path):
+    """All of TRL's loss types inside `linear_policy_loss`, with a tail mass that drops nothing."""
+    assert_same_runs(RoutedGRPOTrainer, trl.GRPOTrainer, trl.GRPOConfig(**options(tmp_path, **STOCK[name])), folder)
+
+
+def test_rloo_is_an_objective_too(folder, tmp_path):
+    config = trl.RLOOConfig(**options(tmp_path, beta=0.1, num_iterations=2, learning_rate=1e-5))
+    assert_same_runs(ExactRLOOTrainer, trl.RLOOTrainer, config, folder)
+
+
 def test_rloo_logs_the_same_with_our_head(folder, tmp_path):
     config = trl.RLOOConfig(**options(tmp_path, beta=0.1, num_iterations=2, learning_rate=1e-5))
     rows = assert_same_runs(FusedRLOOTrainer, trl.RLOOTrainer, config, folder)
@@ -93,6 +112,8 @@ def test_mixture_of_experts_loss_keeps_trl_coefficient(tmp_path):
     silent.router_aux_loss_coef = 0
     with pytest.raises(ValueError, match="router_aux_loss_coef: expected a model whose own coefficient is not 0"):
         build(LADTrainer, LADConfig(**given), silent)
+    with pytest.raises(ValueError, match="head_options: expected None with a mixture of experts' loss"):
+        build(RoutedGRPOTrainer, config, load(folder))
 
 
 def test_images_reach_the_model(folder, tmp_path):

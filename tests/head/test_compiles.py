@@ -150,6 +150,14 @@ def test_tensor_cores(arch):
             assert not any(row["instructions"][name] for name in ("mma.sync", "wgmma", "tcgen05")), row
 
 
+@pytest.mark.parametrize("arch", [a for a, target in TARGETS.items() if target.is_cuda])
+def test_ptxas_has_nothing_to_fuse_where_bits_are_promised(arch):
+    """A product and a sum that it joined in one register and not in the next would move the bits of a token."""
+    for row in tiled(arch, ("_partials_kernel", "_target_kernel", "_finalize_kernel")):
+        assert row["instructions"]["may fuse"] == 0, row
+    assert any(row["instructions"]["may fuse"] for row in tiled(arch, ("_logit_gradient_kernel",)))
+
+
 @pytest.mark.parametrize("arch", [a for a, target in TARGETS.items() if target.copies == "tma"])
 @pytest.mark.parametrize("layout", ["aligned", "odd V", "ragged"])
 def test_bulk_copies(arch, layout):

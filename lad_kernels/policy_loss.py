@@ -32,16 +32,14 @@ _OURS = {"kept_share", "routed_share", "dropped_mass_mean", "dropped_mass_max", 
 class Tokens:
     """Which tokens an objective is given.
 
-    Attributes:
-        positions: [m] int64, ascending: where they stand in target_ids.reshape(-1).
-        sequences: [m] int64: which row of [B, T], or which span of cu_seqlens, each belongs to; None for packed
-            input without cu_seqlens.
-        shape: of target_ids.
+    `positions` [m] int64, ascending: where they stand in target_ids.reshape(-1). `sequences` [m] int64: which row of
+    [B, T], or which span of cu_seqlens, each belongs to; None for packed input without cu_seqlens. `shape`: that of
+    target_ids.
     """
 
     positions: Tensor
     sequences: Tensor | None
-    shape: torch.Size
+    shape: tuple[int, ...]
 
     def take(self, x: Tensor) -> Tensor:
         """Their values [m] of a tensor shaped like target_ids, such as old log-probs."""

@@ -131,7 +131,7 @@ class FusedHeadMixin:
         own, device = super()._compute_loss, inputs["completion_ids"].device
 
         def objective(logprobs: Tensor, entropy: Tensor, tokens: Tokens) -> Tensor:  # [m], [m]
-            at, blank = tokens.positions, logprobs.new_zeros(tokens.shape.numel())  # [m], [B T]
+            at, blank = tokens.positions, logprobs.new_zeros(inputs["completion_ids"].numel())  # [m], [B T]
             placed = [blank.index_put((at,), x).view(tokens.shape).to(device) for x in (logprobs, entropy)]  # [B, T]
             self._given = (*placed, None)
             try:

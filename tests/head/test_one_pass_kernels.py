@@ -359,16 +359,16 @@ def test_a_gradient_whose_part_of_p_is_its_own(device, dtype):
         assert testing.relative_error(mine, truth) < least
 
 
-def test_the_likeliest_word(device):
-    """In the first and in the last tile, missed by a thousandth; columns beyond V, with logits 0, do not count."""
-    hidden, weight = torch.eye(4, 16, device=device), torch.full((521, 16), -3.0, device=device)
-    weight[5, 0], weight[520, 1], weight[[3, 500], 2], weight[[0, 400], 3] = (
-        -1.0,
-        -1.0,
-        torch.tensor([-1.0, -0.999]),
-        -2.0,
-    )
-    targets = torch.tensor([5, 520, 3, 0], device=device)
+@pytest.mark.parametrize("v", [521, 384, 65 * 128 + 9])
+def test_the_likeliest_word(device, v):
+    """In the first and in the last tile, missed by a thousandth; columns beyond V, with logits 0, do not count.
+
+    The second V is whole blocks, the last tile half beyond them; the third has more tiles than are added at once.
+    """
+    hidden, weight = torch.eye(4, 16, device=device), torch.full((v, 16), -3.0, device=device)
+    weight[5, 0], weight[v - 1, 1], weight[[0, 300], 3] = -1.0, -1.0, -2.0
+    weight[3, 2], weight[v - 2, 2] = -0.999, -1.0  # the target is the second, in the last tile
+    targets = torch.tensor([5, v - 1, v - 2, 0], device=device)
     out, _ = one_pass.one_pass(
         hidden,
         weight,
@@ -381,6 +381,6 @@ def test_the_likeliest_word(device):
         want_entropy=False,
         want_correct=True,
         needs=Needs(True, True, False),
-        tiles=Tiles(16, 128, 16, 2, 4, 2),
+        tiles=Tiles(16, 256 if v == 384 else 128, 16, 2, 4, 2),
     )
     assert out.correct.tolist() == [True, True, False, True]

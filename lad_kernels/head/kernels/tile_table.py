@@ -9,8 +9,8 @@ What decides a row: the fp32 accumulator holds block_n * block_v / (32 * warps) 
 for the epilogue (no spills: `test_compiles.py`); stages * (block_n + block_v) * block_k elements of shared memory
 must fit the device; tile sides are powers of two. A softcap or a bias makes the epilogue too rich for the widest
 tiles, hence `narrow`. Operands that miss the alignment a row needs are read element by element through registers,
-hence the small tiles of `unaligned`. fp32 operands are multiplied in true fp32 (never tf32), without tensor cores; their
-loads from shared memory bind them: 2.4 passes over the banks for each fma of a warp, 1.3 with half the warps and twice
+hence the small tiles of `unaligned`. fp32 operands are multiplied in true fp32 (never tf32), without tensor cores, and
+bound by loads from shared memory: 2.4 passes over the banks for each fma of a warp, 1.3 with half the warps and twice
 the registers a thread, which plain logits have room for.
 
 Left out: autotuning. Its choice varies from run to run, and with it the bits of the result.

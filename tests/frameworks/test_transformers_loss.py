@@ -13,7 +13,7 @@ from families import FAMILIES, GRADIENT_TOLERANCE, IDS, MASK, tiny_model
 from lad_kernels.frameworks.transformers import attach_fused_head, patch_loss
 
 LABELS = torch.where((MASK == 1) & (torch.arange(IDS.shape[1]) > 2), IDS, -100)  # [B, T]
-NEAR = 1e-6  # relative; 3e-7 was measured
+NEAR = 1e-6  # relative; 2.2e-7 was measured, of 88 families
 
 
 def step(model, **inputs) -> tuple[Tensor, dict[str, Tensor]]:

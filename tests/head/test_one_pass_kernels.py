@@ -354,7 +354,7 @@ def test_a_gradient_whose_part_of_p_is_its_own(device, dtype):
     h, w = x.hidden.double(), x.weight.double()
     dz = prob[:, None] * (h @ w.T).softmax(-1)  # [17, 300]
     dz[torch.arange(17), x.targets] += onehot
-    least = testing.FP32_TOLERANCE if dtype == "float32" else 4e-3  # 2.7e-3 is F and r H in bfloat16
+    least = testing.FP32_TOLERANCE if dtype == "float32" else 4e-3  # 2.9e-3 was measured: F and r H in bfloat16
     for mine, truth in ((found.hidden, dz @ w), (found.weight, dz.T @ h)):
         assert testing.relative_error(mine, truth) < least
 

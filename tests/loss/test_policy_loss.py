@@ -117,16 +117,16 @@ def test_sequence_ratios(path):
 @pytest.mark.parametrize("path", dispatch.PATHS)
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_kernels(path, impl, device):
-    """float32: the same rounding as `linear_grpo_loss`; separable, several chunks."""
+    """float32, separable, in several chunks: 4.2e-7 at most was measured."""
     inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch(None).items()}
     truth, expected = run(reference.linear_grpo_loss, batch(None))
     single = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
     own = head_of(inputs) | {"objective": ppo(single, 0.2)}
     with dispatch.force(path):
         out, found = run(linear_policy_loss, own, torch.float32, separable=True, impl=impl, tail_mass=1e-9)
-    assert relative_error(out.loss.cpu(), truth.loss) < 10 * FP32_TOLERANCE
+    assert relative_error(out.loss.cpu(), truth.loss) < FP32_TOLERANCE
     for leaf, gradient in found.items():
-        assert relative_error(gradient.cpu(), expected[leaf]) < 2 * FP32_TOLERANCE, leaf
+        assert relative_error(gradient.cpu(), expected[leaf]) < FP32_TOLERANCE, leaf
 
 
 class Calibrated(nn.Module):
@@ -195,10 +195,12 @@ def test_packed_tokens_know_their_sequences():
     assert not found["hidden_states"][-2:].count_nonzero()
 
 
-def test_no_token_counts():
-    inputs = head_of(batch())
+@pytest.mark.parametrize("validate", [False, True])
+def test_no_token_counts(validate, monkeypatch):
+    monkeypatch.setattr(checks, "_always_read_values", validate)
+    inputs = head_of(batch()) | {"objective": lambda logprobs, *_: logprobs.mean(), "separable": True}
     inputs["loss_mask"] = torch.zeros_like(inputs["loss_mask"])
-    out, found = run(linear_policy_loss, inputs | {"objective": lambda logprobs, *_: logprobs.mean()})
+    out, found = run(linear_policy_loss, inputs)
     assert out.loss == 0 and not found["lm_head_weight"].count_nonzero()
 
 

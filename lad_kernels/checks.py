@@ -47,6 +47,8 @@ def _shape(x: Tensor) -> str:
 
 def plain_tensor(name: str, x: object) -> None:
     """Refuse what is not an ordinary dense tensor: shards, functorch wrappers, nested and quantised tensors."""
+    if torch.compiler.is_compiling():  # the operators check again what they are given
+        return
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}; wrap it with torch.as_tensor")
     if hasattr(x, "placements") and hasattr(x, "full_tensor"):

@@ -12,8 +12,9 @@ Sources: z-loss arXiv 2204.02311 section 5; smoothing arXiv 1512.00567 section 7
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,22 +22,25 @@ from torch import Tensor
 from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
 from lad_kernels.head import (
+    SCHEMA,
     Head,
     HeadArguments,
     HeadForward,
-    Layout,
     LogitGradient,
     Needs,
     Operands,
     Sparsity,
     flops,
+    in_autocast_dtype,
     prepare,
-    select,
+    token_outputs,
 )
 from lad_kernels.objective import check_choice, check_number, check_tail
+from lad_kernels.operators import stacked, unstacked, widest
 from lad_kernels.outputs import CrossEntropyStats
 from lad_kernels.packing import Packing
-from lad_kernels.step import LossTerms, Step, Wanted, attach
+from lad_kernels.step import HEAD_METRICS, LossTerms, Step, StepResult, Wanted, all_metrics, attach
+from lad_kernels.step_operator import gradients_of, step_operator
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -44,7 +48,6 @@ if TYPE_CHECKING:
 REDUCTIONS = ("mean", "sum", "none")
 
 
-@torch.compiler.disable
 def linear_cross_entropy(
     hidden_states: Tensor,  # [N, D] or [B, T, D]
     lm_head_weight: Tensor,  # [V, D]
@@ -91,96 +94,127 @@ def linear_cross_entropy(
         ValueError, TypeError: an argument is of the wrong shape, dtype, device or range; the message says which.
         RuntimeError: impl='triton' where Triton cannot run; torch.func transforms; double backward.
     """
-    checks.plain_tensor("target_ids", target_ids)
-    tail_mass = check_tail(backward, tail_mass, tail)
     checks.vocab_group(vocab_group, impl, backward)
-    label_smoothing, z_loss = _check(
-        ignore_index, reduction, label_smoothing, z_loss, softcap, vocab_group is not None, return_stats
+    given = HeadArguments(
+        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl
     )
+    options = _Options(
+        ignore_index, reduction, label_smoothing, z_loss, token_weights, backward, tail_mass, tail, return_stats
+    )
+    if torch.compiler.is_compiling() and impl != "reference" and reduction != "none":
+        return _compiled(given, options)
+    options = _checked(given, options)
+    if impl == "reference":
+        return _reference(given, options)
+    if reduction == "none":
+        return _by_token(in_autocast_dtype(given), options)
+    operands = _prepared(given, options)
+    result, count, loss = _run(operands, options, operands.needs())
+    total, metrics = attach(operands, result, count)
+    return (total, loss.stats(operands.layout.packing, metrics)) if return_stats else total
+
+
+class _Options(NamedTuple):
+    """Arguments of `linear_cross_entropy` besides those of the head."""
+
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    z_loss: float
+    token_weights: Tensor | None  # the shape of target_ids
+    backward: str
+    tail_mass: float | None
+    tail: str
+    return_stats: bool
+
+
+def _reference(given: HeadArguments, options: _Options) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+    """The specification on validated arguments."""
+    from lad_kernels import reference
+
+    operands = _prepared(given, options)
+    return without_autocast(reference.linear_cross_entropy)(
+        operands.hidden,
+        operands.weight,
+        given.target_ids.long(),
+        bias=given.bias,
+        ignore_index=options.ignore_index,
+        reduction=options.reduction,
+        label_smoothing=options.label_smoothing,
+        z_loss=options.z_loss,
+        token_weights=options.token_weights,
+        temperature=given.temperature,
+        logit_scale=given.logit_scale,
+        softcap=given.softcap,
+        return_stats=options.return_stats,
+    )
+
+
+@without_autocast
+def _by_token(given: HeadArguments, options: _Options) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+    """One loss per token, in the shape of target_ids, out of the head's differentiable outputs."""
+    counts, smoothing, z_loss, stats = given.target_ids != options.ignore_index, *options[2:4], options.return_stats
+    out = token_outputs(given, counts, return_entropy=stats, return_mean_logit=smoothing > 0, return_correct=stats)
+    weights = counts.to(out.lse.dtype)  # the shape of target_ids, 0 where ignored
+    if options.token_weights is not None:
+        weights = torch.where(counts, options.token_weights.detach().to(weights.dtype), 0.0)
+    loss = _loss(out.logprobs, out.lse, out.mean_logit, smoothing, z_loss)
+    loss = _weighted(weights, loss)
+    if not stats:
+        return loss
+    logprobs, entropy, lse = out.logprobs.detach(), out.entropy.detach(), out.lse.detach()
+    accuracy = out.correct.to(lse.dtype).sum() / counts.sum().clamp(min=1)  # []
+    penalty = (weights * z_loss * lse.square()).sum()  # []
+    return loss, CrossEntropyStats(accuracy, out.correct, logprobs, entropy, penalty, {})
+
+
+def _prepared(given: HeadArguments, options: _Options, needs: Needs | None = None) -> Operands:
+    """Ignored tokens dropped; `needs` as in `prepare`."""
+    loss_mask = given.target_ids != options.ignore_index  # the shape of target_ids
+    alike = {"loss_mask": loss_mask, "reduction": options.reduction, "z_loss": options.z_loss}
+    alike |= {"token_weights": options.token_weights, "backward": options.backward}
+    alike |= {"tail_mass": options.tail_mass, "tail": options.tail}
+    return prepare(given, loss_mask, None, alike, needs)
+
+
+def _run(operands: Operands, options: _Options, needs: Needs) -> tuple[StepResult, int, _CrossEntropy]:
+    """The forward, how many flops it launched, and the loss with its outputs."""
+    stats = options.return_stats
+    loss = _CrossEntropy.of(operands, options)
+    with torch.no_grad(), flops.counting() as tally:
+        return Step(operands.head(), loss, needs, Wanted(stats, stats, stats)).run(), tally[0], loss
+
+
+def _checked(given: HeadArguments, options: _Options) -> _Options:
+    """The options, with numbers as Python numbers; raises ValueError or TypeError."""
+    ignore_index, reduction, _, _, token_weights, backward, _, tail, return_stats = options
+    checks.plain_tensor("target_ids", given.target_ids)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
+    check_choice("reduction", reduction, REDUCTIONS)
+    tail_mass = check_tail(backward, options.tail_mass, tail)
+    smoothing = check_number("label_smoothing", options.label_smoothing, 0.0)
+    if smoothing >= 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {smoothing!r}")
+    if smoothing and given.softcap is not None:
+        raise ValueError(
+            f"label_smoothing: expected 0 with a softcap, got {smoothing!r}; the mean of capped logits needs all of "
+            f"them"
+        )
+    for name, value in (("label_smoothing", smoothing), ("return_stats", return_stats)):
+        if value and given.vocab_group is not None:
+            raise ValueError(
+                f"{name}: not built for a head that vocab_group spreads over ranks, got {value!r}; leave it out"
+            )
+    z_loss = check_number("z_loss", options.z_loss, 0.0)
     if reduction == "none" and (backward == "routed" or tail_mass):
         raise ValueError(
             f"reduction: 'none' has no routed backward, since its gradient is known too late; got "
             f"backward={backward!r} and tail_mass={tail_mass!r}; use 'mean' or 'sum'"
         )
-    given = HeadArguments(
-        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl
-    )
-    loss_mask = target_ids != ignore_index  # the shape of target_ids
-    checks.token_weights(token_weights, target_ids, loss_mask)
-    alike = {"loss_mask": loss_mask, "reduction": reduction, "z_loss": z_loss, "token_weights": token_weights}
-    operands = prepare(given, loss_mask, None, alike | {"backward": backward, "tail_mass": tail_mass, "tail": tail})
-    hidden, weight, bias, targets, layout = operands
-    if impl == "reference":
-        from lad_kernels import reference
-
-        return without_autocast(reference.linear_cross_entropy)(
-            hidden,
-            weight,
-            target_ids.long(),
-            bias=bias,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            token_weights=token_weights,
-            temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            return_stats=return_stats,
-        )
-    sparsity = Sparsity.of(tail_mass, tail, backward, hidden.dtype)
-    loss = _CrossEntropy.of(operands, reduction, label_smoothing, z_loss, token_weights, sparsity)
-    if reduction == "none":
-        by_token = _TokenCrossEntropy.apply(hidden, weight, bias, targets, layout, loss, return_stats)
-        return _answer(layout.packing.place(by_token), loss, layout.packing, {}, return_stats)
-    needs, wanted = operands.needs(), Wanted(return_stats, return_stats, return_stats)
-    with torch.no_grad(), flops.counting() as tally:
-        result = Step(operands.head(), loss, needs, wanted).run()
-    total, metrics = attach(operands, result, tally[0])
-    return _answer(total, loss, layout.packing, metrics, return_stats)
-
-
-@without_autocast
-def _answer(
-    total: Tensor, loss: _CrossEntropy, packing: Packing, metrics: dict[str, Tensor], return_stats: bool
-) -> Tensor | tuple[Tensor, CrossEntropyStats]:
-    """What the public function returns, given the loss [] or one of each token in the shape of target_ids."""
-    if not return_stats:
-        return total
-    logprobs, lse, entropy, correct = loss.out.logprobs, loss.out.lse, loss.out.entropy, loss.out.correct  # [M] each
-    accuracy = correct.to(lse.dtype).sum() / max(len(correct), 1)
-    z_loss = (loss.weights * loss.z_loss * lse.square()).sum() if loss.z_loss else lse.new_zeros(())
-    place = packing.place
-    return total, CrossEntropyStats(accuracy, place(correct), place(logprobs), place(entropy), z_loss, metrics)
-
-
-def _check(
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    sharded: bool,
-    return_stats: bool,
-) -> tuple[float, float]:
-    """The two coefficients as Python numbers."""
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
-    check_choice("reduction", reduction, REDUCTIONS)
-    label_smoothing = check_number("label_smoothing", label_smoothing, 0.0)
-    if label_smoothing >= 1:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing!r}")
-    if label_smoothing and softcap is not None:
-        raise ValueError(
-            f"label_smoothing: expected 0 with a softcap, got {label_smoothing!r}; the mean of capped logits needs all "
-            f"of them"
-        )
-    for name, value in (("label_smoothing", label_smoothing), ("return_stats", return_stats)):
-        if value and sharded:
-            raise ValueError(
-                f"{name}: not built for a head that vocab_group spreads over ranks, got {value!r}; leave it out"
-            )
-    return label_smoothing, check_number("z_loss", z_loss, 0.0)
+    if not torch.compiler.is_compiling():
+        checks.token_weights(token_weights, given.target_ids, given.target_ids != ignore_index)
+    return options._replace(label_smoothing=smoothing, z_loss=z_loss, tail_mass=tail_mass)
 
 
 @dataclass
@@ -201,50 +235,63 @@ class _CrossEntropy:
 
     @classmethod
     @without_autocast
-    def of(
-        cls,
-        operands: Operands,
-        reduction: str,
-        smoothing: float,
-        z_loss: float,
-        token_weights: Tensor | None,  # the shape of target_ids
-        sparsity: Sparsity,
-    ) -> _CrossEntropy:
+    def of(cls, operands: Operands, options: _Options) -> _CrossEntropy:
         hidden, targets = operands.hidden, operands.targets
         wide = torch.promote_types(hidden.dtype, torch.float32)
         weights = hidden.new_ones(len(targets), dtype=wide)  # [M]
-        if token_weights is not None:
-            weights = operands.layout.packing.take(token_weights.detach()).to(wide)
-        if reduction == "mean":
+        if options.token_weights is not None:
+            weights = operands.layout.packing.take(options.token_weights.detach()).to(wide)
+        if options.reduction == "mean":
             total = weights.sum()  # []
             weights = weights / torch.where(total == 0, 1.0, total)
-        return cls(operands.head(), weights, smoothing, z_loss, sparsity)
+        sparsity = Sparsity.of(options.tail_mass, options.tail, options.backward, hidden.dtype)
+        return cls(operands.head(), weights, options.label_smoothing, options.z_loss, sparsity)
 
     @property
     def known_before(self) -> bool:
         return self.z_loss == 0
 
-    def by_token(self, out: HeadForward) -> Tensor:
-        """[M] l."""
-        loss = -out.logprobs if not self.smoothing else -(1 - self.smoothing) * out.logprobs  # [M]
-        if self.smoothing:
-            loss = loss + self.smoothing * (out.lse - self.head.mean_logits())
-        if self.z_loss:
-            loss = loss + self.z_loss * out.lse.square()
-        return torch.where(self.weights == 0, 0.0, self.weights * loss)  # a weight of 0 also where a loss is infinite
-
     def terms(self, out: HeadForward) -> LossTerms:
-        mean = -self.smoothing * self.weights if self.smoothing else None  # [M]
-        self.out = out
-        return LossTerms(
-            self.by_token(out).sum(), _gradient(self.weights, out.lse, self.smoothing, self.z_loss), {}, mean_logit=mean
-        )
+        weights, smoothing, self.out = self.weights, self.smoothing, out
+        mean = self.head.mean_logits() if smoothing else None  # [M]
+        loss = _weighted(weights, _loss(out.logprobs, out.lse, mean, smoothing, self.z_loss)).sum()
+        gradient = _gradient(weights, out.lse, smoothing, self.z_loss)
+        return LossTerms(loss, gradient, {}, mean_logit=-smoothing * weights if smoothing else None)
 
     def gradient(self, rows: slice, out: HeadForward) -> LogitGradient:  # [C]
         return _gradient(self.weights[rows], out.lse[rows], self.smoothing, self.z_loss)
 
     def gradient_of(self, chosen: Tensor, out: HeadForward) -> LogitGradient:  # [S]
         return _gradient(self.weights[chosen], out.lse, self.smoothing, self.z_loss)
+
+    @without_autocast
+    def stats(self, packing: Packing, metrics: dict[str, Tensor]) -> CrossEntropyStats:
+        """What `return_stats` asks for, after `terms`."""
+        logprobs, lse, entropy, correct = (
+            self.out.logprobs,
+            self.out.lse,
+            self.out.entropy,
+            self.out.correct,
+        )  # [M] each
+        accuracy = correct.to(lse.dtype).sum() / max(len(correct), 1)  # []
+        z_loss = (self.weights * self.z_loss * lse.square()).sum()  # []
+        place = packing.place
+        return CrossEntropyStats(accuracy, place(correct), place(logprobs), place(entropy), z_loss, metrics)
+
+
+def _loss(logprobs: Tensor, lse: Tensor, mean_logit: Tensor | None, smoothing: float, z_loss: float) -> Tensor:
+    """l of every token without its weight, all of one shape."""
+    loss = -logprobs
+    if mean_logit is not None:
+        loss = (1 - smoothing) * loss + smoothing * (lse - mean_logit)
+    if z_loss:
+        loss = loss + z_loss * lse.square()
+    return loss
+
+
+def _weighted(weights: Tensor, loss: Tensor) -> Tensor:
+    """Of one shape; a weight of 0 gives 0 also where a loss is infinite."""
+    return torch.where(weights == 0, 0.0, weights * loss)
 
 
 def _gradient(weights: Tensor, lse: Tensor, smoothing: float, z_loss: float) -> LogitGradient:  # [C], [C] -> [C]
@@ -253,42 +300,51 @@ def _gradient(weights: Tensor, lse: Tensor, smoothing: float, z_loss: float) -> 
     return LogitGradient(-(1 - smoothing) * weights, prob)
 
 
-class _TokenCrossEntropy(torch.autograd.Function):
-    """(hidden, weight, bias) -> a loss per token [M], with any upstream gradient."""
+# Each in the shape of target_ids, [0] where it is not wanted; numbers: accuracy, z-loss and metrics [2 + K].
+_OUTPUTS = "Tensor loss, Tensor correct, Tensor logprobs, Tensor entropy, Tensor numbers"
+_ARGUMENTS = (
+    "int ignore_index, str reduction, float label_smoothing, float z_loss, Tensor? token_weights, str backward, "
+    "float? tail_mass, str tail, bool return_stats"
+)
 
-    @staticmethod
-    @without_autocast
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        layout: Layout,
-        loss: _CrossEntropy,
-        want_stats: bool,
-    ) -> Tensor:
-        temperatures = layout.transform.temperatures
-        loss.out = out = loss.head.forward(want_entropy=want_stats, want_correct=want_stats)
-        ctx.save_for_backward(hidden, weight, bias, targets, temperatures, out.lse, out.lse_rest, loss.weights)
-        ctx.layout, ctx.smoothing, ctx.z_loss = layout, loss.smoothing, loss.z_loss
-        ctx.set_materialize_grads(False)
-        return loss.by_token(out)
 
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, grad: Tensor | None) -> tuple:  # [M]
-        checks.refuse_double_backward()
-        needs = Needs(*ctx.needs_input_grad[:3])
-        if grad is None or not any(needs):
-            return (None,) * 7
-        hidden, weight, bias, targets, temperatures, lse, rest, weights = ctx.saved_tensors
-        weights = weights * grad  # [M]
-        gradient = _gradient(weights, lse, ctx.smoothing, ctx.z_loss).with_rest(rest)
-        active = gradient.active()  # [A]
-        head = ctx.layout.head(hidden, weight, bias, targets, temperatures).select(active)
-        gradients = head.backward(select(lse, active), gradient.select(active), None, needs)
-        if ctx.smoothing:
-            head.add_mean_logit(gradients, -ctx.smoothing * select(weights, active))
-        gradients = gradients.shaped(hidden)
-        return gradients.hidden, gradients.weight, gradients.bias, None, None, None, None
+def _compiled(given: HeadArguments, options: _Options) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+    """The operator's call, for torch.compile and torch.export to trace."""
+    given = in_autocast_dtype(given)
+    loss, correct, logprobs, entropy, numbers = _operator(*given.flat(), *options)
+    if not options.return_stats:
+        return loss
+    needs = Needs.of(given.hidden_states, given.lm_head_weight, given.bias)
+    values = unstacked(numbers, _numbers(needs), loss.dtype)
+    accuracy, z_loss = values.pop("token_accuracy"), values.pop("z_loss")
+    return loss, CrossEntropyStats(accuracy, correct, logprobs, entropy, z_loss, values)
+
+
+def _numbers(needs: Needs) -> tuple[str, ...]:
+    """Names of the statistics that are one number each."""
+    return ("token_accuracy", "z_loss", *(HEAD_METRICS if any(needs) else ()), "head_flops")
+
+
+def _without_values(*arguments: Any, needs: Needs) -> tuple[Tensor, ...]:
+    given, options = HeadArguments.of_flat(arguments[:10]), _Options(*arguments[10:])
+    hidden, stats, names = given.hidden_states, options.return_stats, _numbers(needs)
+    new = functools.partial(hidden.new_empty, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    shape, count = (given.target_ids.shape, len(names)) if stats else ((0,), 0)
+    correct = hidden.new_empty(shape, dtype=torch.bool)
+    return new(()), correct, new(shape), new(shape), hidden.new_empty(count, dtype=widest(hidden.device))
+
+
+@step_operator("linear_cross_entropy", f"{SCHEMA}, {_ARGUMENTS}", _OUTPUTS, _without_values)
+def _operator(*arguments: Any, needs: Needs) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    given = HeadArguments.of_flat(arguments[:10])
+    options = _checked(given, _Options(*arguments[10:]))
+    operands = _prepared(given, options, needs)
+    result, count, loss = _run(operands, options, needs)
+    gradients, new = gradients_of(operands, result, needs), result.logprobs.new_empty
+    if not options.return_stats:
+        nothing = (new(0, dtype=torch.bool), new(0), new(0), new(0, dtype=widest(new(0).device)))
+        return (result.terms.loss, *nothing), gradients
+    stats = loss.stats(operands.layout.packing, all_metrics(result, count))
+    numbers = stats.metrics | {"token_accuracy": stats.token_accuracy, "z_loss": stats.z_loss}
+    outputs = (stats.correct, stats.logprobs, stats.entropy, stacked(numbers, _numbers(needs)))
+    return (result.terms.loss, *outputs), gradients

@@ -196,8 +196,17 @@ def self_check(device: torch.device, impl: str, dtype: torch.dtype = torch.float
     results = []
     for kind, precision in ((impl, dtype), ("reference", torch.float64)):
         h, w = (x.to(device, precision).requires_grad_() for x in (hidden, weight))
-        given = {"old_logprobs": old.to(device, precision), "rewards": rewards.to(device, precision), "group_size": 4}
-        loss = linear_lad_loss(h, w, targets, **given, loss_mask=mask, cu_seqlens=cu_seqlens, impl=kind).loss
+        loss = linear_lad_loss(
+            h,
+            w,
+            targets,
+            old.to(device, precision),
+            rewards=rewards.to(device, precision),
+            group_size=4,
+            loss_mask=mask,
+            cu_seqlens=cu_seqlens,
+            impl=kind,
+        ).loss
         results.append((loss.detach(), *torch.autograd.grad(loss, (h, w))))
     return max(((ours - truth).norm() / truth.norm()).item() for ours, truth in zip(*results))
 

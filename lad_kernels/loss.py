@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from lad_kernels import checks
-from lad_kernels.autocast import without_autocast
-from lad_kernels.head import HeadArguments, HeadForward, LogitGradient, Operands, Sparsity, flops, prepare
-from lad_kernels.objective import GRPOConfig, LADConfig, Objective, PolicyConfig, PolicyInputs, validate
+from lad_kernels.compiled_loss import compiled_loss
+from lad_kernels.head import HeadArguments
+from lad_kernels.objective import GRPOConfig, LADConfig, PolicyConfig, PolicyInputs
 from lad_kernels.outputs import LossOutput
-from lad_kernels.step import LossTerms, Step, Wanted, attach
+from lad_kernels.policy_step import prepared, reference_loss, run
+from lad_kernels.step import Wanted, attach
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@torch.compiler.disable
 def linear_lad_loss(
     hidden_states: Tensor,  # [N, D] or [B, T, D]
     lm_head_weight: Tensor,  # [V, D]
@@ -108,7 +108,6 @@ def linear_lad_loss(
     return _linear_loss(given, inputs, config, Wanted(return_logprobs, return_entropy))
 
 
-@torch.compiler.disable
 def linear_grpo_loss(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -194,19 +193,15 @@ class LADLoss(nn.Module):
 
 
 def _linear_loss(given: HeadArguments, inputs: PolicyInputs, config: PolicyConfig, wanted: Wanted) -> LossOutput:
-    checks.plain_tensor("target_ids", given.target_ids)
     checks.vocab_group(given.vocab_group, given.impl, config.backward)
-    inputs = validate(inputs, given.target_ids, "target_ids", config)
-    alike = vars(inputs) | {"config": config, "return_entropy": wanted.entropy, "return_logprobs": wanted.logprobs}
-    operands = prepare(given, inputs.loss_mask, inputs.cu_seqlens, alike)
+    if torch.compiler.is_compiling() and given.impl != "reference":
+        return compiled_loss(given, inputs, config, wanted)
+    inputs, operands = prepared(given, inputs, config, wanted)
     if given.impl == "reference":
-        return _reference_loss(operands, given, inputs, config, wanted)
-    packing, needs = operands.layout.packing, operands.needs()
-    with torch.no_grad(), flops.counting() as tally:
-        loss = _PolicyLoss(operands, inputs, config, given.impl)
-        result = Step(operands.head(), loss, needs, wanted).run()
-    advantages = result.terms.advantages
-    total, metrics = attach(operands, result, tally[0])
+        return reference_loss(operands, given, inputs, config, wanted)
+    result, count = run(operands, inputs, config, wanted, given.impl, operands.needs())
+    packing, advantages = operands.layout.packing, result.terms.advantages
+    total, metrics = attach(operands, result, count)
     return LossOutput(
         loss=total,
         logprobs=packing.place(result.logprobs) if wanted.logprobs else None,
@@ -214,57 +209,3 @@ def _linear_loss(given: HeadArguments, inputs: PolicyInputs, config: PolicyConfi
         advantages=advantages if inputs.advantages is None else inputs.advantages.detach(),
         metrics=metrics,
     )
-
-
-class _PolicyLoss:
-    """LAD or a loss of the GRPO family as the head's step sees it."""
-
-    def __init__(self, operands: Operands, inputs: PolicyInputs, config: PolicyConfig, impl: str):
-        hidden, packing = operands.hidden, operands.layout.packing
-        self.sparsity = Sparsity.of(config.tail_mass, config.tail, config.backward, hidden.dtype)
-        self.known_before = inputs.old_logprobs is None and config.kl_coef == 0 and config.entropy_coef == 0
-        self.needs_outputs = config.is_direct
-        self.needs_entropy = config.entropy_coef != 0
-        self.spans = "token" if config.importance_sampling_level == "token" else "sequence"
-        self.cu_seqlens = packing.cu_seqlens
-        self._old, self._packing = inputs.old_logprobs, packing
-        self._objective = Objective(inputs, packing, config, impl, hidden)
-
-    @property
-    def prior(self) -> Tensor | None:
-        """[M] log-probabilities of the behaviour policy; any number where the objective drops the token."""
-        if self._old is None:
-            return None
-        return self._packing.take(self._old.detach()).to(self._objective.dtype).nan_to_num(0.0, 0.0, 0.0)
-
-    def terms(self, out: HeadForward) -> LossTerms:
-        terms = self._objective.terms(out.logprobs, out.entropy)
-        c, c_entropy = terms.dlogprobs, terms.dentropy  # [M], [M]
-        gradient = LogitGradient(c, -c if c_entropy is None else -c - c_entropy * out.entropy, c_entropy)
-        return LossTerms(terms.loss, gradient, terms.metrics, advantages=terms.advantages)
-
-    def gradient(self, rows: slice, out: HeadForward) -> LogitGradient:  # [C]
-        return LogitGradient.of_logprobs(self._objective.coefficients(rows, out.logprobs[rows]))
-
-    def gradient_of(self, chosen: Tensor, out: HeadForward) -> LogitGradient:  # [S]
-        """With ratio 1 (or 0 nats) for all other tokens."""
-        count, prior = self._packing.tokens, self.prior
-        every = out.logprobs.new_zeros(count) if prior is None else prior  # [M]
-        every.index_copy_(0, chosen, out.logprobs)
-        return LogitGradient.of_logprobs(self._objective.coefficients(slice(0, count), every)[chosen])
-
-
-def _reference_loss(
-    operands: Operands, given: HeadArguments, inputs: PolicyInputs, config: PolicyConfig, wanted: Wanted
-) -> LossOutput:
-    """The specification on validated arguments."""
-    from lad_kernels import reference
-
-    loss: Any = reference.linear_lad_loss if isinstance(config, LADConfig) else reference.linear_grpo_loss
-    return without_autocast(loss)(
-        operands.hidden, operands.weight, given.target_ids.long(), inputs.old_logprobs, advantages=inputs.advantages,
-        rewards=inputs.rewards, group_size=inputs.group_size, group_ids=inputs.group_ids, loss_mask=inputs.loss_mask,
-        cu_seqlens=inputs.cu_seqlens, bias=given.bias, temperature=given.temperature, logit_scale=given.logit_scale,
-        softcap=given.softcap, config=config, normalizer=inputs.normalizer, ref_logprobs=inputs.ref_logprobs,
-        rollout_is_weights=inputs.rollout_is_weights, return_entropy=wanted.entropy, return_logprobs=wanted.logprobs,
-    )  # fmt: skip

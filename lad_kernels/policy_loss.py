@@ -15,17 +15,26 @@ from torch import Tensor
 
 from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
-from lad_kernels.head import HeadArguments, HeadForward, LogitGradient, Operands, Sparsity, flops, prepare
+from lad_kernels.head import (
+    HeadArguments,
+    HeadForward,
+    LogitGradient,
+    Operands,
+    Sparsity,
+    flops,
+    in_autocast_dtype,
+    prepare,
+    token_outputs,
+)
 from lad_kernels.objective import check_tail
 from lad_kernels.outputs import LossOutput
-from lad_kernels.packing import Packing
-from lad_kernels.step import LossTerms, Step, Wanted, attach
+from lad_kernels.packing import Packing, pack, sequence_of
+from lad_kernels.step import HEAD_METRICS, LossTerms, Step, Wanted, attach
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _SAME = 1e-4  # of the largest coefficient: of the same log-probs equal bits were measured; a mean is off by all of it
-_OURS = {"kept_share", "routed_share", "dropped_mass_mean", "dropped_mass_max", "dhidden_bound", "dweight_bound"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +75,6 @@ class Tokens:
 Objective = Callable[[Tensor, "Tensor | None", Tokens], "Tensor | tuple[Tensor, Mapping[str, Tensor]]"]
 
 
-@torch.compiler.disable
 def linear_policy_loss(
     hidden_states: Tensor,  # [N, D] or [B, T, D]
     lm_head_weight: Tensor,  # [V, D]
@@ -122,6 +130,14 @@ def linear_policy_loss(
             or range; the message says which.
         RuntimeError: impl='triton' where Triton cannot run; torch.func transforms; double backward.
     """
+    given = HeadArguments(
+        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl
+    )
+    wanted = Wanted(return_logprobs, return_entropy)
+    if torch.compiler.is_compiling() and impl != "reference":
+        if backward == "routed":
+            raise ValueError("backward: 'routed' is not built for linear_policy_loss under torch.compile; use 'auto'")
+        return _compiled(in_autocast_dtype(given), objective, loss_mask, cu_seqlens, wanted)
     checks.plain_tensor("target_ids", target_ids)
     if not callable(objective):
         raise TypeError(
@@ -133,12 +149,9 @@ def linear_policy_loss(
     checks.vocab_group(vocab_group, impl, backward)
     if cu_seqlens is not None and loss_mask is None:
         loss_mask = torch.ones_like(target_ids, dtype=torch.bool)  # so that those beyond the last bound are dropped
-    given = HeadArguments(
-        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl
-    )
     alike = {"loss_mask": loss_mask, "return_entropy": return_entropy, "separable": separable, "backward": backward}
     operands = prepare(given, loss_mask, cu_seqlens, alike | {"tail_mass": tail_mass, "tail": tail})
-    packing, needs, wanted = operands.layout.packing, operands.needs(), Wanted(return_logprobs, return_entropy)
+    packing, needs = operands.layout.packing, operands.needs()
     sparsity, device = Sparsity.of(tail_mass, tail, backward, operands.hidden.dtype), operands.hidden.device
     loss = _OwnLoss(objective, packing, sparsity, device, needs_entropy=return_entropy, separable=separable)
     if impl == "reference":
@@ -275,7 +288,7 @@ def _checked(metrics: Mapping[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
     """0-d and detached."""
     found = {}
     for name, value in metrics.items():
-        if name in _OURS or name == "head_flops":
+        if name in HEAD_METRICS or name == "head_flops":
             raise ValueError(f"objective: metric {name!r} is one of the head's own; give yours another name")
         x = value if isinstance(value, Tensor) else torch.as_tensor(value)
         if x.numel() != 1:
@@ -287,6 +300,33 @@ def _checked(metrics: Mapping[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
 def _rows(out: HeadForward, rows: slice) -> HeadForward:
     """Log-probs and entropy [C] of some tokens."""
     return HeadForward(out.logprobs[rows], out.lse[rows], None if out.entropy is None else out.entropy[rows], None)
+
+
+@without_autocast
+def _compiled(
+    given: HeadArguments,
+    objective: Objective,
+    loss_mask: Tensor | None,  # the shape of target_ids
+    cu_seqlens: Tensor | None,  # [B + 1]
+    wanted: Wanted,
+) -> LossOutput:
+    """For torch.compile to trace: the head's operator, with an exact gradient in two passes, and the objective."""
+    out = token_outputs(given, loss_mask, return_entropy=wanted.entropy)
+    packing = pack(given.target_ids, loss_mask, cu_seqlens)
+    kept, bounds = packing.kept, packing.cu_seqlens  # [M], [B + 1]
+    if kept is None:
+        kept = torch.arange(packing.tokens, device=out.lse.device)
+    tokens = Tokens(kept, None if bounds is None else sequence_of(packing.tokens, bounds), packing.shape)
+    entropy = packing.take(out.entropy) if wanted.entropy else None  # [M]
+    found = objective(packing.take(out.logprobs), entropy, tokens)
+    loss, metrics = found if isinstance(found, tuple) else (found, {})
+    return LossOutput(
+        loss=loss,
+        logprobs=out.logprobs.detach() if wanted.logprobs else None,
+        entropy=out.entropy.detach() if wanted.entropy else None,
+        advantages=None,
+        metrics=_checked(metrics, loss),
+    )
 
 
 @without_autocast

@@ -8,7 +8,7 @@ after the forward   score, then the backward of the tokens with a gradient, dens
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -33,6 +33,10 @@ from lad_kernels.head import (
     select_active,
     takes_one_pass,
 )
+from lad_kernels.operators import widest
+
+# Metrics of a backward, by plan.py
+HEAD_METRICS = ("kept_share", "routed_share", "dropped_mass_mean", "dropped_mass_max", "dhidden_bound", "dweight_bound")
 
 
 class Wanted(NamedTuple):
@@ -234,21 +238,29 @@ class Step:
 
 def attach(operands: Operands, result: StepResult, flops: int) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss [] with its gradient, and all metrics; `flops` were launched so far."""
-    plan, loss, metrics = result.plan, result.terms.loss, dict(result.terms.metrics)
+    plan, loss = result.plan, result.terms.loss
     if plan is not None:
         hidden, weight, bias, targets, layout = operands
         loss = _LinearLoss.apply(hidden, weight, bias, targets, loss, layout, plan)
+    return loss, all_metrics(result, flops)
+
+
+def all_metrics(result: StepResult, flops: int) -> dict[str, Tensor]:
+    """Those of the loss and of the head; `flops` were launched so far."""
+    plan, metrics, loss = result.plan, dict(result.terms.metrics), result.terms.loss
+    if plan is not None:
         metrics |= plan.metrics
     count = flops + (0 if plan is None else plan.flops)
-    widest = torch.float32 if loss.device.type == "mps" else torch.float64  # that the device has
-    metrics["head_flops"] = torch.full((), count, dtype=widest, device=loss.device)  # []
-    return loss, metrics
+    metrics["head_flops"] = torch.full((), count, dtype=widest(loss.device), device=loss.device)  # []
+    return metrics
 
 
 class _LinearLoss(torch.autograd.Function):
     """Gives the loss its gradient with respect to (hidden, weight, bias), from coefficients already known.
 
-    The loss keeps whatever graph it has of its own: parameters of an objective get their gradients through it.
+    The loss keeps whatever graph it has of its own: parameters of an objective get their gradients through it. All
+    tensors are saved by autograd, so that hooks on saved tensors see them. Gradients that one pass has computed are
+    given away; a second backward computes them again.
     """
 
     @staticmethod
@@ -262,8 +274,9 @@ class _LinearLoss(torch.autograd.Function):
         layout: Layout,
         plan: BackwardPlan,
     ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, targets, layout.transform.temperatures)
-        ctx.layout, ctx.plan = layout, plan
+        tensors = plan.tensors()
+        ctx.save_for_backward(hidden, weight, bias, targets, *layout.tensors(), *tensors)
+        ctx.layout, ctx.plan = layout.holding(None, None), plan.holding([None] * len(tensors))
         ctx.set_materialize_grads(False)
         return loss.clone()
 
@@ -273,7 +286,8 @@ class _LinearLoss(torch.autograd.Function):
         checks.refuse_double_backward()
         if grad is None:
             return (None,) * 7
-        hidden, weight, bias, targets, temperatures = ctx.saved_tensors
-        head = ctx.layout.head(hidden, weight, bias, targets, temperatures)
-        gradients = ctx.plan.run(head, grad).shaped(hidden)
+        hidden, weight, bias, targets, kept, temperatures, *tensors = ctx.saved_tensors
+        plan, ctx.plan = ctx.plan.holding(tensors), replace(ctx.plan, ready=None)
+        head = ctx.layout.holding(kept, temperatures).head(hidden, weight, bias, targets)
+        gradients = plan.run(head, grad).shaped(hidden)
         return gradients.hidden, gradients.weight, gradients.bias, None, grad, None, None

@@ -5,8 +5,8 @@ What the rest of the package uses of it.
 
 from lad_kernels.head.dispatch import Sparsity
 from lad_kernels.head.head import Head
-from lad_kernels.head.logprobs import linear_logprobs
-from lad_kernels.head.operands import HeadArguments, Layout, Operands, prepare
+from lad_kernels.head.logprobs import linear_logprobs, token_outputs
+from lad_kernels.head.operands import SCHEMA, HeadArguments, Layout, Operands, in_autocast_dtype, prepare
 from lad_kernels.head.plan import (
     BackwardPlan,
     forward_for_backward,
@@ -19,6 +19,7 @@ from lad_kernels.head.profile import SparsityProfile, profile_sparsity
 from lad_kernels.head.records import HeadForward, HeadGradients, LogitGradient, Needs, select
 
 __all__ = [
+    "SCHEMA",
     "BackwardPlan",
     "Head",
     "HeadArguments",
@@ -31,6 +32,7 @@ __all__ = [
     "Sparsity",
     "SparsityProfile",
     "forward_for_backward",
+    "in_autocast_dtype",
     "linear_logprobs",
     "one_pass_chunks",
     "plan_backward",
@@ -39,4 +41,5 @@ __all__ = [
     "select",
     "select_active",
     "takes_one_pass",
+    "token_outputs",
 ]

@@ -129,9 +129,12 @@ class Head:
             tokens=self.tokens,
         )
 
-    def backward(self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: Needs) -> HeadGradients:
+    def backward(
+        self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: Needs, *, wide: bool = False
+    ) -> HeadGradients:
         """Gradients of hidden [N, D], zero for all other tokens, of weight and of bias; exact without a routing.
 
+        In the dtypes of the inputs, or with `wide` in that of the sums, float32 (float64 for float64).
         Where all tokens at once would exceed Triton's memory.BUDGET they are processed in chunks, and dW and dbias are
         accumulated in float32.
         """
@@ -141,12 +144,13 @@ class Head:
             gathered = self.tokens is not None
             size, workspace = self.work(needs).token_chunk(size, gathered=gathered, dense=dense, pairs=pairs)
         if size == len(lse):
-            gradients = self.chunk_gradients(lse, gradient, routing, needs, workspace)
+            sums = GradientSums.zeros(self.weight, self.bias, needs) if wide else None
+            gradients = self.chunk_gradients(lse, gradient, routing, needs, workspace, sums=sums)
             dh = gradients.hidden  # [M, D]
             return gradients if dh is None else gradients._replace(hidden=scatter(dh, self.hidden, self.tokens))
         head = self if self.weight.stride(1) == 1 else replace(self, weight=self.weight.contiguous())
         sums = GradientSums.zeros(self.weight, self.bias, needs)
-        dh = self.no_gradient() if needs.hidden else None  # [N, D]
+        dh = self.no_gradient(wide) if needs.hidden else None  # [N, D]
         for first in range(0, len(lse), size):
             chunk = slice(first, min(first + size, len(lse)))
             gradients = head.select(chunk).chunk_gradients(
@@ -160,7 +164,7 @@ class Head:
             if dh is not None:
                 dh[chunk if self.tokens is None else self.tokens[chunk]] = gradients.hidden.to(dh.dtype)
             del gradients  # frees dH [C, D] before dW is rounded
-        return HeadGradients(dh, *sums.rounded(self.weight, self.bias))
+        return HeadGradients(dh, *sums.rounded(self.weight, self.bias, wide))
 
     def chunk_gradients(
         self,
@@ -236,6 +240,7 @@ class Head:
         """The M tokens, a thousand at a time, so that little is widened at once."""
         return [slice(i, min(i + 1024, len(self.targets))) for i in range(0, len(self.targets), 1024)]
 
-    def no_gradient(self) -> Tensor:
+    def no_gradient(self, wide: bool = False) -> Tensor:
         """Zeros [N, D]."""
-        return self.hidden.new_zeros(self.hidden.shape[:-1].numel(), self.hidden.shape[-1])
+        dtype = torch.promote_types(self.hidden.dtype, torch.float32) if wide else self.hidden.dtype
+        return self.hidden.new_zeros(self.hidden.shape[:-1].numel(), self.hidden.shape[-1], dtype=dtype)

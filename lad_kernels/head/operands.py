@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,31 @@ class HeadArguments(NamedTuple):
     vocab_group: ProcessGroup | None
     impl: str
 
+    def flat(self) -> tuple:
+        """As an operator takes them, in the order of SCHEMA."""
+        t, group = self.temperature, self.vocab_group
+        temperatures, temperature = (t, 1.0) if isinstance(t, Tensor) else (None, t)
+        name = "" if group is None else group.group_name
+        return (*self[:4], temperatures, temperature, *self[5:7], name, self.impl)
+
+    @classmethod
+    def of_flat(cls, flat: Sequence[Any]) -> HeadArguments:
+        """Of what `flat` gave."""
+        hidden, weight, targets, bias, temperatures, temperature, scale, softcap, name, impl = flat
+        group = None
+        if name:
+            from torch.distributed.distributed_c10d import _resolve_process_group as group_named
+
+            group = group_named(name)
+        temperature = temperature if temperatures is None else temperatures
+        return cls(hidden, weight, targets, bias, temperature, scale, softcap, group, impl)
+
+
+SCHEMA = (
+    "Tensor hidden_states, Tensor lm_head_weight, Tensor target_ids, Tensor? bias, Tensor? temperatures, "
+    "float temperature, float logit_scale, float? softcap, str vocab_group, str impl"
+)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -43,17 +68,24 @@ class Layout:
     triton: bool
     shard: Shard | None  # this rank's part of the vocabulary; None: all rows are here
 
-    def head(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperatures: Tensor | None
-    ) -> Head:
-        """hidden [N, D] or [B, T, D], weight [V, D], bias [V], targets [M], temperatures [M] as they were saved."""
+    def head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Head:
+        """hidden [N, D] or [B, T, D], weight [V, D], bias [V], targets [M]."""
         rows, tokens = self.packing.source(hidden)
-        transform = self.transform.at(temperatures)
         if self.shard is None:
-            return Head(rows, weight, targets, bias, transform, self.triton, tokens)
+            return Head(rows, weight, targets, bias, self.transform, self.triton, tokens)
         from lad_kernels.head.vocab_parallel import ShardedHead
 
-        return ShardedHead(rows, weight, targets, bias, transform, self.triton, tokens, shard=self.shard)
+        return ShardedHead(rows, weight, targets, bias, self.transform, self.triton, tokens, shard=self.shard)
+
+    def tensors(self) -> tuple[Tensor | None, Tensor | None]:
+        """Tokens that take part [M] and temperatures [M], for autograd to save."""
+        return self.packing.kept, self.transform.temperatures
+
+    def holding(self, kept: Tensor | None, temperatures: Tensor | None) -> Layout:
+        """The same with these tensors and no others, for a backward."""
+        number = 1.0 if self.transform.temperatures is not None else self.transform.temperature
+        transform = replace(self.transform, temperature=number if temperatures is None else temperatures)
+        return replace(self, packing=Packing(self.packing.shape, kept, None), transform=transform)
 
 
 class Operands(NamedTuple):
@@ -67,12 +99,26 @@ class Operands(NamedTuple):
 
     def head(self) -> Head:
         """The head on the M tokens that take part."""
-        temperatures = self.layout.transform.temperatures
-        return self.layout.head(self.hidden, self.weight, self.bias, self.targets, temperatures)
+        return self.layout.head(self.hidden, self.weight, self.bias, self.targets)
 
     def needs(self) -> Needs:
         """Which gradients are asked for."""
         return Needs.of(self.hidden, self.weight, self.bias)
+
+
+def in_autocast_dtype(given: HeadArguments) -> HeadArguments:
+    """Checked, with hidden states and weight in the dtype of torch.autocast, if that is on."""
+    hidden, weight = given.hidden_states, given.lm_head_weight
+    if not torch.compiler.is_compiling():  # the operators check again what they are given
+        sharded = given.vocab_group is not None
+        checks.plain_tensor("hidden_states", hidden)
+        autocast = torch.is_autocast_enabled(hidden.device.type)
+        checks.head(hidden, weight, given.target_ids, given.bias, autocast=autocast, sharded=sharded)
+        checks.transform(given.temperature, given.logit_scale, given.softcap, given.target_ids)
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return given
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return given._replace(hidden_states=hidden.to(dtype), lm_head_weight=weight.to(dtype))
 
 
 def prepare(
@@ -80,21 +126,17 @@ def prepare(
     loss_mask: Tensor | None,  # the shape of target_ids
     cu_seqlens: Tensor | None,  # [B + 1]
     replicated: Mapping[str, object],
+    needs: Needs | None = None,
 ) -> Operands:
     """Validate and pack; collective on the vocabulary group.
 
     Args:
         replicated: arguments besides those of `given` that must be the same on every rank of the group, by name.
+        needs: which gradients are asked for; None: those of inputs that require one.
     """
-    sharded, weight, hidden = given.vocab_group is not None, given.lm_head_weight, given.hidden_states
     checks.impl(given.impl)
-    checks.plain_tensor("hidden_states", hidden)
-    autocast = torch.is_autocast_enabled(hidden.device.type)
-    checks.head(hidden, weight, given.target_ids, given.bias, autocast=autocast, sharded=sharded)
-    checks.transform(given.temperature, given.logit_scale, given.softcap, given.target_ids)
-    if autocast:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    given = in_autocast_dtype(given)
+    hidden, weight = given.hidden_states, given.lm_head_weight
     triton = checks.use_triton(given.impl, hidden.device, hidden.dtype)
     packing = pack(given.target_ids, loss_mask, cu_seqlens)
     targets = packing.take(given.target_ids).long()  # [M]
@@ -106,10 +148,38 @@ def prepare(
 
         own = {name: getattr(given, name) for name in ("temperature", "logit_scale", "softcap", "impl")}
         alike = {"hidden_states": hidden, **own, **replicated}
-        shard = vocab_parallel.join(given.vocab_group, hidden, weight, given.bias, targets, alike, packing)
+        shard = vocab_parallel.join(
+            given.vocab_group,
+            hidden,
+            weight,
+            given.bias,
+            targets,
+            alike,
+            packing,
+            needs or Needs.of(hidden, weight, given.bias),
+        )
     checks.target_range(targets, len(weight) if shard is None else shard.vocabulary)
     layout = Layout(packing, _transform(given, packing, hidden.dtype), triton, shard)
     return Operands(hidden, weight, given.bias, targets, layout)
+
+
+def every_position(given: HeadArguments, rows: list[int]) -> Head:
+    """The head on all N positions, whose targets may be anything where masked; `rows` of every rank, or none.
+
+    For a backward: the call has been checked, and tokens without a gradient are left out later.
+    """
+    hidden, weight, group = given.hidden_states, given.lm_head_weight, given.vocab_group
+    packing, shard, vocabulary = Packing(given.target_ids.shape, None, None), None, len(weight)
+    if group is not None:
+        from lad_kernels.head.vocab_parallel import Shard
+
+        shard, vocabulary = Shard(group, group.rank(), rows), sum(rows)
+    targets = given.target_ids.reshape(-1).long().clamp(0, vocabulary - 1)  # [N]
+    triton, transform = (
+        checks.use_triton(given.impl, hidden.device, hidden.dtype),
+        _transform(given, packing, hidden.dtype),
+    )
+    return Layout(packing, transform, triton, shard).head(hidden, weight, given.bias, targets)
 
 
 def _transform(given: HeadArguments, packing: Packing, dtype: torch.dtype) -> LogitTransform:

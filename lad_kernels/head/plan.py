@@ -7,8 +7,8 @@ rule keeps (token, block) pairs, if the cost model finds that faster.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,12 +36,32 @@ class BackwardPlan:
     mean_logit: Tensor | None = None  # [A] d loss / d (the mean of a token's logits); None: the loss has no such part
     ready: HeadGradients | None = None  # gradients that one pass has computed, for an upstream gradient of 1
 
-    def run(self, head: Head, upstream: Tensor) -> HeadGradients:
-        """Gradients of the hidden states [N, D], weight and bias, times `upstream` []; `head` has all M tokens."""
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All that it holds, for autograd to save."""
+        g, r, ready = self.gradient, self.routing, self.ready
+        routing = (None, None, None) if r is None else (r.rows, r.scale, r.dense)
+        gradients = (None, None, None) if ready is None else ready
+        return (self.active, self.lse, g.onehot, g.prob, g.entropy, self.mean_logit, *routing, *gradients)
+
+    def holding(self, tensors: Sequence[Tensor | None]) -> BackwardPlan:
+        """The same with these tensors; autograd does not notice changes to gradients that are ready."""
+        active, lse, onehot, prob, entropy, mean_logit, rows, scale, dense, *gradients = tensors
+        routing = None if self.routing is None else Routing(rows, scale, self.routing.counts, dense)
+        ready = None if self.ready is None else HeadGradients(*(None if x is None else x.data for x in gradients))
+        gradient = LogitGradient(onehot, prob, entropy)
+        return replace(
+            self, active=active, lse=lse, gradient=gradient, routing=routing, mean_logit=mean_logit, ready=ready
+        )
+
+    def run(self, head: Head, upstream: Tensor, *, wide: bool = False) -> HeadGradients:
+        """Gradients of the hidden states [N, D], weight and bias, times `upstream` []; `head` has all M tokens.
+
+        `wide`: not rounded to 16 bits, where one pass has not done that already.
+        """
         gradients, self.ready = self.ready, None
         part = head.select(self.active)
         if gradients is None:
-            gradients = part.backward(self.lse, self.gradient.scaled(upstream), self.routing, self.needs)
+            gradients = part.backward(self.lse, self.gradient.scaled(upstream), self.routing, self.needs, wide=wide)
         else:  # its buffers go to the caller; a second backward computes them again
             head.scale(gradients, upstream)
         if self.mean_logit is not None:

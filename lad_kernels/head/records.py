@@ -33,10 +33,7 @@ class LogitTransform:
 
     def select(self, tokens: Tensor | slice) -> LogitTransform:  # [A]
         """Of some of the tokens."""
-        return self.at(select(self.temperatures, tokens))
-
-    def at(self, temperatures: Tensor | None) -> LogitTransform:  # [N]
-        """The same with saved temperatures."""
+        temperatures = select(self.temperatures, tokens)
         return self if temperatures is None else replace(self, temperature=temperatures)
 
 
@@ -93,9 +90,11 @@ class LogitGradient:
         active = (self.onehot != 0) | (self.prob != 0)  # [N]
         return active if self.entropy is None else active | (self.entropy != 0)
 
-    def active(self) -> Tensor | None:
-        """Tokens [A] with a coefficient that is not zero, ascending; None if all have one. One host sync."""
+    def active(self, other: Tensor | None = None) -> Tensor | None:  # [N]
+        """Tokens [A] with a coefficient that is not zero, or `other`, ascending; None: all. One host sync."""
         active = self.is_active()  # [N]
+        if other is not None:
+            active = active | (other != 0)
         tokens = active.nonzero()[:, 0]  # [A]
         return None if len(tokens) == len(active) else tokens
 
@@ -145,8 +144,10 @@ class GradientSums(NamedTuple):
             bias.new_zeros(bias.shape, dtype=dtype) if needs.bias and bias is not None else None,
         )
 
-    def rounded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """(dW, dbias) in the dtypes of (weight, bias), after the last chunk."""
+    def rounded(self, weight: Tensor, bias: Tensor | None, wide: bool = False) -> tuple[Tensor | None, Tensor | None]:
+        """(dW, dbias) in the dtypes of (weight, bias), after the last chunk; `wide`: as they are."""
+        if wide:
+            return self.weight, self.bias
         dw = None if self.weight is None else self.weight.to(weight.dtype)
         return dw, None if self.bias is None else self.bias.to(bias.dtype)
 
@@ -203,4 +204,4 @@ def scatter(dh: Tensor, hidden: Tensor, tokens: Tensor | None) -> Tensor:
     """dH [M, D] of flat rows `tokens` -> [N, D], zero elsewhere; None: all of them already."""
     if tokens is None:
         return dh
-    return hidden.new_zeros(hidden.shape[:-1].numel(), hidden.shape[-1]).index_copy_(0, tokens, dh)
+    return dh.new_zeros(hidden.shape[:-1].numel(), hidden.shape[-1]).index_copy_(0, tokens, dh)

@@ -65,6 +65,7 @@ def join(
     targets: Tensor,  # [M]
     replicated: Mapping[str, object],
     packing: Packing,
+    needs: Needs,
 ) -> Shard:
     """Exchange row counts and check that all ranks make the same call, by one all-gather of a few dozen integers.
 
@@ -72,11 +73,11 @@ def join(
         replicated: the other arguments that must be the same on every rank. Tensors are compared by shape and dtype,
             and by their values at the tokens that take part where checks may read values.
         packing: which tokens take part.
+        needs: which gradients are asked for.
 
     Raises:
         ValueError: on every rank, if something that must be the same differs between ranks, or V < 2.
     """
-    needs = Needs.of(hidden, weight, bias)
     position = torch.arange(1, len(targets) + 1, device=targets.device)  # [M]
     kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     code = 8 * (bias is not None) + 4 * needs.hidden + 2 * needs.weight + needs.bias
@@ -171,7 +172,9 @@ class ShardedHead(Head):
     def has_one_pass(self, need_bias: bool, *, want_all: bool = False) -> bool:
         return False  # the coefficients need the global lse
 
-    def backward(self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: Needs) -> HeadGradients:
+    def backward(
+        self, lse: Tensor, gradient: LogitGradient, routing: Routing | None, needs: Needs, *, wide: bool = False
+    ) -> HeadGradients:
         """dH [N, D] in full, dW and dbias of this rank's rows; exact, `routing` is None."""
         local = self._local()
         inside = (self.targets >= self.shard.start) & (self.targets < self.shard.start + len(self.weight))  # [M]
@@ -180,7 +183,7 @@ class ShardedHead(Head):
         most = max(share // (4 * self.hidden.shape[-1]) // memory.ROWS, 1) * memory.ROWS
         size = min(max(CHUNK, -(-len(lse) // CHUNKS)), most)
         sums = GradientSums.zeros(self.weight, self.bias, needs)
-        dh = self.no_gradient() if needs.hidden else None  # [N, D]
+        dh = self.no_gradient(wide) if needs.hidden else None  # [N, D]
         reducing: list[tuple[slice, Tensor, dist.Work]] = []  # tokens, their dH [C, D], its all-reduce
 
         def finish() -> None:
@@ -198,7 +201,7 @@ class ShardedHead(Head):
                 reducing.append((tokens, gradients.hidden, work))
         if reducing:
             finish()
-        return HeadGradients(dh, *sums.rounded(self.weight, self.bias))
+        return HeadGradients(dh, *sums.rounded(self.weight, self.bias, wide))
 
     def _local(self) -> Head:
         """A head of this rank's rows alone; targets on other ranks are replaced by any local row."""

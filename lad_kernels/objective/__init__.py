@@ -20,13 +20,16 @@ from lad_kernels.objective.context_parallel import (
     shard_tokens,
     shift_and_shard,
 )
+from lad_kernels.objective.flat import CONFIG, INPUTS, config_of, flat_config, flat_inputs, inputs_of
 from lad_kernels.objective.inputs import PolicyInputs, validate
 from lad_kernels.objective.losses import grpo_loss, lad_loss
 from lad_kernels.objective.policy import PolicyTerms
-from lad_kernels.objective.terms import Objective
+from lad_kernels.objective.terms import Objective, metric_names
 
 __all__ = [
+    "CONFIG",
     "DIVERGENCES",
+    "INPUTS",
     "LEVELS",
     "SETTINGS",
     "ContextShard",
@@ -39,12 +42,17 @@ __all__ = [
     "check_choice",
     "check_number",
     "check_tail",
+    "config_of",
     "context_parallel_loss",
+    "flat_config",
+    "flat_inputs",
     "global_normalizer",
     "group_advantages",
     "group_advantages_across_ranks",
     "grpo_loss",
+    "inputs_of",
     "lad_loss",
+    "metric_names",
     "shard_tokens",
     "shift_and_shard",
     "validate",

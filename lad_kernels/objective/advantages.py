@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
 from lad_kernels.objective.config import ADVANTAGE_SCALES, check_choice, check_number
+from lad_kernels.operators import operator
 
 EPSILON = 1e-4  # added to the standard deviation, as TRL does
 
@@ -49,6 +52,8 @@ def group_advantages(
     Raises:
         ValueError, TypeError: wrong rank, dtype or size; both or neither of group_size and group_ids; unknown scale.
     """
+    if torch.compiler.is_compiling() and impl != "reference":
+        return _operator(rewards, group_size, group_ids, scale, eps, impl)
     checks.rewards(rewards)
     check_choice("scale", scale, ADVANTAGE_SCALES)
     eps = check_number("eps", eps, 0.0, strict=True)
@@ -59,6 +64,23 @@ def group_advantages(
 
         return reference.group_advantages(rewards, group_ids=ids, scale=scale, eps=eps)
     return advantages_of(rewards, ids, scale, eps)
+
+
+@operator(
+    "group_advantages",
+    "(Tensor rewards, SymInt? group_size, Tensor? group_ids, str scale, float eps, str impl) -> Tensor",
+)
+def _operator(
+    rewards: Tensor, group_size: int | None, group_ids: Tensor | None, scale: str, eps: float, impl: str
+) -> Tensor:
+    """For torch.compile and torch.export to trace."""
+    found = group_advantages(rewards, group_size=group_size, group_ids=group_ids, scale=scale, eps=eps, impl=impl)
+    return found.clone() if found is rewards else found
+
+
+@_operator.register_fake
+def _(rewards: Tensor, *_: Any) -> Tensor:
+    return rewards.new_empty(rewards.shape, dtype=torch.promote_types(rewards.dtype, torch.float32))
 
 
 @torch.no_grad()

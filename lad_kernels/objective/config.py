@@ -46,7 +46,7 @@ def check_number(name: str, value: Any, low: float = -math.inf, *, strict: bool 
         return None
     if not checks.is_number(value):
         raise TypeError(f"{name}: expected a number{' or None' if optional else ''}, got {value!r}")
-    if not math.isfinite(value) or value < low or (strict and value == low):
+    if not -math.inf < value < math.inf or value < low or (strict and value == low):
         least = "" if low == -math.inf else f" {'>' if strict else '>='} {low:g}"
         raise ValueError(f"{name}: expected a finite number{least}, got {value!r}")
     return value if type(value) in (int, float) else float(value)

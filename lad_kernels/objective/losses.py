@@ -10,10 +10,13 @@ from torch import Tensor
 from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
 from lad_kernels.objective.config import DIVERGENCES, GRPOConfig, LADConfig, PolicyConfig
+from lad_kernels.objective.flat import CONFIG, INPUTS, config_of, flat_config, flat_inputs, inputs_of
 from lad_kernels.objective.inputs import PolicyInputs, validate
-from lad_kernels.objective.terms import Objective
+from lad_kernels.objective.policy import PolicyTerms
+from lad_kernels.objective.terms import Objective, metric_names
+from lad_kernels.operators import operator, stacked, unstacked, widest
 from lad_kernels.outputs import LossOutput
-from lad_kernels.packing import pack
+from lad_kernels.packing import Packing, pack
 
 
 def lad_loss(
@@ -118,23 +121,36 @@ def grpo_loss(
 @without_autocast
 def policy_loss(logprobs: Tensor, inputs: PolicyInputs, config: PolicyConfig, impl: str) -> LossOutput:
     """`lad_loss` or `grpo_loss`, by the config."""
-    checks.impl(impl)
-    checks.plain_tensor("logprobs", logprobs)
-    checks.floating_dtype("logprobs", logprobs)
-    inputs = validate(inputs, logprobs, "logprobs", config)
+    if torch.compiler.is_compiling() and impl != "reference":
+        return _compiled(logprobs, inputs, config, impl)
+    inputs = _checked(logprobs, inputs, config, impl)
     if impl == "reference":
         from lad_kernels import reference
 
         loss: Any = reference.lad_loss if config.objective in DIVERGENCES else reference.grpo_loss
         return loss(logprobs, config=config, **{k: v for k, v in vars(inputs).items() if k != "rewards"})
-    packing = pack(logprobs, inputs.loss_mask, inputs.cu_seqlens)
-    logp = packing.take(logprobs)  # [M]
-    entropy = None if inputs.entropy is None else packing.take(inputs.entropy)  # [M]
-    terms = Objective(inputs, packing, config, impl, logp).terms(logp, entropy)
+    packing, logp, entropy, terms = _evaluate(logprobs, inputs, config, impl)
     loss = _AttachGradient.apply(logp, entropy, terms.loss, terms.dlogprobs, terms.dentropy)
     unpack = packing.place
     entropy = None if entropy is None else unpack(entropy.detach())  # [N] or [B, T]
     return LossOutput(loss, unpack(logp.detach()), entropy, inputs.advantages.detach(), terms.metrics)
+
+
+def _checked(logprobs: Tensor, inputs: PolicyInputs, config: PolicyConfig, impl: str) -> PolicyInputs:
+    checks.impl(impl)
+    checks.plain_tensor("logprobs", logprobs)
+    checks.floating_dtype("logprobs", logprobs)
+    return validate(inputs, logprobs, "logprobs", config)
+
+
+def _evaluate(
+    logprobs: Tensor, inputs: PolicyInputs, config: PolicyConfig, impl: str
+) -> tuple[Packing, Tensor, Tensor | None, PolicyTerms]:
+    """Packing, log-probs [M], entropy [M], and the objective of them; inputs are checked."""
+    packing = pack(logprobs, inputs.loss_mask, inputs.cu_seqlens)
+    logp = packing.take(logprobs)
+    entropy = None if inputs.entropy is None else packing.take(inputs.entropy)
+    return packing, logp, entropy, Objective(inputs, packing, config, impl, logp).terms(logp, entropy)
 
 
 class _AttachGradient(torch.autograd.Function):
@@ -154,3 +170,77 @@ class _AttachGradient(torch.autograd.Function):
         if grad is None:
             return (None,) * 5
         return grad * dlogprobs, None if dentropy is None else grad * dentropy, None, None, None
+
+
+# Log-probs, entropy and both gradients in the shape of the given log-probs, [0] without entropy; metrics [K].
+_OUTPUTS = "(Tensor loss, Tensor logprobs, Tensor entropy, Tensor metrics, Tensor dlogprobs, Tensor dentropy)"
+
+
+def _compiled(logprobs: Tensor, inputs: PolicyInputs, config: PolicyConfig, impl: str) -> LossOutput:
+    """The operator's call, for torch.compile and torch.export to trace."""
+    outputs = _OPERATORS[type(config)](logprobs, *flat_inputs(inputs), *flat_config(config), impl)
+    loss, logp, entropy, metrics, *_ = outputs
+    names = metric_names(config, entropy=inputs.entropy is not None)
+    return LossOutput(
+        loss,
+        logp,
+        None if inputs.entropy is None else entropy,
+        inputs.advantages.detach(),
+        unstacked(metrics, names, loss.dtype),
+    )
+
+
+def _operator(name: str, kind: type) -> Any:
+    """`lad_kernels::name`, for configs of a kind: the loss and its gradient."""
+
+    @operator(name, f"(Tensor logprobs, {INPUTS}, {CONFIG}, str impl) -> {_OUTPUTS}")
+    def loss(logprobs: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        *flat, words, numbers, impl = arguments
+        config = config_of(kind, words, numbers)
+        inputs = _checked(logprobs, inputs_of(flat), config, impl)
+        packing, logp, entropy, terms = _evaluate(logprobs, inputs, config, impl)
+        tokens = (logp.detach().clone(), entropy, terms.dlogprobs, terms.dentropy)  # [M] each
+        logp, entropy, dlogprobs, dentropy = (logp.new_empty(0) if x is None else packing.place(x) for x in tokens)
+        metrics = stacked(terms.metrics, metric_names(config, entropy=inputs.entropy is not None))
+        return terms.loss, logp, entropy.clone(), metrics, dlogprobs, dentropy
+
+    @loss.register_fake
+    def _(logprobs: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        *flat, words, numbers, _ = arguments
+        config, entropy = config_of(kind, words, numbers), inputs_of(flat).entropy
+        dtype, shape = torch.promote_types(logprobs.dtype, torch.float32), logprobs.shape
+        metrics = len(metric_names(config, entropy=entropy is not None))
+        return (
+            logprobs.new_empty((), dtype=dtype),
+            logprobs.new_empty(shape),
+            logprobs.new_empty(0) if entropy is None else entropy.new_empty(shape),
+            logprobs.new_empty(metrics, dtype=widest(logprobs.device)),
+            logprobs.new_empty(shape, dtype=dtype),
+            logprobs.new_empty(
+                shape if config.entropy_coef != 0 else 0, dtype=dtype if config.entropy_coef != 0 else logprobs.dtype
+            ),
+        )
+
+    def save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*output[-2:])
+        ctx.arguments, ctx.dtypes = (
+            len(inputs),
+            (inputs[0].dtype, None if inputs[_ENTROPY] is None else inputs[_ENTROPY].dtype),
+        )
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple:  # []
+        checks.refuse_double_backward()
+        found: list[Tensor | None] = [None] * ctx.arguments
+        for at, dtype, gradient in zip((0, _ENTROPY), ctx.dtypes, ctx.saved_tensors):
+            if grad is not None and ctx.needs_input_grad[at] and gradient.numel():
+                found[at] = (grad * gradient).to(dtype)
+        return tuple(found)
+
+    loss.register_autograd(backward, setup_context=save)
+    return loss
+
+
+_ENTROPY = 11  # among the arguments
+_OPERATORS = {LADConfig: _operator("lad_loss", LADConfig), GRPOConfig: _operator("grpo_loss", GRPOConfig)}

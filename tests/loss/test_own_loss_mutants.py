@@ -64,12 +64,12 @@ CROSS_ENTROPY = {
         "total = weights.sum()",
         "total = weights.new_tensor(float(len(weights)))",
     ),
-    "no divisor": ("everything", 'if reduction == "mean":', "if False:"),
+    "no divisor": ("everything", 'if options.reduction == "mean":', "if False:"),
     "0 / 0": ("no count", "torch.where(total == 0, 1.0, total)", "total"),
     "smoothed value": (
         "everything",
-        "self.smoothing * (out.lse - self.head.mean_logits())",
-        "self.smoothing * out.lse",
+        "smoothing * (lse - mean_logit)",
+        "smoothing * lse",
     ),
     "smoothed target": (
         "everything",
@@ -78,14 +78,14 @@ CROSS_ENTROPY = {
     ),
     "mean logit's gradient": (
         "everything",
-        "-self.smoothing * self.weights if self.smoothing",
-        "None if self.smoothing",
+        "mean_logit=-smoothing * weights if smoothing",
+        "mean_logit=None if smoothing",
     ),
-    "z-loss's value": ("everything", "loss = loss + self.z_loss * out.lse.square()", "pass"),
+    "z-loss's value": ("everything", "loss = loss + z_loss * lse.square()", "pass"),
     "z-loss's slope": ("everything", "(1 + 2 * z_loss * lse)", "(1 + z_loss * lse)"),
     "z-loss's report": (
         "everything",
-        "(loss.weights * loss.z_loss * lse.square()).sum()",
+        "(self.weights * self.z_loss * lse.square()).sum()",
         "lse.square().sum()",
     ),
     "z-loss known before": ("everything", "return self.z_loss == 0", "return True"),
@@ -94,14 +94,17 @@ CROSS_ENTROPY = {
         "_gradient(self.weights[rows], out.lse[rows]",
         "_gradient(self.weights[: len(out.lse[rows])], out.lse[rows]",
     ),
-    "weights forgotten": ("plain", "if token_weights is not None:", "if False:"),
-    "upstream gradient by token": ("by token", "weights = weights * grad  # [M]", "weights = weights * grad.mean()"),
-    "mean logit by token": ("by token", "if ctx.smoothing:", "if False:"),
-    "compaction by token": (
-        "by token",
-        "layout.head(hidden, weight, bias, targets, temperatures).select(active)",
-        "layout.head(hidden, weight, bias, targets, temperatures)",
+    "weights forgotten": (
+        "plain",
+        "packing.take(options.token_weights.detach()).to(wide)",
+        "packing.take(options.token_weights.detach()).to(wide) * 0 + 1",
     ),
+    "weights by token": (
+        "by token",
+        "torch.where(counts, options.token_weights.detach().to(weights.dtype), 0.0)",
+        "weights",
+    ),
+    "mean logit by token": ("by token", "return_mean_logit=smoothing > 0", "return_mean_logit=False"),
     "accuracy over all": ("everything", "/ max(len(correct), 1)", "/ max(packing.shape.numel(), 1)"),
 }
 CHECKS["one pass of all"] = lambda _: test_cross_entropy.test_float64(SMOOTHED, "sum", "one_pass")

@@ -1,0 +1,103 @@
+"""linear_lad_loss and linear_grpo_loss as operators: what torch.compile and torch.export see of them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lad_kernels.head import SCHEMA, HeadArguments, Needs, in_autocast_dtype
+from lad_kernels.objective import (
+    CONFIG,
+    INPUTS,
+    GRPOConfig,
+    LADConfig,
+    PolicyConfig,
+    PolicyInputs,
+    config_of,
+    flat_config,
+    flat_inputs,
+    inputs_of,
+    metric_names,
+)
+from lad_kernels.operators import stacked, unstacked, widest
+from lad_kernels.outputs import LossOutput
+from lad_kernels.policy_step import prepared, run
+from lad_kernels.step import HEAD_METRICS, Wanted, all_metrics
+from lad_kernels.step_operator import gradients_of, step_operator
+
+# In the shape of target_ids, or [0] where not wanted; advantages [B] of given rewards; metrics [K] of `_metric_names`.
+_OUTPUTS = "Tensor loss, Tensor logprobs, Tensor entropy, Tensor advantages, Tensor metrics"
+
+
+def compiled_loss(given: HeadArguments, inputs: PolicyInputs, config: PolicyConfig, wanted: Wanted) -> LossOutput:
+    """The operator's call, for torch.compile and torch.export to trace."""
+    call, given = _OPERATORS[type(config)], in_autocast_dtype(given)
+    outputs = call(*given.flat(), *flat_inputs(inputs), *flat_config(config), wanted.entropy, wanted.logprobs)
+    loss, logprobs, entropy, advantages, metrics = outputs
+    needs = Needs.of(given.hidden_states, given.lm_head_weight, given.bias)
+    return LossOutput(
+        loss=loss,
+        logprobs=logprobs if wanted.logprobs else None,
+        entropy=entropy if wanted.entropy or config.entropy_coef != 0 else None,
+        advantages=advantages if inputs.advantages is None else inputs.advantages.detach(),
+        metrics=unstacked(metrics, _metric_names(config, wanted, needs), loss.dtype),
+    )
+
+
+def _metric_names(config: PolicyConfig, wanted: Wanted, needs: Needs) -> tuple[str, ...]:
+    """Metrics of a call, in a fixed order."""
+    entropy = wanted.entropy or config.entropy_coef != 0
+    return (*metric_names(config, entropy=entropy), *(HEAD_METRICS if any(needs) else ()), "head_flops")
+
+
+def _operator(name: str, kind: type) -> Any:
+    """`lad_kernels::name`, for configs of a kind."""
+
+    def arguments_of(arguments: tuple) -> tuple[HeadArguments, PolicyInputs, PolicyConfig, Wanted]:
+        *flat, words, numbers, entropy, logprobs = arguments
+        inputs, config = inputs_of(flat[10:]), config_of(kind, words, numbers)
+        return HeadArguments.of_flat(flat[:10]), inputs, config, Wanted(logprobs, entropy)
+
+    def without_values(*arguments: Any, needs: Needs) -> tuple[Tensor, ...]:
+        given, inputs, config, wanted = arguments_of(arguments)
+        hidden, targets = given.hidden_states, given.target_ids
+        new = functools.partial(hidden.new_empty, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        entropy = wanted.entropy or config.entropy_coef != 0
+        metrics = len(_metric_names(config, wanted, needs))
+        return (
+            new(()),
+            new(targets.shape if wanted.logprobs else 0),
+            new(targets.shape if entropy else 0),
+            new(0 if inputs.rewards is None else inputs.rewards.shape),
+            hidden.new_empty(metrics, dtype=widest(hidden.device)),
+        )
+
+    schema = f"{SCHEMA}, {INPUTS}, {CONFIG}, bool return_entropy, bool return_logprobs"
+
+    @step_operator(name, schema, _OUTPUTS, without_values)
+    def loss(*arguments: Any, needs: Needs) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        given, inputs, config, wanted = arguments_of(arguments)
+        inputs, operands = prepared(given, inputs, config, wanted, needs)
+        result, count = run(operands, inputs, config, wanted, given.impl, needs)
+        gradients = gradients_of(operands, result, needs)
+        empty, place = functools.partial(result.logprobs.new_empty, 0), operands.layout.packing.place
+        advantages = result.terms.advantages
+        outputs = (
+            result.terms.loss,
+            place(result.logprobs) if wanted.logprobs else empty(),
+            empty() if result.entropy is None else place(result.entropy),
+            empty() if inputs.rewards is None or advantages is None else advantages,
+            stacked(all_metrics(result, count), _metric_names(config, wanted, needs)),
+        )
+        return outputs, gradients
+
+    return loss
+
+
+_OPERATORS = {
+    LADConfig: _operator("linear_lad_loss", LADConfig),
+    GRPOConfig: _operator("linear_grpo_loss", GRPOConfig),
+}

@@ -1,0 +1,45 @@
+"""Operators of torch.library: what torch.compile, torch.export and selective checkpointing see of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lad_kernels.autocast import without_autocast
+
+if TYPE_CHECKING:
+    from torch.library import CustomOpDef
+
+
+def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """Register a function that changes none of its arguments as `lad_kernels::name`; it runs without autocast.
+
+    A copy of the package under another name has operators of that name.
+    """
+
+    def register(function: Callable[..., Any]) -> CustomOpDef:
+        package = function.__module__.partition(".")[0]
+        return torch.library.custom_op(f"{package}::{name}", without_autocast(function), mutates_args=(), schema=schema)
+
+    return register
+
+
+def stacked(metrics: dict[str, Tensor], names: Sequence[str]) -> Tensor:
+    """The metrics `names`, which are all there are, as [K] in the widest dtype of their device."""
+    if set(names) != set(metrics):
+        raise AssertionError(f"metrics: expected {sorted(names)}, got {sorted(metrics)}")
+    dtype = widest(metrics[names[0]].device)
+    return torch.stack([metrics[name].to(dtype) for name in names])
+
+
+def unstacked(values: Tensor, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:  # [K]
+    """Metrics by name, in the dtype of the log-probs; counts of flops in a wider one."""
+    return {name: x if name == "head_flops" else x.to(dtype) for name, x in zip(names, values.unbind())}
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The widest floating dtype that a device has."""
+    return torch.float32 if device.type == "mps" else torch.float64

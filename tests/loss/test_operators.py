@@ -1,0 +1,381 @@
+"""The operators of torch.library: torch.compile, torch.export, selective checkpointing and saved tensors."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import lad_kernels
+from lad_kernels import (
+    GRPOConfig,
+    LADConfig,
+    group_advantages,
+    grpo_loss,
+    lad_loss,
+    linear_cross_entropy,
+    linear_grpo_loss,
+    linear_lad_loss,
+    linear_logprobs,
+    linear_policy_loss,
+)
+from lad_kernels.head import HeadArguments, dispatch
+from lad_kernels.head.records import BLOCK
+from lad_kernels.objective import PolicyInputs, flat_config, flat_inputs
+from lad_kernels.testing import FP32_TOLERANCE, relative_error
+
+D, V = 16, 2 * BLOCK + 9
+OPS = torch.ops.lad_kernels
+
+
+class Batch:
+    """Inputs of every function, [B, T]; a third of the tokens is masked and their hidden states are NaN."""
+
+    def __init__(self, sequences: int = 4, length: int = 6, dtype: torch.dtype = torch.float32, seed: int = 0):
+        gen = torch.Generator().manual_seed(seed)
+        shape = (sequences, length)
+        self.mask = torch.rand(shape, generator=gen) > 0.3  # [B, T]
+        self.hidden = torch.randn(*shape, D, generator=gen).masked_fill(~self.mask[..., None], torch.nan)
+        self.hidden = self.hidden.to(dtype).requires_grad_()  # [B, T, D]
+        self.weight = (0.4 * torch.randn(V, D, generator=gen)).to(dtype).requires_grad_()  # [V, D]
+        self.bias = torch.randn(V, generator=gen).to(dtype).requires_grad_()  # [V]
+        self.targets = torch.randint(V, shape, generator=gen)  # [B, T]
+        self.old = -4 * torch.rand(shape, generator=gen)  # [B, T]
+        self.rewards = torch.randn(sequences, generator=gen)  # [B]
+        self.temperature = 0.5 + torch.rand(shape, generator=gen)  # [B, T]
+
+    @property
+    def labels(self) -> Tensor:
+        return self.targets.masked_fill(~self.mask, -100)
+
+    def head(self, **more) -> HeadArguments:
+        given = dict(temperature=1.0, logit_scale=1.0, softcap=None, vocab_group=None, impl="auto", bias=self.bias)
+        return HeadArguments(self.hidden, self.weight, self.targets, **(given | more))
+
+    def parameters(self) -> list[Tensor]:
+        return [self.hidden, self.weight, self.bias]
+
+
+def logprobs(b: Batch):
+    out = linear_logprobs(
+        b.hidden, b.weight, b.targets, bias=b.bias, temperature=b.temperature, loss_mask=b.mask, return_entropy=True
+    )
+    return out.logprobs.sum() + out.entropy.square().sum() + out.lse.mean(), out
+
+
+def lad(b: Batch):
+    config = LADConfig(tail_mass=0.3)  # if it is routed
+    out = linear_lad_loss(
+        b.hidden, b.weight, b.targets, b.old, rewards=b.rewards, group_size=2, loss_mask=b.mask, config=config
+    )
+    return out.loss, out
+
+
+def lad_with_everything(b: Batch):
+    config = LADConfig("kl", entropy_coef=0.01, kl_coef=0.1, target_norm="group", epsilon_high=0.3)
+    given = dict(old_logprobs=b.old, ref_logprobs=b.old - 0.1, rewards=b.rewards, group_size=2, normalizer=7.0)
+    head = dict(bias=b.bias, temperature=b.temperature, softcap=9.0, loss_mask=b.mask)
+    out = linear_lad_loss(b.hidden, b.weight, b.targets, **given, **head, config=config, return_entropy=True)
+    return out.loss, out
+
+
+def lad_on_policy(b: Batch):
+    out = linear_lad_loss(b.hidden, b.weight, b.targets, advantages=b.rewards, loss_mask=b.mask, return_logprobs=False)
+    return out.loss, out
+
+
+def grpo(b: Batch):
+    config, normalizer = GRPOConfig(loss_agg_mode="seq-mean-token-mean", epsilon_high=0.28), torch.tensor(3.0)
+    out = linear_grpo_loss(
+        b.hidden,
+        b.weight,
+        b.targets,
+        b.old,
+        advantages=b.rewards,
+        loss_mask=b.mask,
+        config=config,
+        normalizer=normalizer,
+    )
+    return out.loss, out
+
+
+def cross_entropy(b: Batch, **options):
+    out = linear_cross_entropy(b.hidden, b.weight, b.labels, bias=b.bias, return_stats=True, **options)
+    return out[0].sum(), out
+
+
+def given_logprobs(b: Batch, name: str):
+    out = linear_logprobs(b.hidden, b.weight, b.targets, loss_mask=b.mask, return_entropy=True)
+    given = dict(loss_mask=b.mask, entropy=out.entropy)
+    advantages = group_advantages(b.rewards, group_size=2)
+    if name == "lad_loss":
+        found = lad_loss(out.logprobs, b.old, advantages, **given, config=LADConfig(entropy_coef=0.01))
+    else:
+        found = grpo_loss(out.logprobs, b.old, advantages, **given, config=GRPOConfig(entropy_coef=0.01))
+    return found.loss, found
+
+
+CASES = {
+    "log-probs": logprobs,
+    "LAD": lad,
+    "LAD with everything": lad_with_everything,
+    "LAD on-policy": lad_on_policy,
+    "GRPO": grpo,
+    "cross-entropy": cross_entropy,
+    "cross-entropy with everything": partial(cross_entropy, label_smoothing=0.1, z_loss=1e-2, reduction="sum"),
+    "cross-entropy by token": partial(cross_entropy, label_smoothing=0.1, z_loss=1e-2, reduction="none"),
+    "LAD of log-probs": partial(given_logprobs, name="lad_loss"),
+    "GRPO of log-probs": partial(given_logprobs, name="grpo_loss"),
+}
+
+
+def results(function, b: Batch, factor: float = 1.0) -> list[tuple[str, Tensor]]:
+    """Everything that a call returns, metrics by name, and all gradients."""
+    for x in b.parameters():
+        x.grad = None
+    loss, out = function(b)
+    (loss * factor).backward()
+    found = [("loss", loss)]
+    for i, x in enumerate(out):
+        metrics = sorted(x.items()) if isinstance(x, dict) else []
+        found += metrics or [(f"{i}.{j}", y) for j, y in enumerate(tree_leaves(x)) if isinstance(y, Tensor)]
+    found += [(f"gradient {i}", x.grad) for i, x in enumerate(b.parameters()) if x.grad is not None]
+    return [(name, x.detach()) for name, x in found]
+
+
+def compiled(function, backend: str = "aot_eager"):
+    """Compiled in one graph; a second one is an error."""
+    torch._dynamo.reset()
+    counters.clear()
+    return torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+
+
+def assert_same(ours: list[tuple[str, Tensor]], theirs: list[tuple[str, Tensor]]) -> None:
+    assert [name for name, _ in ours] == [name for name, _ in theirs]
+    for (name, x), (_, y) in zip(ours, theirs):
+        assert torch.equal(x.nan_to_num(123.0), y.to(x.dtype).nan_to_num(123.0)), name
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_has_the_bits_of_eager_in_one_graph_for_all_shapes(case, dtype):
+    step = compiled(CASES[case])
+    for shape in ((4, 6), (2, 9), (6, 5)):
+        b = Batch(*shape, dtype=dtype)
+        assert_same(results(step, b), results(CASES[case], b))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("case", ("LAD with everything", "cross-entropy by token", "LAD of log-probs"))
+def test_inductor(case):
+    b = Batch()
+    ours, theirs = results(compiled(CASES[case], "inductor"), b), results(CASES[case], b)
+    assert [name for name, _ in ours] == [name for name, _ in theirs]
+    for (name, x), (_, y) in zip(ours, theirs):
+        torch.testing.assert_close(x, y.to(x.dtype), msg=name)
+
+
+def test_kernels_run_inside_the_operator(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    b = Batch(2, 4)
+
+    def step(b: Batch):
+        out = linear_lad_loss(
+            b.hidden, b.weight, b.targets, b.old, rewards=b.rewards, group_size=2, loss_mask=b.mask, impl="triton"
+        )
+        return out.loss, out
+
+    assert_same(results(compiled(step), b), results(step, b))
+
+
+@pytest.mark.parametrize("path", dispatch.PATHS)
+def test_every_path_is_taken_inside(path):
+    b, step = Batch(6, 9), compiled(lad)
+    with dispatch.force(path):
+        assert_same(results(step, b), results(lad, b))
+
+
+def test_a_loss_scaler_meets_gradients_in_float32():
+    """Gradients of 1e-9 vanish in float16; times 2^16 afterwards they do not, as without torch.compile."""
+    b = Batch(dtype=torch.float16)
+
+    def step(b: Batch):
+        out = linear_lad_loss(
+            b.hidden, b.weight, b.targets, b.old, rewards=b.rewards, group_size=2, loss_mask=b.mask, normalizer=1e9
+        )
+        return out.loss, out
+
+    ours, theirs = results(compiled(step), b, 2.0**16), results(step, b, 2.0**16)
+    assert dict(theirs)["gradient 1"].abs().max() > 0
+    assert_same(ours, theirs)
+
+
+def test_a_factor_multiplies_finished_gradients():
+    b = Batch()
+    with dispatch.force("two_pass"):
+        ours, theirs = dict(results(compiled(lad), b, 1 / 3)), dict(results(lad, b, 1 / 3))
+    for name in ("gradient 0", "gradient 1"):
+        assert 0 < relative_error(ours[name], theirs[name].double()) <= FP32_TOLERANCE  # 3.2e-7 measured
+
+
+OWN = torch.tensor(0.7, requires_grad=True)
+
+
+def own(b: Batch, **head):
+    def objective(logprobs: Tensor, entropy: Tensor, tokens: lad_kernels.Tokens):  # [m], [m]
+        ratio = (logprobs - tokens.take(b.old)).exp()
+        loss = -(OWN * ratio * tokens.expand(b.rewards)).mean() - 0.01 * entropy.mean()
+        return loss, {"ratio": ratio.mean()}
+
+    hidden = b.hidden.masked_fill(~b.mask[..., None], 0.0)
+    out = linear_policy_loss(hidden, b.weight, b.targets, objective, return_entropy=True, **head)
+    return out.loss, out
+
+
+@pytest.mark.parametrize("masked", (False, True))
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_an_objective_is_compiled_with_the_rest(masked):
+    function = (lambda b: own(b, loss_mask=b.mask)) if masked else own
+    step = compiled(function)
+    for shape in ((4, 6), (2, 9), (6, 5)):
+        b = Batch(*shape)
+        OWN.grad = None
+        ours = results(step, b)
+        of_parameter, OWN.grad = OWN.grad, None
+        theirs = {name: x for name, x in results(function, b) if name not in ("kept_share", "head_flops")}
+        assert {name for name, _ in ours} <= set(theirs)
+        for name, x in ours:
+            torch.testing.assert_close(x, theirs[name], rtol=2e-6, atol=2e-7, msg=name)
+        torch.testing.assert_close(of_parameter, OWN.grad)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_routed_objective_is_refused():
+    with pytest.raises(Exception, match=r"backward: 'routed' is not built for linear_policy_loss under torch.compile"):
+        compiled(lambda b: own(b, backward="routed"))(Batch())
+
+
+def step_arguments(b: Batch, needs: list[bool], **head) -> tuple:
+    inputs = PolicyInputs(old_logprobs=b.old, rewards=b.rewards, group_size=2, loss_mask=b.mask)
+    return (*b.head(**head).flat(), *flat_inputs(inputs), *flat_config(LADConfig()), True, True, needs)
+
+
+def token_arguments(b: Batch, **head) -> tuple:
+    return (*b.head(**head).flat(), b.mask, True, True, True, [x.requires_grad for x in b.parameters()])
+
+
+def calls() -> dict[str, tuple]:
+    b, all_needed = Batch(), [True, True, True]
+    frozen = Batch()
+    frozen.weight.requires_grad_(False)
+    frozen.bias.requires_grad_(False)
+    tokens = dict(temperature=b.temperature)
+    cross_entropy = (*b.head()._replace(target_ids=b.labels).flat(), -100, "mean", 0.1, 1e-2, None, "auto", None)
+    inputs = PolicyInputs(old_logprobs=b.old, advantages=b.rewards, loss_mask=b.mask, entropy=-b.old)
+    given = (*flat_inputs(inputs), *flat_config(GRPOConfig(entropy_coef=0.1)), "auto")
+    logp = (b.old - 0.1).requires_grad_()
+    return {
+        "linear_logprobs": (OPS.linear_logprobs, token_arguments(b, **tokens)),
+        "linear_logprobs, frozen head": (OPS.linear_logprobs, token_arguments(frozen)),
+        "linear_lad_loss": (OPS.linear_lad_loss, step_arguments(b, all_needed, **tokens)),
+        "linear_lad_loss, frozen head": (OPS.linear_lad_loss, step_arguments(frozen, [True, False, False])),
+        "linear_cross_entropy": (OPS.linear_cross_entropy, (*cross_entropy, "unbiased", True, all_needed)),
+        "grpo_loss": (OPS.grpo_loss, (logp, *given)),
+        "group_advantages": (OPS.group_advantages, (b.rewards, 2, None, "group", 1e-4, "auto")),
+    }
+
+
+@pytest.mark.parametrize("name", calls())
+def test_opcheck(name):
+    """Schema, values without data, registration with autograd, and what AOTAutograd makes of it."""
+    operator, arguments = calls()[name]
+    found = torch.library.opcheck(operator.default, arguments)
+    assert len(found) == 4 and set(found.values()) == {"SUCCESS"}
+
+
+class Scorer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.lm_head = nn.Linear(D, D), nn.Linear(D, V, bias=False)
+
+    def forward(self, x: Tensor, targets: Tensor, old: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.body(x)
+        out = linear_lad_loss(hidden, self.lm_head.weight, targets, old, advantages=rewards)
+        return out.loss, linear_logprobs(hidden, self.lm_head.weight, targets).logprobs
+
+
+def test_export():
+    b, model = Batch(), Scorer()
+    given = (b.hidden.detach().nan_to_num(0.0), b.targets, b.old, b.rewards)
+    with torch.no_grad():
+        program = torch.export.export(model, given)
+    names = {str(node.target) for node in program.graph.nodes}
+    assert {"lad_kernels.linear_lad_loss.default", "lad_kernels.linear_logprobs.default"} <= names
+    with torch.no_grad():
+        for ours, theirs in zip(program.module()(*given), model(*given)):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("save", (True, False))
+def test_selective_checkpointing_can_save_log_probs(save, monkeypatch):
+    from lad_kernels.head import Head
+
+    forward, count = Head.forward, []
+    monkeypatch.setattr(Head, "forward", lambda *a, **k: (count.append(1), forward(*a, **k))[1])
+    b, model = Batch(), nn.Linear(D, D)
+    x = b.hidden.detach().nan_to_num(0.0)
+
+    def score(x: Tensor) -> Tensor:
+        return linear_logprobs(model(x), b.weight, b.targets).logprobs
+
+    def policy(ctx, op, *args, **kwargs):
+        wanted = save and op is OPS.linear_logprobs.default
+        return CheckpointPolicy.MUST_SAVE if wanted else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    checkpoint(score, x, use_reentrant=False, context_fn=contexts).sum().backward()
+    ours, b.weight.grad = b.weight.grad, None
+    score(x).sum().backward()
+    assert torch.equal(ours, b.weight.grad)
+    assert len(count) - 1 == (1 if save else 2)
+
+
+@pytest.mark.parametrize("path", dispatch.PATHS)
+def test_autograd_saves_all_that_a_backward_needs(path):
+    """Hooks on saved tensors can move everything elsewhere, and nothing is kept beside them."""
+    b, stored = Batch(6, 9), []
+
+    def pack(x: Tensor) -> int:
+        stored.append(x.detach().clone())
+        return len(stored) - 1
+
+    with dispatch.force(path):
+        expected = dict(results(lad, b))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda i: stored[i].clone()):
+            loss, _ = lad(b)
+    assert any(x.shape == (V, D) for x in stored)
+    state = [vars(loss.grad_fn), vars(loss.grad_fn.layout), vars(loss.grad_fn.plan), vars(loss.grad_fn.plan.gradient)]
+    assert max(x.numel() for x in tree_leaves(state) if isinstance(x, Tensor)) == 1
+    for x in b.parameters():
+        x.grad = None
+    loss.backward()
+    assert torch.equal(b.hidden.grad, expected["gradient 0"])
+    assert torch.equal(b.weight.grad, expected["gradient 1"])
+
+
+@pytest.mark.parametrize("path", dispatch.PATHS)
+def test_a_graph_that_is_kept_gives_its_gradients_twice(path):
+    b = Batch(6, 9)
+    with dispatch.force(path):
+        loss, _ = lad(b)
+    first = torch.autograd.grad(3 * loss, (b.hidden, b.weight), retain_graph=True)
+    copies = [x.clone() for x in first]
+    second = torch.autograd.grad(3 * loss, (b.hidden, b.weight))
+    for x, y, copy in zip(first, second, copies):
+        assert torch.equal(x, copy)
+        assert relative_error(y, x.double()) <= FP32_TOLERANCE  # 3.6e-7 after one pass, whose own are given away

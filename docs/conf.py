@@ -36,6 +36,7 @@ docs/install
 docs/losses
 docs/own_losses
 docs/cross_entropy
+docs/compile
 docs/sparsity
 docs/cli
 ```

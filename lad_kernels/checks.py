@@ -125,6 +125,21 @@ def vocab_group(group: object, impl: str, backward: str = "auto") -> None:
         )
 
 
+def capturable(*, loss_mask: object, vocab_group: object, reference: bool, cu_seqlens: object = None) -> None:
+    """Nothing that would wait for the device, which a CUDA graph cannot."""
+    for name, given, what in (
+        ("loss_mask", loss_mask is not None, "leaves tokens out, and the host reads how many remain"),
+        ("cu_seqlens", cu_seqlens is not None, "leaves padding out, and the host reads how much"),
+        ("vocab_group", vocab_group is not None, "compares the arguments of all ranks on the host"),
+        ("impl", reference, "'reference' reads values on the host"),
+    ):
+        if given:
+            raise ValueError(
+                f"capturable: expected False with {name}, which {what}; leave it out (give such tokens the advantage "
+                f"0), or call outside the graph"
+            )
+
+
 def head(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *, autocast: bool, sharded: bool = False
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lad_kernels.head import SCHEMA, HeadArguments, Needs, in_autocast_dtype
+from lad_kernels.head import ARGUMENTS, SCHEMA, HeadArguments, Needs, in_autocast_dtype
 from lad_kernels.objective import (
     CONFIG,
     INPUTS,
@@ -58,8 +58,8 @@ def _operator(name: str, kind: type) -> Any:
 
     def arguments_of(arguments: tuple) -> tuple[HeadArguments, PolicyInputs, PolicyConfig, Wanted]:
         *flat, words, numbers, entropy, logprobs = arguments
-        inputs, config = inputs_of(flat[10:]), config_of(kind, words, numbers)
-        return HeadArguments.of_flat(flat[:10]), inputs, config, Wanted(logprobs, entropy)
+        inputs, config = inputs_of(flat[ARGUMENTS:]), config_of(kind, words, numbers)
+        return HeadArguments.of_flat(flat[:ARGUMENTS]), inputs, config, Wanted(logprobs, entropy)
 
     def without_values(*arguments: Any, needs: Needs) -> tuple[Tensor, ...]:
         given, inputs, config, wanted = arguments_of(arguments)
@@ -81,7 +81,7 @@ def _operator(name: str, kind: type) -> Any:
     def loss(*arguments: Any, needs: Needs) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         given, inputs, config, wanted = arguments_of(arguments)
         inputs, operands = prepared(given, inputs, config, wanted, needs)
-        result, count = run(operands, inputs, config, wanted, given.impl, needs)
+        result, count = run(operands, inputs, config, wanted, given, needs)
         gradients = gradients_of(operands, result, needs)
         empty, place = functools.partial(result.logprobs.new_empty, 0), operands.layout.packing.place
         advantages = result.terms.advantages

@@ -22,6 +22,7 @@ from torch import Tensor
 from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
 from lad_kernels.head import (
+    ARGUMENTS,
     SCHEMA,
     Head,
     HeadArguments,
@@ -326,7 +327,7 @@ def _numbers(needs: Needs) -> tuple[str, ...]:
 
 
 def _without_values(*arguments: Any, needs: Needs) -> tuple[Tensor, ...]:
-    given, options = HeadArguments.of_flat(arguments[:10]), _Options(*arguments[10:])
+    given, options = HeadArguments.of_flat(arguments[:ARGUMENTS]), _Options(*arguments[ARGUMENTS:])
     hidden, stats, names = given.hidden_states, options.return_stats, _numbers(needs)
     new = functools.partial(hidden.new_empty, dtype=torch.promote_types(hidden.dtype, torch.float32))
     shape, count = (given.target_ids.shape, len(names)) if stats else ((0,), 0)
@@ -336,8 +337,8 @@ def _without_values(*arguments: Any, needs: Needs) -> tuple[Tensor, ...]:
 
 @step_operator("linear_cross_entropy", f"{SCHEMA}, {_ARGUMENTS}", _OUTPUTS, _without_values)
 def _operator(*arguments: Any, needs: Needs) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    given = HeadArguments.of_flat(arguments[:10])
-    options = _checked(given, _Options(*arguments[10:]))
+    given = HeadArguments.of_flat(arguments[:ARGUMENTS])
+    options = _checked(given, _Options(*arguments[ARGUMENTS:]))
     operands = _prepared(given, options, needs)
     result, count, loss = _run(operands, options, needs)
     gradients, new = gradients_of(operands, result, needs), result.logprobs.new_empty

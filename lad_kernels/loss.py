@@ -48,6 +48,7 @@ def linear_lad_loss(
     return_logprobs: bool = True,
     vocab_group: ProcessGroup | None = None,
     impl: str = "auto",
+    capturable: bool = False,
 ) -> LossOutput:
     """LAD (arXiv 2602.20132) from last hidden states and the lm_head weight, without storing N x V logits.
 
@@ -78,6 +79,8 @@ def linear_lad_loss(
         vocab_group: the process group over which the head's rows are sharded, see `linear_logprobs`; the backward is
             dense then, and `head_flops` counts this rank's.
         impl: `auto` (Triton on CUDA and ROCm, PyTorch elsewhere), `triton`, `torch` or `reference`.
+        capturable: never wait for the device, so that a CUDA graph can hold the call and its backward: two passes over
+            all tokens, exact. loss_mask, vocab_group and `config.backward="routed"` are refused.
         return_entropy: also return per-token entropy and its mean as a metric; free otherwise.
         return_logprobs: with False the log-probs are not returned, and where coefficients are known in advance
             (`old_logprobs` None, no KL, no entropy) tokens whose coefficient is 0 skip the forward too.
@@ -91,7 +94,16 @@ def linear_lad_loss(
     """
     checks.config(config, LADConfig, "linear_grpo_loss")
     given = HeadArguments(
-        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl
+        hidden_states,
+        lm_head_weight,
+        target_ids,
+        bias,
+        temperature,
+        logit_scale,
+        softcap,
+        vocab_group,
+        impl,
+        capturable,
     )
     inputs = PolicyInputs(
         old_logprobs=old_logprobs,
@@ -132,6 +144,7 @@ def linear_grpo_loss(
     return_logprobs: bool = True,
     vocab_group: ProcessGroup | None = None,
     impl: str = "auto",
+    capturable: bool = False,
 ) -> LossOutput:
     """PPO-clip (arXiv 1707.06347) and the GRPO family (arXiv 2402.03300 and later) in the kernels of LAD.
 
@@ -146,7 +159,16 @@ def linear_grpo_loss(
     """
     checks.config(config, GRPOConfig, "linear_lad_loss")
     given = HeadArguments(
-        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl
+        hidden_states,
+        lm_head_weight,
+        target_ids,
+        bias,
+        temperature,
+        logit_scale,
+        softcap,
+        vocab_group,
+        impl,
+        capturable,
     )
     inputs = PolicyInputs(
         old_logprobs=old_logprobs,
@@ -199,7 +221,7 @@ def _linear_loss(given: HeadArguments, inputs: PolicyInputs, config: PolicyConfi
     inputs, operands = prepared(given, inputs, config, wanted)
     if given.impl == "reference":
         return reference_loss(operands, given, inputs, config, wanted)
-    result, count = run(operands, inputs, config, wanted, given.impl, operands.needs())
+    result, count = run(operands, inputs, config, wanted, given, operands.needs())
     packing, advantages = operands.layout.packing, result.terms.advantages
     total, metrics = attach(operands, result, count)
     return LossOutput(

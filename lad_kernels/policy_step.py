@@ -20,33 +20,38 @@ def prepared(
 ) -> tuple[PolicyInputs, Operands]:
     """Everything checked, masked tokens dropped; `needs` as in `prepare`."""
     checks.plain_tensor("target_ids", given.target_ids)
+    if given.capturable and config.backward == "routed":
+        raise ValueError(
+            "capturable: expected False with config.backward='routed', which reads what it keeps on the host"
+        )
     inputs = validate(inputs, given.target_ids, "target_ids", config)
     alike = vars(inputs) | {"config": config, "return_entropy": wanted.entropy, "return_logprobs": wanted.logprobs}
     return inputs, prepare(given, inputs.loss_mask, inputs.cu_seqlens, alike, needs)
 
 
 def run(
-    operands: Operands, inputs: PolicyInputs, config: PolicyConfig, wanted: Wanted, impl: str, needs: Needs
+    operands: Operands, inputs: PolicyInputs, config: PolicyConfig, wanted: Wanted, given: HeadArguments, needs: Needs
 ) -> tuple[StepResult, int]:
     """The forward, and how many flops it launched."""
     with torch.no_grad(), flops.counting() as tally:
-        loss = _PolicyLoss(operands, inputs, config, impl)
-        return Step(operands.head(), loss, needs, wanted).run(), tally[0]
+        loss = _PolicyLoss(operands, inputs, config, given)
+        return Step(operands.head(), loss, needs, wanted, given.capturable).run(), tally[0]
 
 
 class _PolicyLoss:
     """LAD or a loss of the GRPO family as the head's step sees it."""
 
-    def __init__(self, operands: Operands, inputs: PolicyInputs, config: PolicyConfig, impl: str):
+    def __init__(self, operands: Operands, inputs: PolicyInputs, config: PolicyConfig, given: HeadArguments):
         hidden, packing = operands.hidden, operands.layout.packing
-        self.sparsity = Sparsity.of(config.tail_mass, config.tail, config.backward, hidden.dtype)
+        tail_mass, backward = (0.0, "dense") if given.capturable else (config.tail_mass, config.backward)
+        self.sparsity = Sparsity.of(tail_mass, config.tail, backward, hidden.dtype)
         self.known_before = inputs.old_logprobs is None and config.kl_coef == 0 and config.entropy_coef == 0
         self.needs_outputs = config.is_direct
         self.needs_entropy = config.entropy_coef != 0
         self.spans = "token" if config.importance_sampling_level == "token" else "sequence"
         self.cu_seqlens = packing.cu_seqlens
         self._old, self._packing = inputs.old_logprobs, packing
-        self._objective = Objective(inputs, packing, config, impl, hidden)
+        self._objective = Objective(inputs, packing, config, given.impl, hidden)
 
     @property
     def prior(self) -> Tensor | None:

@@ -102,6 +102,7 @@ class Step:
     loss: TokenLoss
     needs: Needs
     wanted: Wanted
+    capturable: bool = False  # without waiting for the device: two passes, all tokens
 
     @property
     def want_entropy(self) -> bool:
@@ -128,14 +129,14 @@ class Step:
             self.head, self.needs, loss.sparsity, want_entropy=self.want_entropy, want_correct=self.wanted.correct
         )
         terms = loss.terms(every)
-        active = terms.gradient.active()
+        active = self._active(terms.gradient)
         gradient = terms.gradient.select(active)  # [A]
         return self._planned(every, select_active(every, active), terms, gradient, active)
 
     def _gradient_first(self, outputs: bool) -> StepResult:
         """The gradient depends on no output: tokens without one are scored only if their outputs are asked for."""
         gradient = self.loss.gradient(slice(0, len(self.head.targets)), self._zeros())  # [M]
-        active, ready = gradient.active(), None  # [A]
+        active, ready = self._active(gradient), None  # [A]
         part, gradient = self.head.select(active), gradient.select(active)
         result = self._one_pass(part, gradient)
         if result is None:
@@ -174,7 +175,12 @@ class Step:
         """
         loss, spans = self.loss, "token" if known is not None else self.loss.spans
         want_all = self.want_entropy and self.wanted.correct
-        if spans == "all" or loss.needs_entropy or not part.has_one_pass(self.needs.bias, want_all=want_all):
+        if (
+            self.capturable
+            or spans == "all"
+            or loss.needs_entropy
+            or not part.has_one_pass(self.needs.bias, want_all=want_all)
+        ):
             return None
         chunks = one_pass_chunks(part, self.needs, loss.cu_seqlens if spans == "sequence" else None)
         if chunks is None:
@@ -204,6 +210,10 @@ class Step:
             return None
         out, gradients = result
         return out, gradients, whole[0] if whole else None
+
+    def _active(self, gradient: LogitGradient) -> Tensor | None:  # [M] -> [A]
+        """Tokens with a gradient; None: all, or not to be asked for."""
+        return None if self.capturable else gradient.active()
 
     def _of_all_tokens(self, out: HeadForward, active: Tensor | None, outputs: bool) -> HeadForward:
         """Outputs [M]: of the active tokens, and of the others if they are asked for, else zeros."""

@@ -6,7 +6,7 @@ What the rest of the package uses of it.
 from lad_kernels.head.dispatch import Sparsity
 from lad_kernels.head.head import Head
 from lad_kernels.head.logprobs import linear_logprobs, token_outputs
-from lad_kernels.head.operands import SCHEMA, HeadArguments, Layout, Operands, in_autocast_dtype, prepare
+from lad_kernels.head.operands import ARGUMENTS, SCHEMA, HeadArguments, Layout, Operands, in_autocast_dtype, prepare
 from lad_kernels.head.plan import (
     BackwardPlan,
     forward_for_backward,
@@ -19,6 +19,7 @@ from lad_kernels.head.profile import SparsityProfile, profile_sparsity
 from lad_kernels.head.records import HeadForward, HeadGradients, LogitGradient, Needs, select
 
 __all__ = [
+    "ARGUMENTS",
     "SCHEMA",
     "BackwardPlan",
     "Head",

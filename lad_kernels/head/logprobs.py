@@ -31,6 +31,7 @@ def linear_logprobs(
     return_entropy: bool = False,
     vocab_group: ProcessGroup | None = None,
     impl: str = "auto",
+    capturable: bool = False,
 ) -> LinearLogprobs:
     """Token log-probabilities of z = softcap(logit_scale (h W^T + b)) / temperature, without storing logits.
 
@@ -55,6 +56,8 @@ def linear_logprobs(
             in full on every rank and must not be summed again, dW is that of the local rows. A DTensor's rows are
             weight.to_local(). Two all-gathers forward, all-reduces of dH backward, one host sync.
         impl: `auto` (Triton on CUDA and ROCm, PyTorch elsewhere), `triton`, `torch` or `reference`.
+        capturable: never wait for the device, so that a CUDA graph can hold the call and its backward. Tokens without
+            a gradient then stay in the products; loss_mask and vocab_group are refused.
 
     Returns:
         LinearLogprobs of float32 tensors (float64 for float64 input), shaped like target_ids.
@@ -65,7 +68,16 @@ def linear_logprobs(
     """
     checks.vocab_group(vocab_group, impl)
     given = HeadArguments(
-        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl
+        hidden_states,
+        lm_head_weight,
+        target_ids,
+        bias,
+        temperature,
+        logit_scale,
+        softcap,
+        vocab_group,
+        impl,
+        capturable,
     )
     if impl == "reference":
         return _reference(given, loss_mask, return_entropy)
@@ -189,7 +201,8 @@ _forward.register_autograd(_backward, setup_context=_save)
 def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of hidden states, weight and bias; [0] for those that are not needed."""
     *flat, loss_mask, lse, rest, entropy, rows, g_logprobs, g_entropy, g_lse, g_mean, needs = arguments
-    head = every_position(HeadArguments.of_flat(flat), rows.tolist())
+    given = HeadArguments.of_flat(flat)
+    head = every_position(given, rows.tolist())
     lse, rest = lse.reshape(-1), rest.reshape(-1)  # [N]
 
     def upstream(g: Tensor | None) -> Tensor | None:  # the shape of target_ids -> [N], 0 where masked
@@ -201,7 +214,7 @@ def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
     if g_entropy is not None:
         prob = prob - g_entropy * entropy.reshape(-1)
     gradient = LogitGradient(onehot, prob, g_entropy).with_rest(rest)
-    active = gradient.active(g_mean)  # [A]
+    active = None if given.capturable else gradient.active(g_mean)  # [A]
     part = head.select(active)
     found = part.backward(select(lse, active), gradient.select(active), None, Needs(*needs))
     if g_mean is not None:

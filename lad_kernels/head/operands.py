@@ -32,31 +32,33 @@ class HeadArguments(NamedTuple):
     softcap: float | None
     vocab_group: ProcessGroup | None
     impl: str
+    capturable: bool = False
 
     def flat(self) -> tuple:
         """As an operator takes them, in the order of SCHEMA."""
         t, group = self.temperature, self.vocab_group
         temperatures, temperature = (t, 1.0) if isinstance(t, Tensor) else (None, t)
         name = "" if group is None else group.group_name
-        return (*self[:4], temperatures, temperature, *self[5:7], name, self.impl)
+        return (*self[:4], temperatures, temperature, *self[5:7], name, self.impl, self.capturable)
 
     @classmethod
     def of_flat(cls, flat: Sequence[Any]) -> HeadArguments:
         """Of what `flat` gave."""
-        hidden, weight, targets, bias, temperatures, temperature, scale, softcap, name, impl = flat
+        hidden, weight, targets, bias, temperatures, temperature, scale, softcap, name, impl, capturable = flat
         group = None
         if name:
             from torch.distributed.distributed_c10d import _resolve_process_group as group_named
 
             group = group_named(name)
         temperature = temperature if temperatures is None else temperatures
-        return cls(hidden, weight, targets, bias, temperature, scale, softcap, group, impl)
+        return cls(hidden, weight, targets, bias, temperature, scale, softcap, group, impl, capturable)
 
 
 SCHEMA = (
     "Tensor hidden_states, Tensor lm_head_weight, Tensor target_ids, Tensor? bias, Tensor? temperatures, "
-    "float temperature, float logit_scale, float? softcap, str vocab_group, str impl"
+    "float temperature, float logit_scale, float? softcap, str vocab_group, str impl, bool capturable"
 )
+ARGUMENTS = SCHEMA.count(",") + 1
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,8 @@ def prepare(
         needs: which gradients are asked for; None: those of inputs that require one.
     """
     checks.impl(given.impl)
+    if given.capturable:
+        checks.capturable(loss_mask=loss_mask, vocab_group=given.vocab_group, reference=given.impl == "reference")
     given = in_autocast_dtype(given)
     hidden, weight = given.hidden_states, given.lm_head_weight
     triton = checks.use_triton(given.impl, hidden.device, hidden.dtype)

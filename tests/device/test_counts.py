@@ -12,7 +12,7 @@ import pytest
 import torch
 from cuda_device import LOG
 
-from lad_kernels import LADConfig, linear_lad_loss, linear_logprobs
+from lad_kernels import LADConfig, linear_grpo_loss, linear_lad_loss, linear_logprobs
 from lad_kernels.head import dispatch, memory
 from lad_kernels.testing import make_inputs
 
@@ -88,6 +88,24 @@ def test_log_probs_read_which_gradients_are_zero():
     linear_logprobs(hidden, weight, targets).logprobs.sum().backward()
     assert syncs() == [ACTIVE]
     assert LOG.launches == LOGPROBS + DENSE
+
+
+@pytest.mark.parametrize("on_policy", (False, True))
+@pytest.mark.parametrize("loss", (linear_lad_loss, linear_grpo_loss, linear_logprobs), ids=lambda f: f.__name__)
+def test_a_call_that_can_be_captured_waits_for_nothing(loss, on_policy):
+    """Neither does its backward, and nothing is copied between host and device; float32 would be one pass otherwise."""
+    hidden, weight, targets = inputs(torch.float32)
+    old, advantages = torch.full((N,), -1.0, device="cuda"), torch.arange(N, device="cuda") % 3 - 1.0  # [N], [N]
+    given = {}
+    if loss is not linear_logprobs:
+        bounds = torch.tensor([0, 70, N - 10], dtype=torch.int32, device="cuda")  # [B + 1], padding behind
+        given = dict(old_logprobs=None if on_policy else old, advantages=advantages, cu_seqlens=bounds)
+    LOG.clear()
+    out = loss(hidden, weight, targets, **given, capturable=True)
+    out[0].sum().backward()
+    assert syncs() == []
+    assert sorted(LOG.copies) == []
+    assert LOG.launches["_logit_gradient_kernel"] == 1
 
 
 @pytest.mark.parametrize("path", dispatch.PATHS)

@@ -321,6 +321,40 @@ def test_export():
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("case", ("LAD", "GRPO", "log-probs"))
+def test_capturable_changes_no_gradient(case):
+    """Masked tokens cannot be left out, so their advantage is 0 here; only the path is another."""
+    b = Batch()
+    hidden = b.hidden.detach().nan_to_num(0.0).requires_grad_()
+    advantages = b.rewards[:, None] * b.mask  # [B, T]
+    found = []
+    for capturable in (True, False):
+        if case == "log-probs":
+            loss = (linear_logprobs(hidden, b.weight, b.targets, capturable=capturable).logprobs * advantages).sum()
+        else:
+            function = linear_lad_loss if case == "LAD" else linear_grpo_loss
+            config = LADConfig() if case == "LAD" else GRPOConfig(epsilon_low=1.0, epsilon_high=1e3)
+            given = dict(advantages=advantages, config=config, capturable=capturable)
+            loss = function(hidden, b.weight, b.targets, b.old, **given).loss
+        found.append(torch.autograd.grad(loss, (hidden, b.weight)))
+    for ours, theirs in zip(*found):
+        assert relative_error(ours, theirs.double()) <= FP32_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("argument", "given"),
+    [
+        ("loss_mask", dict(loss_mask=torch.ones(4, 6, dtype=torch.bool))),
+        ("config.backward='routed'", dict(config=LADConfig(backward="routed"))),
+        ("impl", dict(impl="reference")),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(argument, given):
+    b = Batch()
+    with pytest.raises(ValueError, match=f"capturable: expected False with {argument}"):
+        linear_lad_loss(b.hidden, b.weight, b.targets, b.old, advantages=b.rewards, capturable=True, **given)
+
+
 @pytest.mark.parametrize("save", (True, False))
 def test_selective_checkpointing_can_save_log_probs(save, monkeypatch):
     from lad_kernels.head import Head

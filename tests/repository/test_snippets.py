@@ -118,6 +118,22 @@ def check_readme(names: dict) -> None:
     assert callable(names["grpo_step"])  # test_readme.py calls it
 
 
+def check_compiled(names: dict) -> None:
+    """The gradients are those of the call as it is."""
+    found = [p.grad for module in (names["body"], names["lm_head"]) for p in module.parameters()]
+    hidden = names["body"](names["states"])
+    given = (hidden, names["lm_head"].weight, names["targets"], names["old_logprobs"])
+    loss = linear_lad_loss(*given, rewards=names["rewards"], group_size=4).loss
+    truth = torch.autograd.grad(loss, [p for module in (names["body"], names["lm_head"]) for p in module.parameters()])
+    assert all(near(x, y) for x, y in zip(found, truth, strict=True))
+
+
+def check_checkpoint(names: dict) -> None:
+    weight = names["lm_head"].weight
+    truth = torch.autograd.grad(names["score"](names["states"]).mean(), weight)[0]
+    assert near(weight.grad, truth)
+
+
 # What each snippet has to have done, page by page in the order of its snippets. The page of an adapter that is tested
 # beside a stub of its framework has one snippet at most, and its test file the stub and the check.
 CHECKS = {
@@ -125,6 +141,7 @@ CHECKS = {
     "docs/losses.md": [check_losses],
     "docs/own_losses.md": [by_formula, by_formula, functools.partial(by_formula, return_entropy=True), check_new],
     "docs/cross_entropy.md": [check_cross_entropy],
+    "docs/compile.md": [check_compiled, check_checkpoint],
     "docs/sparsity.md": [check_sparsity],
     "docs/frameworks/transformers.md": [check_transformers],
     "docs/frameworks/trl.md": [check_trl],

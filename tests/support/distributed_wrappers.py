@@ -184,6 +184,42 @@ def fsdp2_bfloat16() -> None:
     run_fsdp(with_its_norm, True, bfloat16=True)
 
 
+def compiled_blocks() -> None:
+    """Every block compiled, then sharded, as torchtitan does it; the fused head beside them is not."""
+    model = tiny_model(False)
+    truth = copy.deepcopy(model).double()
+    attach_fused_head(model)
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    own_unit(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    train(model, truth, fsdp_sync)
+
+
+class LossOfHead(nn.Linear):
+    """A head whose forward is the loss."""
+
+    def forward(self, hidden: Tensor, data: dict[str, Tensor]) -> Tensor:  # [B, T, D] -> []
+        return linear_lad_loss(
+            hidden, self.weight, data["ids"], torch.full_like(hidden[..., 0], -4.0), advantages=data["advantages"]
+        ).loss
+
+
+def compiled_head() -> None:
+    """Body and loss each a unit of FSDP2, the loss compiled in one graph."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(16, 16), LossOfHead(16, 67, bias=False)])
+    truth, data = copy.deepcopy(model).double(), [batch(r, 0) for r in range(dist.get_world_size())]
+    inputs = [torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(r)) for r in range(len(data))]
+    losses = [truth[1](truth[0](x.double()).tanh(), d) for x, d in zip(inputs, data)]
+    (sum(losses) / len(losses)).backward()
+    model[1].compile(backend="aot_eager", fullgraph=True)
+    for part in model:
+        fully_shard(part, mesh=init_device_mesh("cpu", (len(data),)))
+    model[1](model[0](inputs[dist.get_rank()]).tanh(), data[dist.get_rank()]).backward()
+    for ours, theirs in zip(model.parameters(), truth.parameters()):
+        assert relative_error(ours.grad.full_tensor(), theirs.grad) < FLOAT32
+
+
 def ddp() -> None:
     for tied in (False, True):
         model = tiny_model(tied)
@@ -240,4 +276,4 @@ def rows_of_a_mesh() -> None:
     assert relative_error(hidden.grad.full_tensor(), other.grad) < 1e-13
 
 
-CASES = [fsdp2, fsdp2_bfloat16, ddp, peft_head, full_tensor_trap, rows_of_a_mesh]
+CASES = [fsdp2, fsdp2_bfloat16, compiled_blocks, compiled_head, ddp, peft_head, full_tensor_trap, rows_of_a_mesh]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_flatten
@@ -114,6 +115,9 @@ class Factories(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func.namespace == "lad_kernels":  # the operations that it is made of
+            with self:
+                return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
         device = kwargs.get("device")
         here = any(isinstance(x, CudaTensor) for x in tree_flatten((args, kwargs))[0])
         if here or (device is not None and torch.device(device).type == "cuda"):

@@ -54,6 +54,7 @@ from lad_kernels import (
     GRPOConfig,
     LADConfig,
     group_advantages,
+    linear_cross_entropy,
     linear_grpo_loss,
     linear_lad_loss,
 )
@@ -116,7 +117,8 @@ def warm_start(policy: Policy, task: Task, config: TrainConfig) -> list[float]:
         prompts = policy.tokenizer([task.prompt(e) for e in entries]).input_ids
         solutions = policy.tokenizer([task.solution(e, rng) for e in entries]).input_ids
         batch = pack(prompts, [solution + end for solution in solutions], policy.device)
-        loss = -logprobs_of(policy, batch, 1.0).logprobs.sum() / batch.loss_mask.sum()
+        labels = batch.target_ids.masked_fill(~batch.loss_mask, -100)  # [N]
+        loss = through_head(policy, batch, partial(linear_cross_entropy, target_ids=labels))
         loss.backward()
         nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
         optimizer.step()

@@ -58,11 +58,11 @@ class BackwardPlan:
 
         `wide`: not rounded to 16 bits, where one pass has not done that already.
         """
-        gradients, self.ready = self.ready, None
+        gradients = self.ready
         part = head.select(self.active)
         if gradients is None:
             gradients = part.backward(self.lse, self.gradient.scaled(upstream), self.routing, self.needs, wide=wide)
-        else:  # its buffers go to the caller; a second backward computes them again
+        else:  # its buffers go to the caller; step.py has a second backward compute them again
             head.scale(gradients, upstream)
         if self.mean_logit is not None:
             part.add_mean_logit(gradients, self.mean_logit * upstream)

@@ -374,7 +374,7 @@ def test_log_probs_of_dead_tokens_stay_out_of_the_backward():
     hidden, weight = x.hidden.requires_grad_(), x.weight.requires_grad_()
     upstream = torch.where(torch.arange(M) < 10, 1.0, 0.0)
     out = linear_logprobs(hidden, weight, x.targets)
-    with counting() as counts:
+    with flops.counting() as tally:  # PyTorch's counter does not look into an operator
         (out.logprobs * upstream).sum().backward()
-    assert counts.get_total_flops() == 6 * 10 * D * V
+    assert tally[0] == 6 * 10 * D * V
     assert hidden.grad[10:].count_nonzero() == 0

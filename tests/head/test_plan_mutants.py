@@ -88,11 +88,6 @@ PLAN = {  # bug: check that shows it, source, mutant
     "mean logit's upstream gradient": ("smoothed", "self.mean_logit * upstream)", "self.mean_logit)"),
     "rest of lse forgotten": ("offset", "if out.lse_rest is not None:", "if False:"),
     "upstream gradient forgotten": ("twice, two passes", "self.gradient.scaled(upstream)", "self.gradient"),
-    "gradients of one pass handed out twice": (
-        "twice",
-        "gradients, self.ready = self.ready, None",
-        "gradients = self.ready",
-    ),
     "share of tokens with a gradient": ("looks", "of_few.is_active().to(kept.dtype)", "(kept == kept).to(kept.dtype)"),
     "density of a dropped tail": ("looks", "kept]).tolist()", "kept * 0]).tolist()"),
     "a sample of the first tokens": ("sample", " * work.tokens // work.sample  # [S]", "  # [S]"),

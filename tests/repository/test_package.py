@@ -157,7 +157,7 @@ def test_the_wheel_works_away_from_the_checkout(elsewhere):
     ],
 )
 def test_importing_costs_a_fifth_of_a_second(before, module):
-    """Of CPU time beyond what is imported anyway; 0.07 to 0.09 s were measured. torch._dynamo alone takes over a second."""
+    """Of CPU time beyond what is imported anyway; 0.07 to 0.09 s were measured. torch._dynamo alone takes a second."""
     pytest.importorskip(before.split()[1], reason="no such framework; lost: what importing its adapter costs")
     code = f"import sys, time; {before}; t = time.process_time(); import {module}; print(time.process_time() - t)"
     tries = (float(run(sys.executable, "-c", code, cwd=ROOT).stdout.split()[-1]) for _ in range(3))

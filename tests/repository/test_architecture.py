@@ -51,7 +51,7 @@ MAY_IMPORT = {
         "outputs",
         "packing",
     },
-    "frameworks": {"frameworks", "objective", "outputs", *PUBLIC},
+    "frameworks": {"frameworks", "objective", "outputs", *PUBLIC, "head.HeadArguments", "head.token_outputs"},
     "preflight": set(),
     "flags": {"preflight"},
     "pretrained": {"preflight"},

@@ -185,7 +185,7 @@ def fsdp2_bfloat16() -> None:
 
 
 def compiled_blocks() -> None:
-    """Every block compiled, then sharded, as torchtitan does it; the fused head beside them is not."""
+    """Every block compiled, then sharded; the fused head beside them is not compiled."""
     model = tiny_model(False)
     truth = copy.deepcopy(model).double()
     attach_fused_head(model)

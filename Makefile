@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALL := install --quiet --disable-pip-version-check
+# Modules are compiled when they are first imported: there are 15,000, most of which never are.
+INSTALL := install --quiet --disable-pip-version-check --no-compile
 # Two processes; neighbours in a file share its fixtures, and neither ends minutes before the other.
 TWO := -n 2 --dist worksteal
 EXTRAS_train := train
@@ -27,7 +28,7 @@ test-all: $(VENV)/.test
 	$(BIN)/python -m pytest $(TWO) -m slow $(ARGS)
 
 # While you work, in two minutes: linters, types, and the PyTorch paths of the package without any framework.
-INTERPRETED := triton or kernel or compiles or compiled_slice or test_planted_bugs or mutants or benchmarks or gpu_session or memory or scoring or flags or checkpoints or soak or real_model
+INTERPRETED := triton or kernel or compiles or compiled_slice or test_planted_bugs or mutants or benchmarks or gpu_session or memory or scoring or flags or checkpoints or soak or real_model or operator or hub_kernel
 FAST := tests/head tests/objective tests/loss tests/repository/test_architecture.py tests/repository/test_extensions.py
 test-fast: $(VENV)/.test lint
 	$(BIN)/python -m pytest $(TWO) -m 'not slow' -k 'not ($(INTERPRETED) or distributed or oracles or fuzz)' $(FAST) $(ARGS)
@@ -36,7 +37,8 @@ test-fast: $(VENV)/.test lint
 # time goes into Triton's interpreter and compiler, whose numbers come from numpy or are none, and those of files, processes and a real model.
 test-isa: $(VENV)/.test
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=1 \
-	    TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest $(TWO) -m 'not slow' -k 'not ($(INTERPRETED))' $(ARGS)
+	    TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest $(TWO) -m 'not slow' -k 'not ($(INTERPRETED))' \
+	    --ignore=tests/repository $(ARGS)
 
 # Again on a CUDA device that is not there: what only CUDA reaches, and its rules (tests/support/cuda_device). Without what
 # compiles, starts processes, has too many programs for the interpreter under the tile table of that device, gives kernels

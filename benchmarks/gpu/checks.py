@@ -205,7 +205,8 @@ def repeats(run: Run) -> Iterator[str]:
 # A cut loses the last files: the objectives are also checked above, and so is the head in the gate.
 TESTS = (
     "head/test_one_pass_kernels.py", "head/test_head_kernels.py", "head/test_routed_kernels.py",
-    "head/test_route_kernels.py", "head/test_paths.py", "loss/test_loss.py", "head/test_mutants.py",
+    "head/test_route_kernels.py", "head/test_paths.py", "loss/test_loss.py", "loss/test_cuda_graphs.py",
+    "loss/test_cross_entropy.py", "loss/test_policy_loss.py", "head/test_mutants.py",
     "objective/test_objective_kernel.py", "objective/test_chunks.py", "head/test_head.py",
     "objective/test_divergences.py", "head/test_far_logits.py", "objective/test_extremes.py",
     "loss/test_dropped_tokens.py", "objective/test_objective_mutants.py",

@@ -18,6 +18,7 @@ test = [
     "pytest-xdist>=3.6",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
+    "tensorboardX>=2.6",
     *docs,
     *lint,
     *oracles,

@@ -15,6 +15,7 @@ one group, tied or not) and ZeRO-3, the mixin under DDP, both with PEFT's `modul
 from __future__ import annotations
 
 import math
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,14 +45,8 @@ from lad_kernels.outputs import METRICS
 __all__ = ("FusedHeadMixin", "LADConfig", "LADTrainer")
 
 MULTIMODAL = (
-    "pixel_values",
-    "image_grid_thw",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
+    *("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes"),
+    *("token_type_ids", "mm_token_type_ids", "image_position_ids"),
 )
 
 TRL_NAMES = {"entropy": "entropy", "kl_ref": "kl"}  # the others are logged as lad/<name>
@@ -398,3 +393,7 @@ def _on(device: torch.device, tree: Any) -> Any:
 def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x [B, T] where mask is not 0; 0 if it is nowhere."""
     return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+if __name__ == "__main__":
+    runpy.run_module("lad_kernels.frameworks.trl_script", run_name="__main__")

@@ -185,7 +185,7 @@ def fsdp2_bfloat16() -> None:
 
 
 def compiled_blocks() -> None:
-    """Every block compiled, then sharded; the fused head beside them is not compiled. On two ranks, as it takes long."""
+    """Every block compiled, then sharded; the fused head beside them is not. On two ranks, as it takes long."""
     if dist.get_world_size() != 2:
         return
     model = tiny_model(False)

@@ -1,0 +1,106 @@
+"""`python -m lad_kernels.frameworks.trl` from a YAML file: PEFT, streamed data, TensorBoard files read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl", reason="TRL is not installed; its script with LAD goes untested")
+pytest.importorskip("peft", reason="no peft; lost: the script with an adapter")
+
+from trl_cases import ON_CPU, save_model
+
+from lad_kernels.frameworks.trl_options import trl_has_fused_head
+
+pytestmark = [
+    ON_CPU,
+    pytest.mark.skipif(not trl_has_fused_head, reason="TRL 1.14's script has other parts; lost: ours"),
+]
+CONFIG = """
+model_name_or_path: {model}
+dataset_name: {data}
+dataset_streaming: true
+reward_funcs: [rewards.digits]
+eta: 0.5
+divergence: hd
+epsilon_high: 0.28
+use_peft: true
+lora_r: 4
+lora_target_modules: [q_proj, v_proj]
+output_dir: {out}
+report_to: tensorboard
+push_to_hub: false
+use_cpu: true
+bf16: false
+per_device_train_batch_size: 4
+num_generations: 4
+max_completion_length: 6
+max_steps: 2
+logging_steps: 1
+save_strategy: "no"
+gradient_checkpointing: false
+disable_tqdm: true
+"""
+
+
+def scalars(folder: Path) -> dict[str, list[float]]:
+    """{tag: values in order} of the event files in a folder: records with their length before and checksums around."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found: dict[str, list[float]] = {}
+    for path in sorted(folder.rglob("events.out.tfevents.*")):
+        content, at = path.read_bytes(), 0
+        while at < len(content):
+            (size,) = struct.unpack_from("<Q", content, at)
+            event = Event.FromString(content[at + 12 : at + 12 + size])
+            at += size + 16
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    found.setdefault(value.tag, []).append(value.simple_value)
+    return found
+
+
+def run(tmp_path: Path, config: str, *flags: str) -> subprocess.CompletedProcess:
+    (tmp_path / "lad.yaml").write_text(config)
+    (tmp_path / "rewards.py").write_text(
+        "def digits(completions, **_):\n    return [float(sum(c in '2468' for c in text)) for text in completions]\n"
+    )
+    (tmp_path / "data").mkdir(exist_ok=True)
+    rows = [json.dumps({"prompt": f"{i}+{i * i}="}) for i in range(16)]
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(rows))
+    command = [sys.executable, "-m", "lad_kernels.frameworks.trl", "--config", "lad.yaml", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_run_from_a_file(tmp_path):
+    pytest.importorskip("tensorboardX", reason="no tensorboardX; lost: reading back what a run logs")
+    out = tmp_path / "run"
+    config = CONFIG.format(model=save_model(tmp_path / "model"), data=tmp_path / "data", out=out)
+    done = run(tmp_path, config, "--eta", "0.25")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (out / "adapter_model.safetensors").exists()
+    logged = scalars(out)
+    names = {tag.removeprefix("train/") for tag in logged}
+    assert {"loss", "reward", "lad/loss_above_start", "lad/clip_share", "entropy"} <= names
+    assert len(logged["train/loss"]) == 2
+    assert "0.28" in done.stdout + done.stderr  # the bound in effect is said when the trainer is built
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("etta: 0.5", "etta"), ("divergence: jss", r"divergence: expected one of .*did you mean 'js'")],
+)
+def test_a_wrong_key_is_refused(line, message, tmp_path):
+    """TRL's own script ignores keys of the file that it does not know."""
+    config = CONFIG.format(model="nowhere", data=tmp_path, out=tmp_path).replace("divergence: hd", line)
+    done = run(tmp_path, config)
+    assert done.returncode != 0
+    assert re.search(message, done.stderr), done.stderr[-2000:]

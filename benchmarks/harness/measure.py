@@ -223,7 +223,7 @@ def all_peaks_cpu(set_name: str, shape_name: str, data: str) -> dict[str, dict[s
         batches[True] = make_batch(shape, "peaked", torch.float32, "cpu", weight=batches[False].weight.detach())
     found: dict[str, dict[str, int | str]] = {}
     for provider in split_available(all_providers(), batches[False])[0]:
-        if provider.job == "ce" or not runs_on_cpu(provider, set_name, shape, memory=True):
+        if not runs_on_cpu(provider, set_name, shape, memory=True):
             continue
         try:
             found.setdefault(provider.job, {})[provider.name] = peak_bytes_cpu(provider, batches[provider.promise > 0])

@@ -70,7 +70,8 @@ def gradients_of(operands: Operands, result: StepResult, needs: Needs) -> Output
     if result.plan is None:
         return like
     found = result.plan.run(operands.head(), torch.ones_like(result.terms.loss), wide=_wide(hidden, weight, bias))
-    return tuple(empty if g is None else g.to(empty.dtype) for empty, g in zip(like, found.shaped(hidden)))
+    gradients = zip(like, found.shaped(hidden))
+    return tuple(empty if g is None else g.to(empty.dtype).contiguous() for empty, g in gradients)
 
 
 def _wide(*inputs: Tensor | None) -> bool:

@@ -219,7 +219,7 @@ def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
     found = part.backward(select(lse, active), gradient.select(active), None, Needs(*needs))
     if g_mean is not None:
         part.add_mean_logit(found, select(g_mean, active))
-    return tuple(lse.new_empty(0) if g is None else g for g in found.shaped(flat[0]))
+    return tuple(lse.new_empty(0) if g is None else g.contiguous() for g in found.shaped(flat[0]))
 
 
 @_gradients.register_fake

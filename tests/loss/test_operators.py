@@ -192,6 +192,17 @@ def test_kernels_run_inside_the_operator(monkeypatch):
     assert_same(results(compiled(step), b), results(step, b))
 
 
+@pytest.mark.parametrize("case", ("LAD", "log-probs", "cross-entropy"))
+def test_a_transposed_weight_and_no_token(case):
+    """Gradients have the strides that the compiler was promised."""
+    b = Batch()
+    b.weight = b.weight.detach().T.contiguous().T.requires_grad_()
+    step = compiled(CASES[case], "inductor")
+    for mask in (b.mask, torch.zeros_like(b.mask)):
+        b.mask = mask
+        assert_same(results(step, b), results(CASES[case], b))
+
+
 @pytest.mark.parametrize("path", dispatch.PATHS)
 def test_every_path_is_taken_inside(path):
     b, step = Batch(6, 9), compiled(lad)

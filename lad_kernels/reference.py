@@ -38,10 +38,12 @@ def linear_logprobs(
     return_entropy: bool = False,
     vocab_group: ProcessGroup | None = None,
     impl: str = "reference",
+    capturable: bool = False,
 ) -> LinearLogprobs:
     """log pi(y | h), entropy and log-sum-exp of z = softcap(scale (h W^T + b)) / temperature."""
-    if vocab_group is not None:
-        raise ValueError("vocab_group: expected None, got a group; the reference needs all rows of lm_head_weight")
+    if vocab_group is not None or capturable:
+        name, got = ("vocab_group", "a group") if vocab_group is not None else ("capturable", "True")
+        raise ValueError(f"{name}: expected its default, got {got}; the reference needs all rows, and reads the host")
     kept = counted(target_ids, loss_mask, None).reshape(-1).nonzero()[:, 0]  # [M] flat
     z = _logits(hidden_states, lm_head_weight, kept, target_ids.shape, bias, temperature, logit_scale, softcap)
     lse = z.logsumexp(-1)  # [M]
@@ -178,6 +180,7 @@ def linear_lad_loss(
     return_logprobs: bool = True,
     vocab_group: ProcessGroup | None = None,
     impl: str = "reference",
+    capturable: bool = False,
 ) -> LossOutput:
     """`linear_logprobs`, `group_advantages` if rewards are given, then `lad_loss`."""
     want_entropy = return_entropy or config.entropy_coef != 0
@@ -192,6 +195,7 @@ def linear_lad_loss(
         loss_mask=counted(target_ids, loss_mask, cu_seqlens),
         return_entropy=want_entropy,
         vocab_group=vocab_group,
+        capturable=capturable,
     )
     if advantages is None:
         advantages = group_advantages(rewards, group_size=group_size, group_ids=group_ids, scale=config.advantage_scale)
@@ -228,6 +232,7 @@ def linear_grpo_loss(
     return_logprobs: bool = True,
     vocab_group: ProcessGroup | None = None,
     impl: str = "reference",
+    capturable: bool = False,
 ) -> LossOutput:
     """`linear_logprobs`, `group_advantages` if rewards are given, then `grpo_loss`."""
     arguments = locals()

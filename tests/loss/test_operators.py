@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
-import lad_kernels
+import lad_kernels.reference
 from lad_kernels import (
     GRPOConfig,
     LADConfig,
@@ -363,3 +363,9 @@ def test_what_cannot_be_captured_is_refused(argument, given):
     b = Batch()
     with pytest.raises(ValueError, match=f"capturable: expected False with {argument}"):
         linear_lad_loss(b.hidden, b.weight, b.targets, b.old, advantages=b.rewards, capturable=True, **given)
+
+
+def test_the_reference_cannot_be_captured():
+    b = Batch()
+    with pytest.raises(ValueError, match="capturable: expected its default, got True"):
+        lad_kernels.reference.linear_logprobs(b.hidden, b.weight, b.targets, capturable=True)

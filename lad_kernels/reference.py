@@ -41,9 +41,10 @@ def linear_logprobs(
     capturable: bool = False,
 ) -> LinearLogprobs:
     """log pi(y | h), entropy and log-sum-exp of z = softcap(scale (h W^T + b)) / temperature."""
-    if vocab_group is not None or capturable:
-        name, got = ("vocab_group", "a group") if vocab_group is not None else ("capturable", "True")
-        raise ValueError(f"{name}: expected its default, got {got}; the reference needs all rows, and reads the host")
+    if vocab_group is not None:
+        raise ValueError("vocab_group: expected None, got a group; the reference needs all rows of lm_head_weight")
+    if capturable:
+        raise ValueError("capturable: expected False, got True; the reference reads on the host which tokens count")
     kept = counted(target_ids, loss_mask, None).reshape(-1).nonzero()[:, 0]  # [M] flat
     z = _logits(hidden_states, lm_head_weight, kept, target_ids.shape, bias, temperature, logit_scale, softcap)
     lse = z.logsumexp(-1)  # [M]

@@ -367,5 +367,5 @@ def test_what_cannot_be_captured_is_refused(argument, given):
 
 def test_the_reference_cannot_be_captured():
     b = Batch()
-    with pytest.raises(ValueError, match="capturable: expected its default, got True"):
+    with pytest.raises(ValueError, match="capturable: expected False, got True; the reference"):
         lad_kernels.reference.linear_logprobs(b.hidden, b.weight, b.targets, capturable=True)

@@ -16,9 +16,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lad_kernels import linear_logprobs
+from lad_kernels import linear_lad_loss, linear_logprobs
 from lad_kernels.frameworks.transformers import attach_fused_head
-from lad_kernels.testing import relative_error
+from lad_kernels.testing import make_inputs, relative_error
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -119,4 +119,22 @@ def another_plan() -> None:
             assert relative_error(fused_logprobs(model, ids), truth) < FLOAT32
 
 
-CASES = [fsdp1_around_the_head, tensor_parallel_plan, another_plan]
+def compiled_calls() -> None:
+    """Rows over ranks, in one compiled graph: the bits of eager mode; collectives run inside the operators."""
+    x, rank, ranks = make_inputs(20, 24, 60), dist.get_rank(), dist.get_world_size()
+    head = dict(loss_mask=x.loss_mask, vocab_group=dist.group.WORLD)
+
+    def step(h: Tensor, w: Tensor) -> Tensor:  # [N, D], [V_r, D]
+        scores = linear_logprobs(h, w, x.targets, **head).logprobs.sum()
+        return scores + linear_lad_loss(h, w, x.targets, advantages=x.hidden[:, 0], **head).loss
+
+    found = []
+    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        rows = x.weight[60 * rank // ranks : 60 * (rank + 1) // ranks]
+        leaves = [t.detach().clone().requires_grad_() for t in (x.hidden, rows)]
+        loss = call(*leaves)
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    assert all(map(torch.equal, *found))
+
+
+CASES = [compiled_calls, fsdp1_around_the_head, tensor_parallel_plan, another_plan]

@@ -125,11 +125,10 @@ def vocab_group(group: object, impl: str, backward: str = "auto") -> None:
         )
 
 
-def capturable(*, loss_mask: object, vocab_group: object, reference: bool, cu_seqlens: object = None) -> None:
+def capturable(*, loss_mask: object, vocab_group: object, reference: bool) -> None:
     """Nothing that would wait for the device, which a CUDA graph cannot."""
     for name, given, what in (
         ("loss_mask", loss_mask is not None, "leaves tokens out, and the host reads how many remain"),
-        ("cu_seqlens", cu_seqlens is not None, "leaves padding out, and the host reads how much"),
         ("vocab_group", vocab_group is not None, "compares the arguments of all ranks on the host"),
         ("impl", reference, "'reference' reads values on the host"),
     ):

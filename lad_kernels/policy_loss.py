@@ -311,6 +311,9 @@ def _compiled(
     wanted: Wanted,
 ) -> LossOutput:
     """For torch.compile to trace: the head's operator, with an exact gradient in two passes, and the objective."""
+    if cu_seqlens is not None:  # tokens beyond the last bound do not count
+        inside = torch.arange(len(given.target_ids), device=given.target_ids.device) < cu_seqlens[-1]  # [N]
+        loss_mask = inside if loss_mask is None else (loss_mask != 0) & inside
     out = token_outputs(given, loss_mask, return_entropy=wanted.entropy)
     packing = pack(given.target_ids, loss_mask, cu_seqlens)
     kept, bounds = packing.kept, packing.cu_seqlens  # [M], [B + 1]

@@ -265,6 +265,29 @@ def test_an_objective_is_compiled_with_the_rest(masked):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("masked", (False, True))
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_an_objective_gets_no_token_beyond_the_last_bound(masked):
+    b, bounds = Batch(1, 12), torch.tensor([0, 3, 9], dtype=torch.int32)
+    hidden, targets = b.hidden[0].detach().nan_to_num(0.0), b.targets[0].clone()
+    targets[9:] = -100
+    hidden[9:] = torch.nan
+    hidden.requires_grad_()
+
+    def step(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_policy_loss(
+            hidden, weight, targets, lambda logprobs, entropy, tokens: (logprobs * (1 + tokens.sequences)).mean(),
+            cu_seqlens=bounds, loss_mask=b.mask[0] if masked else None,
+        ).loss  # fmt: skip
+
+    found = []
+    for call in (compiled(step), step):
+        loss = call(hidden, b.weight)
+        found.append((loss, *torch.autograd.grad(loss, (hidden, b.weight))))
+    for ours, theirs in zip(*found):
+        assert relative_error(ours, theirs.double()) <= FP32_TOLERANCE
+
+
 def test_a_routed_objective_is_refused():
     with pytest.raises(Exception, match=r"backward: 'routed' is not built for linear_policy_loss under torch.compile"):
         compiled(lambda b: own(b, backward="routed"))(Batch())

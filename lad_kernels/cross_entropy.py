@@ -108,6 +108,8 @@ def linear_cross_entropy(
     if impl == "reference":
         return _reference(given, options)
     if reduction == "none":
+        if vocab_group is not None and not torch.compiler.is_compiling():
+            _prepared(given, options)  # ranks compare what the operator of log-probs is not given: z_loss and weights
         return _by_token(in_autocast_dtype(given), options)
     operands = _prepared(given, options)
     result, count, loss = _run(operands, options, operands.needs())

@@ -365,6 +365,9 @@ def disagreements() -> None:
         with pytest.raises(ValueError, match=named.format(f"values of {name}")):
             call(**{name: other})
     call(hidden_states=torch.where(mask[:, None], h, torch.nan), old_logprobs=torch.where(mask, old, torch.nan))
+    for reduction in ("none", "mean"):
+        with pytest.raises(ValueError, match=named.format("z_loss")):
+            linear_cross_entropy(h, w, y, reduction=reduction, z_loss=0.1 * (rank == 1), vocab_group=world)
     with pytest.raises(ValueError, match=r"the same function on every rank, got different ones on ranks \[0\] and \[1"):
         call() if rank else linear_logprobs(h, w, y, loss_mask=mask, vocab_group=world)
 

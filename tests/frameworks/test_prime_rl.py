@@ -121,8 +121,8 @@ def test_needs_nothing_of_its_framework(monkeypatch):
 
 
 def test_configuration_of_the_page():
-    (snippet,) = snippets_of("docs/frameworks/prime_rl.md", "toml")
-    loss = tomllib.loads(snippet.source)["trainer"]["loss"]
+    (snippet,) = snippets_of("docs/frameworks/prime_rl.md", "diff")
+    loss = tomllib.loads(snippet.after)["trainer"]["loss"]
     assert loss["import_path"] == f"{prime_rl_lad_loss.__module__}.{prime_rl_lad_loss.__name__}"
     assert LADConfig(**loss["kwargs"]).eta == 0.25
 

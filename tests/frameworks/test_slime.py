@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import math
+import shlex
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -105,9 +107,22 @@ def test_says_what_is_missing_without_its_framework(monkeypatch):
 
 
 def test_configuration_of_the_page():
-    (snippet,) = snippets_of("docs/frameworks/slime.md", "yaml")
+    """Its flags are taken as they stand, with slime's names and types; its file has fields of LADConfig."""
+    (flags,), (settings,) = (snippets_of("docs/frameworks/slime.md", language) for language in ("diff", "yaml"))
+    parser = argparse.ArgumentParser()
+    for name in ("advantage-estimator", "loss-type", "custom-loss-function-path", "custom-config-path"):
+        parser.add_argument(f"--{name}")
+    for name in ("eps-clip", "eps-clip-high"):
+        parser.add_argument(f"--{name}", type=float)
+    given = parser.parse_args(shlex.split(flags.after)[1:-1])
+    assert given.custom_loss_function_path == f"{slime_lad_loss.__module__}.{slime_lad_loss.__name__}"
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed; lost: slime's configuration on its page")
-    assert LADConfig(**yaml.safe_load(snippet.source)["lad"]).eta == 0.25
+    own = yaml.safe_load(settings.source)["lad"]
+    assert LADConfig(**own).eta == 0.25
+    args, batch, logits, reduce, _ = case()
+    args.lad, args.eps_clip, args.eps_clip_high = own, given.eps_clip, given.eps_clip_high
+    with pytest.warns(UserWarning, match=r"out of \[0.8, 1.28\]"):
+        assert slime_lad_loss(args, batch, logits, reduce)[0].isfinite()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -24,6 +24,7 @@ from adapter_checks import (
     fresh,
     put,
 )
+from pages import snippets_of
 from torch import Tensor
 
 from lad_kernels import LADConfig, lad_loss
@@ -57,14 +58,16 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return fresh(monkeypatch, ADAPTER)
 
 
-def check_snippet(names: dict) -> None:
-    """What the snippet of the page has to have done."""
-    assert names["LADLoss"](names["loss"].loss_fn).config == LADConfig(eta=0.25)
-
-
 @pytest.fixture
 def torchtitan(monkeypatch):
     return stub(monkeypatch)
+
+
+def test_change_of_the_page(torchtitan):
+    (snippet,) = snippets_of("docs/frameworks/torchtitan.md", "diff")
+    names: dict = {}
+    exec(snippet.after, names)
+    assert names["LADLoss"](names["loss"].loss_fn).config == LADConfig(eta=0.25)
 
 
 def test_chunks_add_up(torchtitan):

@@ -11,10 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -134,8 +131,8 @@ def check_checkpoint(names: dict) -> None:
     assert near(weight.grad, truth)
 
 
-# What each snippet has to have done, page by page in the order of its snippets. The page of an adapter that is tested
-# beside a stub of its framework has one snippet at most, and its test file the stub and the check.
+# What each snippet has to have done, page by page in the order of its snippets. Diffs on the pages of frameworks that
+# have a stub in the tests are checked beside it, in tests/frameworks.
 CHECKS = {
     "README.md": [check_readme, check_readme],
     "docs/losses.md": [check_losses],
@@ -149,23 +146,19 @@ CHECKS = {
 }
 
 
-def adapter_tests(page: str) -> ModuleType:
-    """tests/frameworks/test_NAME.py of docs/frameworks/NAME.md."""
-    assert Path(page).parent == Path("docs/frameworks"), f"CHECKS lacks {page}"
-    return importlib.import_module(f"test_{Path(page).stem}")
-
-
-def checks_of(page: str) -> list[Callable[[dict], None]]:
-    return CHECKS.get(page) or [adapter_tests(page).check_snippet]
-
-
 def test_every_snippet_has_a_check():
-    pages = {snippet.page for snippet in CODE}
-    assert CHECKS.keys() <= pages
-    for page in pages:
-        assert len(checks_of(page)) == len(snippets_of(page, "python")), page
-    with pytest.raises(ModuleNotFoundError, match="test_planted"):
-        checks_of("docs/frameworks/planted.md")
+    found = {snippet.page: len(snippets_of(snippet.page, "python")) for snippet in CODE}
+    assert {page: len(checks) for page, checks in CHECKS.items()} == found
+
+
+def test_every_framework_has_a_diff():
+    """What changes in the user's script or settings; its own parts of the user's are left as they are."""
+    for name in FRAMEWORKS:
+        changes = snippets_of(f"docs/frameworks/{name}.md", "diff")
+        assert changes, name
+        for change in changes:
+            assert {line[:2].strip() for line in change.source.splitlines()} <= {"", "+", "-"}, str(change)
+            assert any(line.startswith("+") for line in change.source.splitlines()), str(change)
 
 
 def packages_of(source: str) -> set[str]:
@@ -179,10 +172,7 @@ def packages_of(source: str) -> set[str]:
 @pytest.mark.parametrize("snippet", CODE, ids=str)
 def test_snippet_runs_as_it_stands(snippet: Snippet, tmp_path, monkeypatch):
     needed = packages_of(snippet.source)
-    if snippet.page in CHECKS:
-        needed |= {name for name in FRAMEWORKS if f"lad_kernels.frameworks.{name}" in snippet.source}
-    else:
-        adapter_tests(snippet.page).stub(monkeypatch)
+    needed |= {name for name in FRAMEWORKS if f"lad_kernels.frameworks.{name}" in snippet.source}
     for package in needed:
         pytest.importorskip(package, reason=f"{package} is not installed; lost: the snippet at {snippet}")
     monkeypatch.chdir(tmp_path)
@@ -192,7 +182,7 @@ def test_snippet_runs_as_it_stands(snippet: Snippet, tmp_path, monkeypatch):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    checks_of(snippet.page)[snippets_of(snippet.page, "python").index(snippet)](names)
+    CHECKS[snippet.page][snippets_of(snippet.page, "python").index(snippet)](names)
 
 
 def test_a_name_that_nobody_defined_is_caught():

@@ -22,6 +22,11 @@ class Snippet(NamedTuple):
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
 
+    @property
+    def after(self) -> str:
+        """What a diff leaves."""
+        return "".join(line[2:] for line in self.source.splitlines(keepends=True) if not line.startswith("-"))
+
     def run(self) -> dict:
         """Its names, after it ran as it stands in a namespace of its own; errors show line numbers of the page."""
         names = {"__name__": "snippet"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from pages import snippets_of
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, PhiConfig, Qwen2Config
 from verl.models.transformers.monkey_patch import apply_monkey_patch
 from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn
@@ -185,25 +187,24 @@ def test_autocast_changes_neither_the_loss_nor_the_dtype():
 
 
 def test_settings_from_the_command_line():
-    """verl's own hydra configuration with the overrides that the module names, as workers instantiate it."""
+    """verl's own hydra configuration with the overrides of the page, as workers instantiate it."""
+    (snippet,) = snippets_of("docs/frameworks/verl.md", "diff")
+    overrides = [word for word in shlex.split(snippet.after.replace("\\\n", " ")) if "=" in word]
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose(
             "ppo_trainer",
             overrides=[
-                "actor_rollout_ref.actor.policy_loss.loss_mode=lad",
-                "actor_rollout_ref.actor.policy_loss._target_=lad_kernels.frameworks.verl.LADPolicyLossConfig",
-                "+actor_rollout_ref.actor.policy_loss.eta=0.5",
+                *overrides,
                 "+actor_rollout_ref.actor.policy_loss.divergence=kl",
                 "+actor_rollout_ref.actor.policy_loss.log_ratio_clamp=3.0",
                 "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
-                "actor_rollout_ref.model.use_fused_kernels=True",
-                "actor_rollout_ref.model.fused_kernel_options.impl_backend=lad_kernels",
             ],
         )
     settings = omega_conf_to_dataclass(config.actor_rollout_ref.actor).policy_loss
     assert isinstance(settings, LADPolicyLossConfig)
     assert settings.get("loss_mode") == "lad"
-    assert settings.lad_config() == LADConfig(eta=0.5, divergence="kl", log_ratio_clamp=3.0)
+    assert settings.lad_config() == LADConfig(eta=0.25, divergence="kl", log_ratio_clamp=3.0)
+    assert config.actor_rollout_ref.model.fused_kernel_options.impl_backend == "lad_kernels"
     with pytest.raises(ValueError, match="divergence: expected one of"):
         LADPolicyLossConfig(divergence="jss")
 

@@ -21,6 +21,7 @@ from lad_kernels.objective import (
     flat_inputs,
     inputs_of,
     metric_names,
+    without_columns,
 )
 from lad_kernels.operators import stacked, unstacked, widest
 from lad_kernels.outputs import LossOutput
@@ -34,6 +35,7 @@ _OUTPUTS = "Tensor loss, Tensor logprobs, Tensor entropy, Tensor advantages, Ten
 
 def compiled_loss(given: HeadArguments, inputs: PolicyInputs, config: PolicyConfig, wanted: Wanted) -> LossOutput:
     """The operator's call, for torch.compile and torch.export to trace."""
+    inputs = without_columns(inputs, given.target_ids, "target_ids")
     call, given = _OPERATORS[type(config)], in_autocast_dtype(given)
     outputs = call(*given.flat(), *flat_inputs(inputs), *flat_config(config), wanted.entropy, wanted.logprobs)
     loss, logprobs, entropy, advantages, metrics = outputs

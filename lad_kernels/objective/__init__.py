@@ -21,7 +21,7 @@ from lad_kernels.objective.context_parallel import (
     shift_and_shard,
 )
 from lad_kernels.objective.flat import CONFIG, INPUTS, config_of, flat_config, flat_inputs, inputs_of
-from lad_kernels.objective.inputs import PolicyInputs, validate
+from lad_kernels.objective.inputs import PolicyInputs, validate, without_columns
 from lad_kernels.objective.losses import grpo_loss, lad_loss
 from lad_kernels.objective.policy import PolicyTerms
 from lad_kernels.objective.terms import Objective, metric_names
@@ -56,4 +56,5 @@ __all__ = [
     "shard_tokens",
     "shift_and_shard",
     "validate",
+    "without_columns",
 ]

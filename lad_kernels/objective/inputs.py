@@ -35,7 +35,7 @@ def validate(inputs: PolicyInputs, like: Tensor, like_name: str, config: PolicyC
     Returns the inputs with [B] where [B, 1] was given for one value per sequence.
     """
     count = checks.layout(like, like_name, inputs.cu_seqlens)
-    inputs = _without_columns(inputs, like, count)
+    inputs = without_columns(inputs, like, like_name)
     for name in ("old_logprobs", "ref_logprobs", "entropy"):
         checks.per_token(name, getattr(inputs, name), like, like_name)
     checks.mask(inputs.loss_mask, like, like_name)
@@ -63,8 +63,9 @@ def validate(inputs: PolicyInputs, like: Tensor, like_name: str, config: PolicyC
     return inputs
 
 
-def _without_columns(inputs: PolicyInputs, like: Tensor, count: int | None) -> PolicyInputs:
+def without_columns(inputs: PolicyInputs, like: Tensor, like_name: str) -> PolicyInputs:
     """Frameworks keep one value per sequence as [B, 1], to broadcast over [B, T]."""
+    count = checks.layout(like, like_name, inputs.cu_seqlens)
 
     def flat(x: Tensor | None) -> Tensor | None:
         column = isinstance(x, Tensor) and x.shape == (count, 1) and x.shape != like.shape

@@ -11,7 +11,7 @@ from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
 from lad_kernels.objective.config import DIVERGENCES, GRPOConfig, LADConfig, PolicyConfig
 from lad_kernels.objective.flat import CONFIG, INPUTS, config_of, flat_config, flat_inputs, inputs_of
-from lad_kernels.objective.inputs import PolicyInputs, validate
+from lad_kernels.objective.inputs import PolicyInputs, validate, without_columns
 from lad_kernels.objective.policy import PolicyTerms
 from lad_kernels.objective.terms import Objective, metric_names
 from lad_kernels.operators import operator, stacked, unstacked, widest
@@ -178,6 +178,7 @@ _OUTPUTS = "(Tensor loss, Tensor logprobs, Tensor entropy, Tensor metrics, Tenso
 
 def _compiled(logprobs: Tensor, inputs: PolicyInputs, config: PolicyConfig, impl: str) -> LossOutput:
     """The operator's call, for torch.compile and torch.export to trace."""
+    inputs = without_columns(inputs, logprobs, "logprobs")
     outputs = _OPERATORS[type(config)](logprobs, *flat_inputs(inputs), *flat_config(config), impl)
     loss, logp, entropy, metrics, *_ = outputs
     names = metric_names(config, entropy=inputs.entropy is not None)

@@ -84,7 +84,9 @@ def lad_with_everything(b: Batch):
 
 
 def lad_on_policy(b: Batch):
-    out = linear_lad_loss(b.hidden, b.weight, b.targets, advantages=b.rewards, loss_mask=b.mask, return_logprobs=False)
+    out = linear_lad_loss(
+        b.hidden, b.weight, b.targets, advantages=b.rewards[:, None], loss_mask=b.mask, return_logprobs=False
+    )
     return out.loss, out
 
 
@@ -115,7 +117,7 @@ def given_logprobs(b: Batch, name: str):
     if name == "lad_loss":
         found = lad_loss(out.logprobs, b.old, advantages, **given, config=LADConfig(entropy_coef=0.01))
     else:
-        found = grpo_loss(out.logprobs, b.old, advantages, **given, config=GRPOConfig(entropy_coef=0.01))
+        found = grpo_loss(out.logprobs, b.old, advantages[:, None], **given, config=GRPOConfig(entropy_coef=0.01))
     return found.loss, found
 
 

@@ -58,7 +58,7 @@ LEFT_OUT := match_float64 or flat_policy or whole_gradient or beyond_32_bits or 
 test-compiled: $(VENV)/.test
 	for arch in sm_80 sm_90; do COMPILED_FOR=$$arch OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k 'not ($(LEFT_OUT))' \
 	    $(AS_COMPILED) $(ARGS) || exit 1; done
-	PYTHONPATH=.:tests/support:tests/head TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python tests/compiled/counter_table.py sm_80 sm_90
+	PYTHONPATH=.:tests/support:tests/head:tests/objective TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python tests/compiled/counter_table.py sm_80 sm_90
 
 # Triton's own launcher above a driver that launches nothing (tests/launch): run it before a session on a GPU.
 STUB := $(CURDIR)/build/libcuda

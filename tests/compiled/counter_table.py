@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from head_formula import DTYPES, FEATURES, make
@@ -16,6 +18,8 @@ from ptx.device import Launch, running
 
 from benchmarks.harness import machine
 from benchmarks.harness.results import RESULTS, Results
+from lad_kernels import LADConfig
+from lad_kernels.head.records import BLOCK
 
 N, D, V = 256, 128, 1024
 COLUMNS = [*CLASSES, "integer and control"]
@@ -29,7 +33,7 @@ def launches(arch: str, dtype: str, features: tuple[str, ...]) -> list[Launch]:
 
     inputs = make("cpu", DTYPES[dtype], features, n=N, d=D, v=V)
     with running(arch, counting=True) as device:
-        outputs = two_pass.run(inputs)
+        outputs = two_pass.run(inputs, want_correct=bool(features))
         two_pass.run_backward(inputs, outputs.lse, two_pass.logit_gradient(inputs, outputs.entropy))
         routed.run(inputs, routed.route(inputs, 0.3, scaled=True))
         if dtype != "float16":
@@ -37,6 +41,22 @@ def launches(arch: str, dtype: str, features: tuple[str, ...]) -> list[Launch]:
                 one_pass.make("cpu", dtype, "plain" if not features else "bias", n=N, d=D, v=V), chunks=[slice(0, N)]
             )
     return device.launches
+
+
+def float32_calls() -> dict[str, Callable[[], object]]:
+    """What is computed in float32 whatever the model's dtype: the choice of pairs, and the objective of N tokens."""
+    import test_objective_kernel as objective
+    import test_route_kernels as choice
+
+    given = objective.inputs("cpu", (N // 2, N // 4, N // 4))  # three sequences
+    signal = dict(rewards=torch.tensor([1.0, 0.0, 0.25]), group_ids=torch.tensor([0, 0, 0]))  # [B]
+    calls: dict[str, Callable[[], object]] = {
+        name: partial(objective.ours, given, config, **signal)
+        for name, config in {"js": LADConfig(), **objective.CONFIGS}.items()
+    }
+    for case, unbiased in (("unbiased tail", True), ("dropped tail", False)):
+        calls[case] = partial(choice.case(N, V // BLOCK, "cpu").choose, unbiased=unbiased)
+    return calls
 
 
 def ratios(asked: Counter, needed: Counter, title: str, kinds: tuple[str, ...]) -> dict[str, float | str]:
@@ -62,15 +82,24 @@ def add(results: Results, arch: str) -> None:
         for features in ((), FEATURES):
             case = f"{dtype}, {'all' if features else 'plain'}"
             for name, counted in totals(launches(arch, dtype, features)).items():
-                results.add(
-                    title,
-                    kernel=name.strip("_"),
-                    case=case,
-                    **{c: counted.instructions[c] for c in COLUMNS},
-                    **ratios(counted.sectors, counted.sectors_needed, "sectors", ("load", "store")),
-                    **ratios(counted.passes, counted.passes_needed, "banks", ("load", "store", "ldmatrix")),
-                    barriers=counted.barriers,
-                )
+                row(results, title, name, case, counted)
+    for case, call in float32_calls().items():
+        with running(arch, counting=True) as device:
+            call()
+        for name, counted in totals(device.launches).items():
+            row(results, title, name, f"float32, {case}", counted)
+
+
+def row(results: Results, title: str, kernel: str, case: str, counted: Counters) -> None:
+    results.add(
+        title,
+        kernel=kernel.strip("_"),
+        case=case,
+        **{c: counted.instructions[c] for c in COLUMNS},
+        **ratios(counted.sectors, counted.sectors_needed, "sectors", ("load", "store")),
+        **ratios(counted.passes, counted.passes_needed, "banks", ("load", "store", "ldmatrix")),
+        barriers=counted.barriers,
+    )
 
 
 if __name__ == "__main__":

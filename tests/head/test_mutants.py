@@ -37,11 +37,10 @@ def mutate(source_file: str, old: str, new: str, tmp_path: Path):
     return module
 
 
-def check(impl: str, dtype: torch.dtype, device: str) -> None:
+def check(impl: str, dtype: torch.dtype, device: str, softcap: float | None = 30.0) -> None:
     """One input on which every head mutant shows: tiles crossed, bias, transforms, masked rows, entropy gradient."""
-    inputs = make_inputs(
-        90, 80, 2 * 256 + 40, dtype=dtype, device=device, bias=True, logit_scale=0.8, softcap=30.0, temperature=0.7
-    )
+    transform = dict(logit_scale=0.8, softcap=softcap, temperature=0.7)
+    inputs = make_inputs(90, 80, 2 * 256 + 40, dtype=dtype, device=device, bias=True, **transform)
     upstream = torch.randn(90, generator=torch.Generator().manual_seed(1)).to(device)
     head = lambda *a, **k: linear_logprobs(*a, **k, impl=impl)  # noqa: E731
     check_head(head, inputs, entropy_upstream=upstream)
@@ -115,17 +114,26 @@ TRITON_HEAD = {
     "forward: no entropy inside blocks": ("forward.py", "tl.load(block_entropy + offsets, mask, other=0.0) - below",
                                           "0.0 - below"),
     "forward: target of the wrong row": ("forward.py", "y = tl.where(known, y, 0)", "y = tl.where(known, y - 1, 0)"),
-    "dense: one-hot missing": ("dense.py", "g + at_target[:, None], g)", "g, g)"),
+    "dense: one-hot missing": ("dense.py", "g + at_target, g)", "g, g)"),
     "dense: one-hot off by one": ("dense.py", "columns[None, :] == y[:, None]", "columns[None, :] == y[:, None] + 1"),
     "dense: slab offset forgotten": ("dense.py", "other=-1) - column0)", "other=-1) - 0)"),
-    "dense: slope forgotten": ("dense.py", "g + at_target[:, None], g) * slope", "g + at_target[:, None], g)"),
+    "dense: a row's slope forgotten": ("dense.py", "slope if softcap is None else tl.full(", "tl.full("),
+    "dense: a softcap's slope forgotten": ("dense.py", "g *= slope", "g *= 1.0"),
+    "dense: the target without the row's slope": (
+        "dense.py", "tl.load(onehot + rows, mask=in_n, other=0.0)[:, None] * by_row",
+        "tl.load(onehot + rows, mask=in_n, other=0.0)[:, None]"),
     "dense: entropy term missing": ("dense.py", "tl.fma(r - d, g_entropy,", "tl.fma(r - d, 0.0 * g_entropy,"),
-    "dense: rows' own scaling forgotten": ("dense.py", "scaling = tl.exp2(-r)", "scaling = tl.exp2(-r - 1)"),
+    "dense: rows' own scaling forgotten": ("dense.py", "by_row *= tl.exp2(-r)", "by_row *= tl.exp2(-r - 1)"),
     "dense: dH of the last slab": ("dense.py", "accumulate(dh[run], tile, part.weight, first=v0 == 0)",
                                    "accumulate(dh[run], tile, part.weight, first=True)"),
     "dense: bias of the wrong slab": ("dense.py", "None if self.bias is None else self.bias[columns]",
                                       "None if self.bias is None else self.bias[: columns.stop - columns.start]"),
 }  # fmt: skip
+
+
+def check_triton(device: str) -> None:
+    for softcap in (30.0, None):  # the slope of an element, and of a row
+        check("triton", torch.float32, device, softcap)
 
 
 def plant_in_triton(monkeypatch, mutant) -> None:
@@ -142,7 +150,7 @@ def test_bug_in_the_triton_head_is_caught(bug, monkeypatch, tmp_path, device):
     name, old, new = TRITON_HEAD[bug]
     plant_in_triton(monkeypatch, mutate(f"head/kernels/{name}", old, new, tmp_path))
     with pytest.raises(AssertionError):
-        check("triton", torch.float32, device)
+        check_triton(device)
 
 
 @pytest.mark.parametrize("name", ("forward.py", "dense.py"))
@@ -150,7 +158,7 @@ def test_the_triton_head_without_a_bug_passes(name, monkeypatch, tmp_path, devic
     plant_in_triton(
         monkeypatch, mutate(f"head/kernels/{name}", "import annotations", "import annotations  #", tmp_path)
     )
-    check("triton", torch.float32, device)
+    check_triton(device)
 
 
 ROUTING = {
@@ -230,10 +238,17 @@ def test_bug_in_the_pieces_is_caught(bug, monkeypatch, tmp_path, device):
 
 
 ROUTED_KERNELS = {
-    "a lost pair": ("kernels.py", "in_n, in_v = places < count, ", "in_n, in_v = places < count - 1, "),
+    "a lost pair": ("kernels.py", "in_n, words = places < count, ", "in_n, words = places < count - 1, "),
     "the wrong tokens": ("kernels.py", "rows = tl.load(tokens + pairs)  # [BLOCK_N]\n\n    w +=",
                          "rows = tl.load(tokens + first + 0 * pairs)\n\n    w +="),
-    "pair scale forgotten": ("kernels.py", "g *= tl.load(pair_scale + pairs)[:, None]", "g *= 1.0"),
+    "pair scale forgotten": ("kernels.py", "by_row *= tl.load(pair_scale + pairs)[:, None]", "by_row *= 1.0"),
+    "a row's slope forgotten": ("kernels.py", "slope if softcap is None else tl.full(", "tl.full("),
+    "a softcap's slope forgotten": ("kernels.py", "g *= slope", "g *= 1.0"),
+    "rows' own scaling forgotten": ("kernels.py", "by_row *= tl.exp2(-r)", "by_row *= tl.exp2(-r - 1)"),
+    "the target without scale and slope": ("kernels.py", "other=0.0)[:, None] * by_row", "other=0.0)[:, None]"),
+    "places beyond an item in db": ("kernels.py", "-tl.where(in_n[:, None], level, 1e30)", "-level"),
+    "a target beyond an item in db": ("kernels.py", "onehot + rows, mask=in_n, other=0.0)", "onehot + rows)"),
+    "the bias of another word": ("kernels.py", "biases(bias + column, words,", "biases(bias + column, words ^ 1,"),
     "dW of the wrong tokens": ("kernels.py", "start = tl.maximum(tl.load(offsets + block), pair0)",
                                "start = tl.maximum(tl.load(offsets + block), pair0) + 1"),
     "a token's first pair left out": ("kernels.py", "for place in range(start, stop, _READ):",
@@ -247,10 +262,14 @@ ROUTED_KERNELS = {
 
 @pytest.mark.parametrize("bug", [None, *ROUTED_KERNELS])
 def test_bug_in_the_routed_kernels_is_caught(bug, monkeypatch, tmp_path, device):
-    inputs = test_routed_kernels.inputs_of(device)
-    routing = test_routed_kernels.route(inputs, keep=0.4, dense=0.2, scaled=True)
+    def check_all() -> None:
+        for features in (("bias", "scale", "temperature"), ("bias", "softcap")):  # the slope of a row, of an element
+            inputs = test_routed_kernels.inputs_of(device, features=features)
+            routing = test_routed_kernels.route(inputs, keep=0.4, dense=0.2, scaled=True)
+            test_routed_kernels.check(inputs, routing)
+
     if bug is None:
-        test_routed_kernels.check(inputs, routing)
+        check_all()
         return
     source, old, new = ROUTED_KERNELS[bug]
     mutant = mutate(f"head/kernels/routed/{source}", old, new, tmp_path)
@@ -258,7 +277,7 @@ def test_bug_in_the_routed_kernels_is_caught(bug, monkeypatch, tmp_path, device)
         module = work if name == "items_kernel" else runs
         monkeypatch.setattr(module, name, getattr(mutant, name))
     with pytest.raises(AssertionError):
-        test_routed_kernels.check(inputs, routing)
+        check_all()
 
 
 ROUTE_KERNELS = {

@@ -103,15 +103,18 @@ def _logit_gradient_kernel(
         f = factor * LOG2_E  # [BLOCK_N, 1]
         level, r = row_levels(tl.load(lse + rows, mask=in_n, other=0.0)[:, None], factor, f)  # [BLOCK_N, 1] each
         d = tl.fma(x, f, -tl.where(in_n[:, None], level, 1e30))  # [BLOCK_N, BLOCK_V] log2 p + r
-        scaling = tl.exp2(-r)  # [BLOCK_N, 1]
-        weight = tl.load(prob + rows, mask=in_n, other=0.0)[:, None] * scaling  # [BLOCK_N, 1]
+        by_row = slope if softcap is None else tl.full((BLOCK_N, 1), 1.0, tl.float32)  # [BLOCK_N, 1]
+        at_target = tl.load(onehot + rows, mask=in_n, other=0.0)[:, None] * by_row  # [BLOCK_N, 1]
+        by_row *= tl.exp2(-r)
+        weight = tl.load(prob + rows, mask=in_n, other=0.0)[:, None] * by_row  # [BLOCK_N, 1]
         if entropy is not None:
-            g_entropy = tl.load(entropy + rows, mask=in_n, other=0.0)[:, None] * scaling * LN_2  # [BLOCK_N, 1]
+            g_entropy = tl.load(entropy + rows, mask=in_n, other=0.0)[:, None] * by_row * LN_2  # [BLOCK_N, 1]
             weight = tl.fma(r - d, g_entropy, weight)  # [BLOCK_N, BLOCK_V]
-        g = tl.exp2(d) * weight  # [BLOCK_N, BLOCK_V] dZ without the target's term
+        g = tl.exp2(d) * weight  # [BLOCK_N, BLOCK_V] dR without the target's term, over a softcap's slope
         y = (tl.load(targets + rows, mask=in_n, other=-1) - column0).to(tl.int32)  # [BLOCK_N] column in the slab
-        at_target = tl.load(onehot + rows, mask=in_n, other=0.0)  # [BLOCK_N]
-        g = tl.where(columns[None, :] == y[:, None], g + at_target[:, None], g) * slope  # [BLOCK_N, BLOCK_V] dR
+        g = tl.where(columns[None, :] == y[:, None], g + at_target, g)  # [BLOCK_N, BLOCK_V]
+        if softcap is not None:
+            g *= slope
 
         if column_sums is not None:
             tl.store(column_sums + tile_n.to(tl.int64) * sums_stride + columns, tl.sum(g, axis=0), mask=in_v)

@@ -2,8 +2,8 @@
 
 A pair is a token and a vocabulary block of 128 columns; pairs are numbered by block, then token. `items` cuts the pairs
 of each block into tiles of up to BLOCK_N. dR of the pairs that pass together starts at `pair0`.
-Nothing out of bounds is read: places beyond an item repeat its last pair, columns beyond V its last row of W, and both
-are set to 0 in dR, even when that token or row holds NaN.
+Nothing out of bounds is read: places beyond an item repeat its last pair and are not stored; columns beyond V repeat
+the last word, meet zeros in the place of W's rows in dH, and belong to rows of dW and db that are not stored.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lad_kernels.head.kernels.tile import biases, inverse_temperatures, logits
+from lad_kernels.head.kernels.tile import LN_2, LOG2_E, biases, exponents, inverse_temperatures, row_levels
 from lad_kernels.head.records import BLOCK
 
 _BLOCK = tl.constexpr(BLOCK)
@@ -68,14 +68,14 @@ def pairs_kernel(
     column = block * _BLOCK
     places = tl.arange(0, BLOCK_N)  # [BLOCK_N] in the item
     columns = tl.arange(0, _BLOCK)  # [BLOCK] in the block
-    in_n, in_v = places < count, columns < V - column  # [BLOCK_N], [BLOCK]
+    in_n, words = places < count, tl.minimum(columns, V - 1 - column)  # [BLOCK_N], [BLOCK] beyond V: the last again
     pairs = first + tl.minimum(places, count - 1)  # [BLOCK_N] beyond the item: its last pair once more
     rows = tl.load(tokens + pairs)  # [BLOCK_N]
 
     w += column.to(tl.int64) * w_stride
     ks = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     h_rows = h + rows[:, None] * h_stride  # [BLOCK_N, 1]
-    w_offsets = tl.minimum(columns, V - 1 - column)[None, :] * w_stride + ks[:, None]  # [BLOCK_D, BLOCK]
+    w_offsets = words[None, :] * w_stride + ks[:, None]  # [BLOCK_D, BLOCK]
     raw = tl.zeros((BLOCK_N, _BLOCK), tl.float32)  # [BLOCK_N, BLOCK]
     for k in range(0, D, BLOCK_D):
         if EVEN_D:
@@ -86,21 +86,28 @@ def pairs_kernel(
             b = tl.load(w + k + w_offsets, mask=ks[:, None] < D - k, other=0.0)
         raw = tl.dot(a, b, raw, input_precision="ieee")
     if bias is not None:
-        raw += biases(bias + column, columns, in_v, softcap)[None, :]
+        raw += biases(bias + column, words, words >= 0, softcap)[None, :]
     inv_t = inverse_temperatures(inv_temperature, rows, N, PER_TOKEN)  # [BLOCK_N]
-    z, slope = logits(raw, scale, softcap, inv_t[:, None])  # [BLOCK_N, BLOCK], broadcastable to it
+    x, factor, slope = exponents(raw, scale, softcap, inv_t[:, None])  # [BLOCK_N, BLOCK], [BLOCK_N, 1], like either
 
-    below = z - tl.load(lse + rows)[:, None]  # [BLOCK_N, BLOCK]
-    below = tl.where(below > 0, 0.0, below)  # [BLOCK_N, BLOCK] log p; a minimum would turn NaN into 0
-    weight = tl.load(prob + rows)[:, None]  # [BLOCK_N, 1]
-    if entropy is not None:
-        weight -= tl.load(entropy + rows)[:, None] * below  # [BLOCK_N, BLOCK]
-    g = tl.exp(below) * weight  # [BLOCK_N, BLOCK] dZ without the target's term
-    y = (tl.load(targets + rows) - column).to(tl.int32)  # [BLOCK_N] column in the block
-    g = tl.where(columns[None, :] == y[:, None], g + tl.load(onehot + rows)[:, None], g) * slope  # [BLOCK_N, BLOCK]
+    # p = 2^(x f - level - r). What a whole row is multiplied by is multiplied once: the pair's scale, 2^-r, and the
+    # slope where the row has one. Places beyond the item get p = 0, so that they add nothing to column sums.
+    f = factor * LOG2_E  # [BLOCK_N, 1]
+    level, r = row_levels(tl.load(lse + rows)[:, None], factor, f)  # [BLOCK_N, 1] each
+    d = tl.fma(x, f, -tl.where(in_n[:, None], level, 1e30))  # [BLOCK_N, BLOCK] log2 p + r
+    by_row = slope if softcap is None else tl.full((BLOCK_N, 1), 1.0, tl.float32)  # [BLOCK_N, 1]
     if pair_scale is not None:
-        g *= tl.load(pair_scale + pairs)[:, None]
-    g = tl.where(in_n[:, None] & in_v[None, :], g, 0.0)  # [BLOCK_N, BLOCK] dR
+        by_row *= tl.load(pair_scale + pairs)[:, None]
+    at_target = tl.load(onehot + rows, mask=in_n, other=0.0)[:, None] * by_row  # [BLOCK_N, 1]
+    by_row *= tl.exp2(-r)
+    weight = tl.load(prob + rows)[:, None] * by_row  # [BLOCK_N, 1]
+    if entropy is not None:
+        weight = tl.fma(r - d, tl.load(entropy + rows)[:, None] * by_row * LN_2, weight)  # [BLOCK_N, BLOCK]
+    g = tl.exp2(d) * weight  # [BLOCK_N, BLOCK] dR without the target's term, over a softcap's slope
+    y = (tl.load(targets + rows) - column).to(tl.int32)  # [BLOCK_N] column in the block
+    g = tl.where(columns[None, :] == y[:, None], g + at_target, g)  # [BLOCK_N, BLOCK] dR
+    if softcap is not None:
+        g *= slope
 
     if column_sums is not None:
         tl.store(column_sums + item.to(tl.int64) * _BLOCK + columns, tl.sum(g, axis=0))

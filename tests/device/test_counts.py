@@ -23,7 +23,7 @@ CHOICE = Counter(_token_kernel=1, _mark_kernel=1, _count_kernel=1, _list_kernel=
 PAIRS = Counter(items_kernel=1, pairs_kernel=1, weight_kernel=1, hidden_kernel=1, token_kernel=1)
 ONE_PASS = Counter(_target_kernel=1, _exponentials_kernel=1, _finalize_kernel=1, _scale_kernel=2)
 DENSE = Counter(_logit_gradient_kernel=1)  # of routed: tokens that are taken whole
-POLICY = Counter(_policy_kernel=1)
+POLICY, FINISH = Counter(_policy_kernel=1), Counter(_finish_kernel=1)
 
 
 @pytest.fixture(autouse=True)
@@ -62,12 +62,17 @@ ONE, CHOOSE = ("_local_scalar_dense", "one_pass"), ("tolist", "choose")
 @pytest.mark.parametrize(
     ("path", "on_policy", "launches", "waits"),
     [
-        ("one_pass", False, ONE_PASS + POLICY, [MASK, ONE]),
-        ("one_pass", True, ONE_PASS + POLICY + POLICY + LOGPROBS, [MASK, ACTIVE, ONE]),
-        ("two_pass", False, LOGPROBS + POLICY + DENSE, [MASK, ACTIVE]),
-        ("two_pass", True, LOGPROBS + LOGPROBS + POLICY + POLICY + DENSE, [MASK, ACTIVE]),
-        ("routed", False, LOGPROBS + POLICY + CHOICE + PAIRS + DENSE, [MASK, ACTIVE, CHOOSE]),
-        ("routed", True, LOGPROBS + LOGPROBS + POLICY + POLICY + CHOICE + PAIRS + DENSE, [MASK, ACTIVE, CHOOSE]),
+        ("one_pass", False, ONE_PASS + POLICY + FINISH, [MASK, ONE]),
+        ("one_pass", True, ONE_PASS + POLICY + POLICY + FINISH + LOGPROBS, [MASK, ACTIVE, ONE]),
+        ("two_pass", False, LOGPROBS + POLICY + FINISH + DENSE, [MASK, ACTIVE]),
+        ("two_pass", True, LOGPROBS + LOGPROBS + POLICY + POLICY + FINISH + DENSE, [MASK, ACTIVE]),
+        ("routed", False, LOGPROBS + POLICY + FINISH + CHOICE + PAIRS + DENSE, [MASK, ACTIVE, CHOOSE]),
+        (
+            "routed",
+            True,
+            LOGPROBS + LOGPROBS + POLICY + POLICY + FINISH + CHOICE + PAIRS + DENSE,
+            [MASK, ACTIVE, CHOOSE],
+        ),
     ],
 )
 def test_launches_and_syncs_of_a_step(path, on_policy, launches, waits):

@@ -324,6 +324,22 @@ def test_clamp_stops_the_gradient_exactly(level, device):
     torch.testing.assert_close(terms.metrics["clamp_share"].item(), 4 / 7)
 
 
+@pytest.mark.parametrize("empty", (False, True))
+def test_more_sequences_than_a_tile_of_the_partials(empty, device):
+    """Two tiles of 64 programs and a remainder; or no token in any of them."""
+    lengths = (0 if empty else 1,) * 137
+    given = inputs(device, lengths)
+    advantages = torch.randn(137, generator=torch.Generator().manual_seed(3)).to(device)
+    given["old_logprobs"][100 % max(len(given["logprobs"]), 1) :] -= 30.0  # the largest ratios are in the last tile
+    config = LADConfig(log_ratio_clamp=40.0, entropy_coef=0.1)
+    found = ours(given, config, advantages=advantages)
+    truth = ours(double(given), config, policy.policy_terms, advantages=advantages.double())
+    torch.testing.assert_close(found.loss.double(), truth.loss, rtol=1e-5, atol=0)
+    for name, want in truth.metrics.items():
+        torch.testing.assert_close(found.metrics[name].double(), want.double(), rtol=1e-5, atol=0, msg=name)
+    assert empty or truth.metrics["ratio_max"] > 1e10
+
+
 def test_sequences_do_not_disturb_each_other(device):
     """The gradient of a sequence is the same bits alone and in company, and the same on every run."""
     config = LADConfig(importance_sampling_level="sequence", divergence="hd")
@@ -337,16 +353,20 @@ def test_sequences_do_not_disturb_each_other(device):
     assert torch.equal(ours(alone, config, advantages=advantages[1:2]).dlogprobs, together.dlogprobs[:end])
 
 
-def test_one_launch(device, monkeypatch):
-    """Rewards, a sequence level, KL and entropy still take one launch."""
-    grids, launch = [], kernel._policy_kernel
+def test_two_launches(device, monkeypatch):
+    """Rewards, a sequence level, KL and entropy still take one launch, and what all programs found another."""
+    grids = []
 
     class Counting:
+        def __init__(self, launch):
+            self.launch = launch
+
         def __getitem__(self, grid):
             grids.append(grid)
-            return launch[grid]
+            return self.launch[grid]
 
-    monkeypatch.setattr(kernel, "_policy_kernel", Counting())
+    for name in ("_policy_kernel", "_finish_kernel"):
+        monkeypatch.setattr(kernel, name, Counting(getattr(kernel, name)))
     config = LADConfig(importance_sampling_level="sequence", target_norm="group", kl_coef=0.1, entropy_coef=0.1)
     ours(inputs(device), config, rewards=torch.ones(6, device=device), group_ids=torch.tensor(GROUPS, device=device))
-    assert grids == [(6,)]
+    assert grids == [(6,), (1,)]

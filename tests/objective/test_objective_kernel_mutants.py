@@ -30,6 +30,7 @@ CONFIGS = {
     ),
     "sum": LADConfig("hd", eta=1.0, importance_sampling_level="sequence_sum"),
     "token": GRPOConfig(log_ratio_clamp=0.4, kl_coef=0.2, kl_clamp=0.1),
+    "many": LADConfig(eta=1.0),
     "chunks": LADConfig(eta=1.0, target_norm="group", loss_agg_mode="seq-mean-token-mean"),
 }
 
@@ -37,17 +38,20 @@ CONFIGS = {
 def inputs(case: str, device: str) -> tuple[Tensor, Tensor, PackedInputs]:
     """Log-probs and entropies [M], and the rest, float32; the last sequence is beyond the clamp, a token is dropped."""
     gen = torch.Generator().manual_seed(0)
-    n = sum(LENGTHS)
+    many = case == "many"
+    lengths = (2,) * 70 if many else LENGTHS  # a tile of the partials and a remainder
+    n, weights = sum(lengths), torch.tensor([0.5, 1.0, 2.0])
     noise = lambda scale=0.3: scale * torch.randn(n, generator=gen)  # noqa: E731
     logp = -3 * torch.rand(n, generator=gen) - 0.5
+    place = torch.arange(n)
     given = dict(
         normalizer=torch.tensor(5.0),
-        cu_seqlens=torch.tensor([0, *LENGTHS]).cumsum(0).int(),
-        usable=torch.arange(n) != 7,
-        old_logprobs=logp - noise(0.001 if case == "sum" else 0.3) - 0.5 * (torch.arange(n) >= n - 3),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        usable=place != 7,
+        old_logprobs=logp - noise(0.001 if case == "sum" else 0.3) - 0.5 * (place < 2 if many else place >= n - 3),
         ref_logprobs=logp + noise(),
-        rollout_is_weights=noise().abs() if case == "token" else torch.tensor([0.5, 1.0, 2.0]),
-        advantages=torch.tensor([0.8, 0.3, -1.1]),
+        rollout_is_weights=noise().abs() if case == "token" else weights.repeat(24)[: len(lengths)],
+        advantages=torch.tensor([0.8, 0.3, -1.1]).repeat(24)[: len(lengths)],
         group_ids=torch.tensor([4, 4, 4]),
     )
     given = {k: v.to(device) for k, v in given.items()}
@@ -95,6 +99,14 @@ BUGS = {
     "signs of the advantage swapped": ("token", "up, down = mask & (a > 0.0)", "down, up = mask & (a > 0.0)"),
     "a row in another's place": ("token", "tl.store(row + B * K1, tl.sum(k1))", "tl.store(row + B * K1, tl.sum(k3))"),
     "shift and advantage swapped": ("chunks", "adv, shift = tl.load(source + s)", "shift, adv = tl.load(source + s)"),
+    "sums of the last tile alone": ("many", "sums += tile", "sums = tile"),
+    "largest of the last tile alone": ("many", "maxima = tl.maximum(maxima, tile)", "maxima = tile"),
+    "largest ratio of the last tile alone": ("many", "tops = tl.maximum(tops, tl.where(", "tops = (tl.where("),
+    "ratios of the last tile alone": ("many", "ratios += e", "ratios = e"),
+    "squares of ratios scaled once": ("many", "* (scale * scale)", "* scale"),
+    "a mean of the loss": ("many", "kept = (rows == LOSS)", "kept = (rows == ENTROPY)"),
+    "a mean over all coefficients": ("many", "tl.maximum(_pick(total, rows, NEGATIVE), 1.0)", "tokens"),
+    "means over sequences": ("many", "tl.maximum(_pick(total, rows, TOKENS), 1.0)", "B * 1.0"),
     "divisor of the first sequence": ("chunks", '(s if DIVISOR == "sequence" else 0)', "0"),
 }
 

@@ -1,4 +1,4 @@
-"""The objective in one Triton launch: rewards or advantages and log-probs -> loss, d loss / d logp, metrics.
+"""The objective in two Triton launches: rewards or advantages and log-probs -> loss, d loss / d logp, metrics.
 
 Mathematics: divergences.py has the terms of one token, advantages.py the statistics of a group.
 
@@ -7,7 +7,8 @@ Layout. One program per sequence (per 4,096 tokens if there are no sequences), t
   2. a pass that counts who takes part, with the sequence levels' log r; there also a pass for the gradient that all
      tokens of the sequence share;
   3. a pass for the loss, the metrics and d loss / d logp.
-Each program writes one column of partials [ROWS, B], which a few torch operations reduce: deterministic, no host sync.
+Each program writes one column of partials [ROWS, B], which a second kernel of one program reduces: deterministic, no
+host sync, two launches for loss, gradient and metrics.
 A chunk is the same launch on its tokens, with group statistics and lengths that `prepare` has computed before.
 
 Exact: ratio 1 where both log-probs are equal (also both -inf), gradient 0 where a clamp or clip holds, A = 0 in a group
@@ -40,8 +41,22 @@ LOSS, ABOVE_START, OVER, CLIPPED, CLAMPED, ZEROS, K1, K3, KL, ENTROPY = map(tl.c
 RATIOS, SQUARES, TOKENS, POSITIVE_SIZE, NEGATIVE_SIZE, POSITIVE, NEGATIVE = map(tl.constexpr, range(10, 17))
 PEAK, POSITIVE_MAX, NEGATIVE_MAX, USED_ADVANTAGE = map(tl.constexpr, range(17, 21))
 ROWS = 21
-# Metrics of every objective that are a row's mean over the tokens that take part.
+# What `_finish_kernel` makes of them [OUTPUTS]: the first rows over the tokens that take part, but LOSS and ABOVE_START
+# as they are, the largest values in their rows, and in the place of others and behind them:
+POSITIVE_MEAN, NEGATIVE_MEAN, RATIO_MEAN, RATIO_MAX, ESS = map(tl.constexpr, (11, 12, 20, 21, 22))
+OUTPUTS = 23
+PADDED, COLUMNS = tl.constexpr(32), tl.constexpr(64)  # a tile of the partials
+# Metrics of every objective.
 MEANS = {"clamp_share": CLAMPED, "zero_coef_share": ZEROS, "approx_kl_k1": K1, "approx_kl_k3": K3}
+DERIVED = {
+    "coef_mean_positive": POSITIVE_MEAN,
+    "coef_mean_negative": NEGATIVE_MEAN,
+    "coef_max_positive": POSITIVE_MAX,
+    "coef_max_negative": NEGATIVE_MAX,
+    "ratio_mean": RATIO_MEAN,
+    "ratio_max": RATIO_MAX,
+    "ess": ESS,
+}
 
 
 @triton.jit
@@ -212,6 +227,55 @@ def _policy_kernel(
     tl.store(row + B * USED_ADVANTAGE, adv)
 
 
+@triton.jit
+def _pick(values, rows, row):
+    """values[row], of [PADDED]."""
+    return tl.sum(tl.where(rows == row, values, 0.0))
+
+
+@triton.jit(do_not_specialize=["B"])
+def _finish_kernel(
+    partials,  # [ROWS, B]
+    out,  # [OUTPUTS] out
+    B,
+):
+    """Sums and largest values over all programs. Sums of ratios and of their squares are relative to e^peak."""
+    rows, columns = tl.arange(0, PADDED), tl.arange(0, COLUMNS)  # [PADDED], [COLUMNS]
+    tops = tl.full([COLUMNS], -float("inf"), tl.float32)  # [COLUMNS] the largest log ratio
+    for first in range(0, B, COLUMNS):
+        peak = tl.load(partials + PEAK * B + first + columns, first + columns < B, other=-float("inf"))  # [COLUMNS]
+        tops = tl.maximum(tops, tl.where(tl.abs(peak) < float("inf"), peak, -float("inf")))
+    top = tl.max(tops)  # []
+    sums = tl.zeros([PADDED, COLUMNS], tl.float32)  # [PADDED, COLUMNS]
+    maxima = tl.zeros([PADDED, COLUMNS], tl.float32)  # [PADDED, COLUMNS]
+    ratios, weights, squares = tl.zeros_like(tops), tl.zeros_like(tops), tl.zeros_like(tops)  # [COLUMNS] each
+    for first in range(0, B, COLUMNS):
+        at, inside = first + columns, first + columns < B  # [COLUMNS]
+        mask = (rows < PEAK + 3)[:, None] & inside[None, :]  # [PADDED, COLUMNS]
+        tile = tl.load(partials + rows[:, None] * B + at[None, :], mask=mask, other=0.0)  # [PADDED, COLUMNS]
+        sums += tile
+        maxima = tl.maximum(maxima, tile)
+        peak = tl.load(partials + PEAK * B + at, mask=inside, other=-float("inf"))  # [COLUMNS], as all that follow
+        held = tl.abs(peak) < float("inf")
+        e = tl.load(partials + RATIOS * B + at, mask=inside, other=0.0)
+        ratios += e * _exp(tl.where(held, peak, 0.0))
+        scale = _exp(tl.where(held, peak - top, -float("inf")))
+        weights += e * scale
+        squares += tl.load(partials + SQUARES * B + at, mask=inside, other=0.0) * (scale * scale)
+    total, largest = tl.sum(sums, axis=1), tl.max(maxima, axis=1)  # [PADDED], [PADDED]
+    tokens = tl.maximum(_pick(total, rows, TOKENS), 1.0)  # []
+    kept = (rows == LOSS) | (rows == ABOVE_START)  # [PADDED]
+    tl.store(out + rows, tl.where(kept, total, total / tokens), mask=rows < POSITIVE_MEAN)
+    positive, negative = tl.maximum(_pick(total, rows, POSITIVE), 1.0), tl.maximum(_pick(total, rows, NEGATIVE), 1.0)
+    tl.store(out + POSITIVE_MEAN, _pick(total, rows, POSITIVE_SIZE) / positive)
+    tl.store(out + NEGATIVE_MEAN, _pick(total, rows, NEGATIVE_SIZE) / negative)
+    tl.store(out + rows, largest, mask=(rows == POSITIVE_MAX) | (rows == NEGATIVE_MAX))
+    weight, square = tl.sum(weights), tl.sum(squares) * tokens  # [], []
+    tl.store(out + RATIO_MEAN, tl.sum(ratios) / tokens)
+    tl.store(out + RATIO_MAX, _exp(top))
+    tl.store(out + ESS, weight * weight / tl.where(square == 0.0, 1.0, square))
+
+
 def prepare(inputs: PackedInputs, config: Any) -> PackedInputs:
     """Advantages and group statistics, which do not depend on log-probs."""
     advantages, shift, lengths = inputs.advantages, None, None  # [B] or [M], [B], [B]
@@ -237,7 +301,7 @@ def policy_terms(
     inputs: PackedInputs,
     config: PolicyConfig,
 ) -> PolicyTerms:
-    """The objective of all tokens, in one launch."""
+    """The objective of all tokens."""
     dlogprobs, dentropy, partials = _launch(logprobs, entropy, inputs, config)  # [M], [M], [ROWS, B]
     loss, metrics = _finish(partials, config, entropy is not None)
     advantages = partials[USED_ADVANTAGE.value] if inputs.advantages is None else inputs.advantages
@@ -314,36 +378,19 @@ def _settings(config: PolicyConfig) -> list[float | None]:
 
 def _finish(partials: Tensor, config: PolicyConfig, has_entropy: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Rows [ROWS, B] of all programs -> loss and metrics, in a fixed order and without a host sync."""
-    sums = partials[: PEAK.value].sum(1)  # [PEAK]
-    tokens = sums[TOKENS.value].clamp(min=1)  # []
+    programs = partials.shape[1]
+    out = (partials.new_empty if programs else partials.new_zeros)(OUTPUTS)  # [OUTPUTS]
+    if programs:
+        with torch.cuda.device_of(partials):
+            _finish_kernel[(1,)](partials, out, programs, num_warps=8)
     given = {
         "frac_over_target": (OVER, config.objective in DIVERGENCES),
         "clip_share": (CLIPPED, config.clips),
         "kl_ref": (KL, config.kl_coef != 0),
         "entropy": (ENTROPY, has_entropy),
     }
-    rows = MEANS | {name: row for name, (row, used) in given.items() if used}
-    means = sums / tokens  # [PEAK]
-    metrics = {name: means[row.value] for name, row in rows.items()}
-    for sign, size, count, largest in (
-        ("positive", POSITIVE_SIZE, POSITIVE, POSITIVE_MAX),
-        ("negative", NEGATIVE_SIZE, NEGATIVE, NEGATIVE_MAX),
-    ):
-        maxima = partials[largest.value]  # [B]
-        metrics[f"coef_mean_{sign}"] = sums[size.value] / sums[count.value].clamp(min=1)
-        metrics[f"coef_max_{sign}"] = maxima.amax() if len(maxima) else maxima.new_zeros(())
-    metrics |= _ratios(partials[PEAK.value], partials[RATIOS.value], partials[SQUARES.value], tokens)
-    return sums[LOSS.value], metrics | {"loss_above_start": sums[ABOVE_START.value]}
-
-
-def _ratios(peak: Tensor, sums: Tensor, squares: Tensor, tokens: Tensor) -> dict[str, Tensor]:  # [B], [B], [B], []
-    """Mean, maximum and effective sample size of ratios; sums of them and their squares are relative to e^peak."""
-    held = peak.isfinite()  # [B]
-    top = torch.where(held, peak, -torch.inf).amax() if len(peak) else peak.new_full((), -torch.inf)  # []
-    scale = torch.where(held, peak - top, -torch.inf).exp()  # [B]
-    weight, square = (sums * scale).sum(), (squares * scale**2).sum() * tokens  # [], []
-    return {
-        "ratio_mean": (sums * torch.where(held, peak, 0.0).exp()).sum() / tokens,
-        "ratio_max": top.exp(),
-        "ess": weight**2 / torch.where(square == 0, 1.0, square),
-    }
+    values = out.unbind()  # [] each
+    rows = (
+        MEANS | DERIVED | {"loss_above_start": ABOVE_START} | {name: row for name, (row, used) in given.items() if used}
+    )
+    return values[LOSS.value], {name: values[row.value] for name, row in rows.items()}

@@ -19,7 +19,8 @@ class Log:
     def __init__(self) -> None:
         self.syncs: Counter[tuple[str, str]] = Counter()  # (operation, line)
         self.copies: Counter[str] = Counter()  # host to device, by line
-        self.launches: Counter[str] = Counter()  # by kernel
+        self.launches: Counter[str] = Counter()  # by kernel of Triton's
+        self.operations: Counter[str] = Counter()  # of PyTorch that compute something: one kernel each, or a few
         self.allocated = self.peak = 0
         self._tensors: Counter[int] = Counter()  # that show a storage, by its address
 
@@ -28,6 +29,7 @@ class Log:
         self.syncs.clear()
         self.copies.clear()
         self.launches.clear()
+        self.operations.clear()
         self.peak = self.allocated
 
     def sync(self, operation: str) -> None:

@@ -179,6 +179,8 @@ def _run(func, args: tuple, kwargs: dict) -> Any:
     if name == "_to_copy":
         return _to_copy(args[0], kwargs)
     plain_args, plain_kwargs = tree_map(unwrap, (args, kwargs))
+    if there and not _only_names(func):
+        LOG.operations[name] += 1
     if func in PRODUCTS:
         out = PRODUCTS[func](*plain_args, **plain_kwargs)
         return kwargs["out"] if "out" in kwargs else CudaTensor(out)
@@ -196,6 +198,14 @@ def _run(func, args: tuple, kwargs: dict) -> Any:
     if args and isinstance(args[0], CudaTensor) and _aliases(func):
         return return_and_correct_aliasing(func, args, kwargs, out)
     return out
+
+
+def _only_names(func) -> bool:
+    """Whether `func` makes a view or takes memory: nothing is launched for it."""
+    arguments, returns = func._schema.arguments, func._schema.returns
+    view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    written = any(a.alias_info is not None and a.alias_info.is_write for a in arguments)
+    return (view and not written) or "empty" in func._schema.name
 
 
 def _aliases(func) -> bool:

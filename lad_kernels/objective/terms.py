@@ -108,7 +108,8 @@ class Objective:
         finite, inside = self._finite, self._inside
         if finite is None:
             return torch.zeros((), dtype=self.dtype, device=self.device)
-        inside = torch.ones_like(finite) if inside is None else inside
+        if inside is None:
+            return ((len(finite) - finite.sum()) / max(len(finite), 1)).to(self.dtype)
         return ((inside & ~finite).sum() / inside.sum().clamp(min=1)).to(self.dtype)
 
 

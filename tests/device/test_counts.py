@@ -55,6 +55,15 @@ def syncs() -> list[tuple[str, str]]:
     return [(operation, line.split()[-1]) for (operation, line), n in LOG.syncs.items() for _ in range(n)]
 
 
+# Of PyTorch, most of them one kernel each; metrics of the objective and of the head included.
+OPERATIONS = {
+    ("one_pass", False): 53,
+    ("one_pass", True): 63,
+    ("two_pass", False): 38,
+    ("two_pass", True): 47,
+    ("routed", False): 71,
+    ("routed", True): 82,
+}
 MASK, ACTIVE = ("nonzero", "pack"), ("nonzero", "active")
 ONE, CHOOSE = ("_local_scalar_dense", "one_pass"), ("tolist", "choose")
 
@@ -78,6 +87,7 @@ ONE, CHOOSE = ("_local_scalar_dense", "one_pass"), ("tolist", "choose")
 def test_launches_and_syncs_of_a_step(path, on_policy, launches, waits):
     """On-policy, tokens with c = 0 get log-probs from a forward of their own; routing sends two lists of work."""
     assert step(path, on_policy=on_policy) == launches
+    assert sum(LOG.operations.values()) <= OPERATIONS[path, on_policy]
     assert syncs() == waits
     assert sorted(line.split()[-1] for line in LOG.copies) == (["by_token", "plan"] if path == "routed" else [])
 

@@ -89,12 +89,12 @@ HOST = {
     "sum of exponentials forgotten": ("no prior", "r = prob / row_sums[rows]", "r = prob"),
     "p without a part at the target": (
         "no part of p",
-        "torch.where(lost, given.onehot * 2.0**-24, given.prob)",
+        "torch.where(given.prob == 0, given.onehot * 2.0**-24, given.prob)",
         "given.prob",
     ),
     "one part for all of p": (
         "no part of p",
-        "ratio = torch.where(onehot == -prob, -1.0, onehot / prob)",
+        "ratio = torch.where(prob == 0, -1.0, onehot / prob)",
         "ratio = -1.0",
     ),
     "one part for all of p, 16 bits": ("smoothed", "+ (1 + ratio)) * slope", "+ 0) * slope"),

@@ -240,8 +240,8 @@ def one_pass(
         chosen = tiles or tile_table.tiles_for(part.hidden, weight, bias, transform)
         slope = _exponentials(part, prior, f, row_sums, outputs, chosen)  # [C]
         given = gradient(rows, outputs)  # [C]
-        lost = (given.prob == 0) & (given.onehot != 0)  # [C] F_ny has no such b; 2^-24 of a is below its rounding
-        prob = torch.where(lost, given.onehot * 2.0**-24, given.prob)  # [C]
+        # F_ny cannot hold a / b for b = 0; b = 2^-24 a is below its rounding.
+        prob = torch.where(given.prob == 0, given.onehot * 2.0**-24, given.prob)  # [C]
         r = prob / row_sums[rows]  # [C]
         _fill_targets(f, part.targets, slope, given.onehot, prob, row_sums[rows], outputs.logprobs[rows])
         if needs.hidden:
@@ -333,7 +333,7 @@ def _fill_targets(
 ) -> None:
     """S (p_y + a / b) z'_y: where F is float32, from the tile's own E_y, whose error S shares; else from logp."""
     column = targets.clamp(0, f.shape[1] - 1)[:, None]  # [C, 1]
-    ratio = torch.where(onehot == -prob, -1.0, onehot / prob)  # [C]
+    ratio = torch.where(prob == 0, -1.0, onehot / prob)  # [C]; b = 0 here where a = 0
     if f.dtype == torch.float32:
         at_target = f.gather(1, column)[:, 0] + ratio * (row_sums * slope)  # [C]
     else:
@@ -343,7 +343,8 @@ def _fill_targets(
 
 def _transformed(raw: Tensor, transform: LogitTransform, inv_temperature: Tensor | float) -> tuple[Tensor, Tensor]:
     """`tile.logits` for a few numbers: raw [C] -> z [C], dz/draw [C]. An absent target keeps its -inf."""
-    factor = torch.full_like(raw, transform.scale) * inv_temperature  # [C]
+    factor = transform.scale * inv_temperature  # [C] or a number
+    factor = factor if isinstance(factor, Tensor) else torch.full_like(raw, factor)  # [C]
     if transform.softcap is None:
         return raw * factor, factor
     x = raw * (transform.scale / transform.softcap)  # [C]

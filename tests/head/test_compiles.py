@@ -1,7 +1,7 @@
 """Every kernel that the head's host functions launch compiles for every target, without a GPU and without spills.
 
 Run as a script this file compiles for one architecture and prints one JSON row per kernel; the tests run it so, since
-a process that interprets kernels cannot compile them. `PYTHONPATH=tests/support python
+a process that interprets kernels cannot compile them. `PYTHONPATH=.:tests/support python
 tests/head/test_compiles.py sm_90` prints the same rows.
 
 Layouts: `aligned` is Qwen's 151,936 x 2,048; `odd V` is GPT-2's 50,257 entries at a D that tiles evenly; `unaligned`
@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from aot import FULLEST, TARGETS, compiling, resources
+from benchmarks.harness.aot import FULLEST, TARGETS, compiling, resources
 
 LAYOUTS = {"aligned": (2048, 151936), "odd V": (896, 50257), "unaligned": (897, 50257), "ragged": (1000, 50257)}
 PLAIN, RICH, ALL = "plain", "entropy+temperature", "bias+softcap+entropy+temperature"

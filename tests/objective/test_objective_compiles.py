@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from aot import FULLEST, TARGETS, compiling, resources
+from benchmarks.harness.aot import FULLEST, TARGETS, compiling, resources
 from test_objective_kernel import GROUPS, inputs, ours
 
 from lad_kernels import GRPOConfig, LADConfig

@@ -23,7 +23,7 @@ ARCHITECTURE = list(dict.fromkeys(architecture for architecture, _ in SPEEDS))[2
 ARCHITECTURE_FILES = {
     "lad_kernels/head/kernels/tile_table.py",
     "lad_kernels/head/cost.py",
-    "tests/support/aot.py",
+    "benchmarks/harness/aot.py",
 }
 ADAPTERS = [name for name in FRAMEWORKS if name not in ("trl", "verl")]  # tested with the framework itself: more files
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from aot import targeting
+from benchmarks.harness.aot import targeting
 from triton.compiler.compiler import CompiledKernel
 
 from ptx.bulk import TensorMap

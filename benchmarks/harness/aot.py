@@ -119,6 +119,22 @@ def _tool(name: str) -> str:
     return str(Path(triton.backends.nvidia.__path__[0]) / "bin" / name)
 
 
+def sass(kernel) -> tuple[list[str], list[tuple[int, int]]]:
+    """Instructions of a kernel compiled for NVIDIA, and (place, place it goes to) of every jump among them."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = os.path.join(folder, "kernel.cubin")
+        Path(cubin).write_bytes(kernel.asm["cubin"])
+        text = subprocess.run([_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
+    code, labels = [], {}
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(re.sub(r"\s+", " ", instruction[1]).strip())
+    targets = [re.search(r"BRA.*`\((\.L_x_\d+)\)", line) for line in code]
+    return code, [(i, labels[t[1]]) for i, t in enumerate(targets) if t and t[1] in labels]
+
+
 def resources(name: str, kernel, arch: str) -> Resources:
     """Registers, spills, shared memory and counts of tensor-core and bulk-copy instructions."""
     if not TARGETS[arch].is_cuda:

@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
 from benchmarks.harness.aot import FULLEST, TARGETS, compiling, resources
 
 LAYOUTS = {"aligned": (2048, 151936), "odd V": (896, 50257), "unaligned": (897, 50257), "ragged": (1000, 50257)}

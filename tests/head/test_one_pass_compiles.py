@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.harness.aot import TARGETS, compiling, resources
 
+from benchmarks.harness.aot import TARGETS, compiling, resources
 from lad_kernels.head.kernels import dense, one_pass
 from lad_kernels.head.records import LogitGradient, LogitTransform, Needs
 

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
-from benchmarks.harness.aot import FULLEST, TARGETS, compiling, resources
 from test_objective_kernel import GROUPS, inputs, ours
 
+from benchmarks.harness.aot import FULLEST, TARGETS, compiling, resources
 from lad_kernels import GRPOConfig, LADConfig
 from lad_kernels.objective.config import DIVERGENCES, POLICY_LOSSES
 from lad_kernels.objective.inputs import PackedInputs

@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from benchmarks.harness.aot import targeting
 from triton.compiler.compiler import CompiledKernel
 
+from benchmarks.harness.aot import targeting
 from ptx.bulk import TensorMap
 from ptx.counters import Counters
 from ptx.instructions import Place, translate

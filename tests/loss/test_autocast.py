@@ -37,9 +37,9 @@ B, T, D, V = 2, 16, 24, 300  # few sequences: each is a program of the objective
 N = B * T
 # What the public functions do to floating tensors before and after: check, cast and move them.
 OUTSIDE = {
-    "__eq__", "__get__", "__len__", "__set__", "clone", "detach", "element_size", "expand", "ge", "gt", "isfinite",
-    "index_copy", "index_select", "is_floating_point", "lt", "ne", "new_zeros", "numel", "reshape", "stride", "to",
-    "view",
+    "__eq__", "__get__", "__len__", "__set__", "abs", "clone", "detach", "element_size", "expand", "ge", "gt",
+    "index_copy", "index_select", "is_floating_point", "isfinite", "lt", "ne", "new_zeros", "numel", "reshape",
+    "stride", "to", "view",
 }  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Modules are compiled when they are first imported: there are 15,000, most of which never are.
+# Modules are compiled when they are first imported, and kept so: there are 15,000, most of which never are.
+export PYTHONDONTWRITEBYTECODE :=
 INSTALL := install --quiet --disable-pip-version-check --no-compile
 # Two processes of one thread each, which is a third faster on two cores than of two; neighbours in a file share its
 # fixtures, and neither ends minutes before the other. `test-isa` is the suite with two threads.

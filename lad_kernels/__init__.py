@@ -10,7 +10,8 @@ from lad_kernels.head import SparsityProfile, linear_logprobs, profile_sparsity
 from lad_kernels.loss import LADLoss, linear_grpo_loss, linear_lad_loss
 from lad_kernels.objective import GRPOConfig, LADConfig, group_advantages, grpo_loss, lad_loss
 from lad_kernels.outputs import CrossEntropyStats, LinearLogprobs, LossOutput
-from lad_kernels.policy_loss import Tokens, linear_policy_loss
+from lad_kernels.own_objective import Tokens
+from lad_kernels.policy_loss import linear_policy_loss
 
 __version__ = "0.1.0"
 __all__ = [

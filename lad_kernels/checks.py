@@ -68,6 +68,12 @@ def plain_tensor(name: str, x: object) -> None:
         raise TypeError(f"{name}: expected a dense strided tensor, got layout {x.layout}")
 
 
+def constant(name: str, x: object) -> None:
+    """No tensor that a gradient would have to reach."""
+    if isinstance(x, Tensor) and x.requires_grad:
+        raise ValueError(f"{name}: expected a constant, got a tensor that requires grad; detach it")
+
+
 def impl(value: str) -> None:
     if value not in IMPLS:
         raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLS))}, got {value!r}")
@@ -195,8 +201,7 @@ def target_range(targets: Tensor, vocabulary: int) -> None:
 def transform(temperature: float | Tensor, logit_scale: float, softcap: float | None, targets: Tensor) -> None:
     if isinstance(temperature, Tensor):
         plain_tensor("temperature", temperature)
-        if temperature.requires_grad:
-            raise ValueError("temperature: expected a constant, got a tensor that requires grad; detach it")
+        constant("temperature", temperature)
         by_sequence = targets.ndim == 2 and temperature.shape == (len(targets), 1)  # is expanded to the tokens
         if temperature.ndim and temperature.shape != targets.shape and not by_sequence:
             hint = f" or one per sequence [{len(targets)}, 1]" if targets.ndim == 2 else ""
@@ -325,8 +330,7 @@ def weights(name: str, x: Tensor, counts: Tensor) -> None:
 def token_weights(x: Tensor | None, like: Tensor, counts: Tensor) -> None:
     """One finite factor >= 0 per token, wherever `counts`, a mask in the shape of `like`, is set."""
     per_token("token_weights", x, like, "target_ids")
-    if x is not None and x.requires_grad:
-        raise ValueError("token_weights: expected constants, got a tensor that requires grad; detach it")
+    constant("token_weights", x)
     if x is not None and may_read(x) and not bool((((x >= 0) & (x < math.inf)) | ~counts).all()):
         raise ValueError("token_weights: expected finite factors >= 0 wherever a token counts, got others")
 

@@ -37,7 +37,7 @@ from lad_kernels.head import (
     token_outputs,
 )
 from lad_kernels.objective import check_choice, check_number, check_tail
-from lad_kernels.operators import stacked, unstacked, widest
+from lad_kernels.operators import operator, stacked, unstacked, widest
 from lad_kernels.outputs import CrossEntropyStats
 from lad_kernels.packing import Packing
 from lad_kernels.step import HEAD_METRICS, LossTerms, Step, StepResult, Wanted, all_metrics, attach
@@ -160,7 +160,10 @@ def _by_token(given: HeadArguments, options: _Options) -> Tensor | tuple[Tensor,
     out = token_outputs(given, counts, return_entropy=stats, return_mean_logit=smoothing > 0, return_correct=stats)
     weights = counts.to(out.lse.dtype)  # the shape of target_ids, 0 where ignored
     if options.token_weights is not None:
-        weights = torch.where(counts, options.token_weights.detach().to(weights.dtype), 0.0)
+        token_weights = options.token_weights.detach()
+        if torch.compiler.is_compiling():
+            token_weights = _checked_weights(token_weights, given.target_ids, counts)
+        weights = torch.where(counts, token_weights.to(weights.dtype), 0.0)
     loss = _loss(out.logprobs, out.lse, out.mean_logit, smoothing, z_loss)
     loss = _weighted(weights, loss)
     if not stats:
@@ -215,7 +218,8 @@ def _checked(given: HeadArguments, options: _Options) -> _Options:
             f"reduction: 'none' has no routed backward, since its gradient is known too late; got "
             f"backward={backward!r} and tail_mass={tail_mass!r}; use 'mean' or 'sum'"
         )
-    if not torch.compiler.is_compiling():
+    checks.constant("token_weights", token_weights)
+    if not torch.compiler.is_compiling():  # then values are checked by an operator
         checks.token_weights(token_weights, given.target_ids, given.target_ids != ignore_index)
     return options._replace(label_smoothing=smoothing, z_loss=z_loss, tail_mass=tail_mass)
 
@@ -282,6 +286,18 @@ class _CrossEntropy:
         return CrossEntropyStats(accuracy, place(correct), place(logprobs), place(entropy), z_loss, metrics)
 
 
+@operator("token_weights", "(Tensor token_weights, Tensor target_ids, Tensor counts) -> Tensor")
+def _checked_weights(token_weights: Tensor, target_ids: Tensor, counts: Tensor) -> Tensor:  # of one shape
+    """The weights, after checks of values that torch.compile does not know."""
+    checks.token_weights(token_weights, target_ids, counts)
+    return token_weights.clone()
+
+
+@_checked_weights.register_fake
+def _(token_weights: Tensor, target_ids: Tensor, counts: Tensor) -> Tensor:
+    return torch.empty_like(token_weights)
+
+
 def _loss(logprobs: Tensor, lse: Tensor, mean_logit: Tensor | None, smoothing: float, z_loss: float) -> Tensor:
     """l of every token without its weight, all of one shape."""
     loss = -logprobs
@@ -313,6 +329,7 @@ _ARGUMENTS = (
 
 def _compiled(given: HeadArguments, options: _Options) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     """The operator's call, for torch.compile and torch.export to trace."""
+    checks.constant("token_weights", options.token_weights)
     given = in_autocast_dtype(given)
     loss, correct, logprobs, entropy, numbers = _operator(*given.flat(), *options)
     if not options.return_stats:

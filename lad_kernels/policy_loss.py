@@ -6,8 +6,7 @@ in the forward; the objective's own graph stays with the loss, so that its param
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
+from lad_kernels.compiled_policy_loss import compiled_policy_loss
 from lad_kernels.head import (
     HeadArguments,
     HeadForward,
@@ -24,55 +24,15 @@ from lad_kernels.head import (
     flops,
     in_autocast_dtype,
     prepare,
-    token_outputs,
 )
 from lad_kernels.objective import check_tail
 from lad_kernels.outputs import LossOutput
-from lad_kernels.packing import Packing, pack, sequence_of
-from lad_kernels.step import HEAD_METRICS, LossTerms, Step, Wanted, attach
+from lad_kernels.own_objective import Objective, Tokens, evaluate, refuse_independent, refuse_joint, refuse_nan
+from lad_kernels.packing import Packing
+from lad_kernels.step import LossTerms, Step, Wanted, attach
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_SAME = 1e-4  # of the largest coefficient: of the same log-probs equal bits were measured; a mean is off by all of it
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """Which tokens an objective is given.
-
-    `positions` [m] int64, ascending: where they stand in target_ids.reshape(-1). `sequences` [m] int64: which row of
-    [B, T], or which span of cu_seqlens, each belongs to; None for packed input without cu_seqlens. `shape`: that of
-    target_ids.
-    """
-
-    positions: Tensor
-    sequences: Tensor | None
-    shape: tuple[int, ...]
-
-    def take(self, x: Tensor) -> Tensor:
-        """Their values [m] of a tensor shaped like target_ids, such as old log-probs."""
-        if x.shape != self.shape:
-            raise ValueError(
-                f"Tokens.take: expected {list(self.shape)} as target_ids, got {list(x.shape)}; one value per sequence "
-                f"is for Tokens.expand"
-            )
-        return x.reshape(-1)[self.positions]
-
-    def expand(self, x: Tensor) -> Tensor:
-        """One value per sequence [B] -> that of each token's sequence [m], such as advantages."""
-        if self.sequences is None or x.ndim != 1:
-            got = "packed input without cu_seqlens" if self.sequences is None else list(x.shape)
-            raise ValueError(f"Tokens.expand: expected [B], one value per sequence, got {got}")
-        return x[self.sequences]
-
-    def select(self, chosen: Tensor | slice) -> Tokens:
-        """Some of them."""
-        sequences = None if self.sequences is None else self.sequences[chosen]
-        return Tokens(self.positions[chosen], sequences, self.shape)
-
-
-Objective = Callable[[Tensor, "Tensor | None", Tokens], "Tensor | tuple[Tensor, Mapping[str, Tensor]]"]
 
 
 def linear_policy_loss(
@@ -137,7 +97,8 @@ def linear_policy_loss(
     if torch.compiler.is_compiling() and impl != "reference":
         if backward == "routed":
             raise ValueError("backward: 'routed' is not built for linear_policy_loss under torch.compile; use 'auto'")
-        return _compiled(in_autocast_dtype(given), objective, loss_mask, cu_seqlens, wanted)
+        given = in_autocast_dtype(given)
+        return compiled_policy_loss(given, objective, loss_mask, cu_seqlens, wanted, separable=separable)
     checks.plain_tensor("target_ids", target_ids)
     if not callable(objective):
         raise TypeError(
@@ -201,7 +162,7 @@ class _OwnLoss:
                 chosen = torch.arange(len(joint), device=joint.device)[part]
                 self._chunks.append((part, self.gradient_of(chosen, _rows(out, part)).onehot))
         for rows, alone in self._chunks:
-            self._refuse_if_joint(joint, rows, alone)
+            refuse_joint(joint, rows, alone, self._tokens.positions)
         self._chunks.clear()
         return LossTerms(loss, gradient, metrics)
 
@@ -228,13 +189,12 @@ class _OwnLoss:
             if loss.requires_grad:
                 found = torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)
         if all(g is None for g in found):
-            raise ValueError(
-                "objective: expected a loss that depends on the log-probs given to it, got one that does not; was it "
-                "detached, or made of other log-probs?"
-            )
+            refuse_independent()
         c = torch.zeros_like(out.logprobs) if found[0] is None else found[0]  # [m]
         c_entropy = found[1] if len(found) > 1 else None  # [m]
-        self._refuse_nan(loss, c, c_entropy, out, tokens)
+        if checks.may_read(c) and not out.logprobs.isnan().any():  # NaN of the head's own are passed on
+            for gradient in (c, c_entropy):
+                refuse_nan(loss, gradient, tokens.positions)
         prob = -c if c_entropy is None else -c - c_entropy * entropy  # [m]
         return loss if keep else loss.detach(), metrics, LogitGradient(c, prob, c_entropy)
 
@@ -244,92 +204,12 @@ class _OwnLoss:
         """Loss and metrics of the objective, checked; a differentiable 0 for no token."""
         if not len(logprobs):
             return logprobs.sum(), {}
-        found = self._objective(logprobs, entropy, tokens)
-        loss, metrics = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
-        if not isinstance(loss, Tensor) or not isinstance(metrics, Mapping):
-            kinds = ", ".join(type(x).__name__ for x in (found if isinstance(found, tuple) else (found,)))
-            raise TypeError(f"objective: expected it to return a scalar loss, or (loss, metrics by name), got {kinds}")
-        if loss.shape != () or not loss.dtype.is_floating_point or loss.device != logprobs.device:
-            raise ValueError(
-                f"objective: expected a scalar floating loss on {logprobs.device}, got {loss.dtype} "
-                f"{list(loss.shape)} on {loss.device}; sum over the tokens"
-            )
-        return loss, _checked(metrics, loss)
-
-    def _refuse_nan(
-        self, loss: Tensor, c: Tensor, c_entropy: Tensor | None, out: HeadForward, tokens: Tokens
-    ) -> None:  # [], [m], [m]
-        """NaN that the head did not give, where values may be read."""
-        if not checks.may_read(c) or out.logprobs.isnan().any():
-            return
-        bad = c.isnan() if c_entropy is None else c.isnan() | c_entropy.isnan()  # [m]
-        if bad.any() or loss.isnan():
-            where = f"at position {int(tokens.positions[bad][0])} of target_ids" if bad.any() else "in the loss"
-            raise ValueError(
-                f"objective: expected a loss and a gradient that are numbers, got NaN {where}; look for 0 * inf, "
-                f"inf - inf and logs of negative numbers there"
-            )
-
-    def _refuse_if_joint(self, joint: Tensor, rows: slice, alone: Tensor) -> None:  # [M], [C]
-        """A claim of `separable` that the gradients of some tokens alone [C] show to be false."""
-        largest = joint.abs().nan_to_num(0.0).amax()  # []
-        off = (joint[rows] - alone).abs() > _SAME * largest  # [C]
-        if bool(off.any()):
-            at = int(off.nonzero()[0, 0])
-            raise ValueError(
-                f"separable: expected a loss that is a sum of one term per token, got one whose gradient at position "
-                f"{int(self._tokens.positions[rows][at])} of target_ids is {float(joint[rows][at]):g} among all tokens "
-                f"and {float(alone[at]):g} among some; divide by a constant instead of taking a mean, or leave "
-                f"separable=False"
-            )
-
-
-def _checked(metrics: Mapping[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
-    """0-d and detached."""
-    found = {}
-    for name, value in metrics.items():
-        if name in HEAD_METRICS or name == "head_flops":
-            raise ValueError(f"objective: metric {name!r} is one of the head's own; give yours another name")
-        x = value if isinstance(value, Tensor) else torch.as_tensor(value)
-        if x.numel() != 1:
-            raise ValueError(f"objective: expected 0-d metrics, got {list(x.shape)} for {name!r}; reduce it")
-        found[name] = x.detach().reshape(()).to(loss.device)
-    return found
+        return evaluate(self._objective, logprobs, entropy, tokens)
 
 
 def _rows(out: HeadForward, rows: slice) -> HeadForward:
     """Log-probs and entropy [C] of some tokens."""
     return HeadForward(out.logprobs[rows], out.lse[rows], None if out.entropy is None else out.entropy[rows], None)
-
-
-@without_autocast
-def _compiled(
-    given: HeadArguments,
-    objective: Objective,
-    loss_mask: Tensor | None,  # the shape of target_ids
-    cu_seqlens: Tensor | None,  # [B + 1]
-    wanted: Wanted,
-) -> LossOutput:
-    """For torch.compile to trace: the head's operator, with an exact gradient in two passes, and the objective."""
-    if cu_seqlens is not None:  # tokens beyond the last bound do not count
-        inside = torch.arange(len(given.target_ids), device=given.target_ids.device) < cu_seqlens[-1]  # [N]
-        loss_mask = inside if loss_mask is None else (loss_mask != 0) & inside
-    out = token_outputs(given, loss_mask, return_entropy=wanted.entropy)
-    packing = pack(given.target_ids, loss_mask, cu_seqlens)
-    kept, bounds = packing.kept, packing.cu_seqlens  # [M], [B + 1]
-    if kept is None:
-        kept = torch.arange(packing.tokens, device=out.lse.device)
-    tokens = Tokens(kept, None if bounds is None else sequence_of(packing.tokens, bounds), packing.shape)
-    entropy = packing.take(out.entropy) if wanted.entropy else None  # [M]
-    found = objective(packing.take(out.logprobs), entropy, tokens)
-    loss, metrics = found if isinstance(found, tuple) else (found, {})
-    return LossOutput(
-        loss=loss,
-        logprobs=out.logprobs.detach() if wanted.logprobs else None,
-        entropy=out.entropy.detach() if wanted.entropy else None,
-        advantages=None,
-        metrics=_checked(metrics, loss),
-    )
 
 
 @without_autocast

@@ -37,6 +37,7 @@ class HeadArguments(NamedTuple):
     def flat(self) -> tuple:
         """As an operator takes them, in the order of SCHEMA."""
         t, group = self.temperature, self.vocab_group
+        checks.constant("temperature", t)  # an operator would not see that a gradient is expected of it
         temperatures, temperature = (t, 1.0) if isinstance(t, Tensor) else (None, t)
         name = "" if group is None else group.group_name
         return (*self[:4], temperatures, temperature, *self[5:7], name, self.impl, self.capturable)

@@ -224,7 +224,7 @@ REFUSED = {
     "ignore_index: expected an integer, got None": dict(ignore_index=None),
     "token_weights: expected [4, 9] as target_ids": dict(token_weights=torch.ones(B)),
     "token_weights: expected finite factors >= 0": dict(token_weights=-torch.ones(B, T)),
-    "token_weights: expected constants": dict(token_weights=torch.ones(B, T, requires_grad=True)),
+    "token_weights: expected a constant": dict(token_weights=torch.ones(B, T, requires_grad=True)),
     "tail_mass: expected a finite number >= 0": dict(tail_mass=-1.0),
     "backward: expected one of": dict(backward="sparse"),
     "target_ids: expected ids in": dict(ignore_index=-1),

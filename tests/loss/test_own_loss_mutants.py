@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import test_compiled_checks
 import test_cross_entropy
+import test_operators
 import test_policy_loss
+import torch
 from test_mutants import mutate
+
+import lad_kernels
+from lad_kernels import compiled_policy_loss, policy_loss
 
 SMOOTHED = "smoothing 0.1, z 0.01, weights"
 CHECKS = {
@@ -45,18 +51,36 @@ POLICY = {  # bug: check that shows it, source, mutant
         "self._evaluate(out, self._tokens.select(chosen))",
         "self._evaluate(out, self._tokens.select(slice(0, len(chosen))))",
     ),
+    "an objective of no token": ("none", "if not len(logprobs):", "if False:"),
+    "a false claim in chunks": ("claim", "self._chunks.append((rows, gradient.onehot))", "pass"),
+    "a false claim of two halves": ("mean", "checks.reads_all_values() and self._grad and len(joint)", "False"),
+    "a detached loss": ("detached", "if all(g is None for g in found):", "if False:"),
+    "NaN of the log-probs' gradient": ("NaN", "for gradient in (c, c_entropy):", "for gradient in (c_entropy,):"),
+    "always joint": ("one pass", 'self.spans = "token" if separable else "all"', 'self.spans = "all"'),
+}
+OWN_OBJECTIVE = {
     "values of the first positions": ("lad", "x.reshape(-1)[self.positions]", "x.reshape(-1)[: len(self.positions)]"),
     "sequences of the first tokens": (
         "one pass",
         "None if self.sequences is None else self.sequences[chosen]",
         "None if self.sequences is None else self.sequences[: len(self.positions[chosen])]",
     ),
-    "an objective of no token": ("none", "if not len(logprobs):", "if False:"),
-    "a false claim in chunks": ("claim", "self._chunks.append((rows, gradient.onehot))", "pass"),
-    "a false claim of two halves": ("mean", "checks.reads_all_values() and self._grad and len(joint)", "False"),
-    "a detached loss": ("detached", "if all(g is None for g in found):", "if False:"),
-    "NaN": ("NaN", "if bad.any() or loss.isnan():", "if loss.isnan() and not bad.any():"),
-    "always joint": ("one pass", 'self.spans = "token" if separable else "all"', 'self.spans = "all"'),
+    "NaN": ("NaN", "if bad is not None and bool(bad.any()):", "if False:"),
+    "NaN loss": ("compiled NaN", "elif loss is not None and bool(loss.isnan()):", "elif False:"),
+    "joint": ("mean", "if bool(off.any()):", "if False:"),
+}
+COMPILED = {
+    "beyond the last bound": (
+        "compiled bounds",
+        "if cu_seqlens is not None:\n        counts",
+        "if False:\n        counts",
+    ),
+    "masked tokens": ("compiled mask", 'checks.mask(loss_mask, target_ids, "target_ids")', "pass"),
+    "a gradient's NaN": ("compiled gradient", "refuse_nan(None, gradient, positions)", "pass"),
+    "NaN of the head": ("compiled head", "may_read(x) and not x.isnan().any()", "may_read(x)"),
+    "detached by the compiler": ("compiled detached", "if _INPUT in node.name():", "if True:"),
+    "a claim under the compiler": ("compiled claim", "if separable and checks.reads_all_values():", "if False:"),
+    "halves are one": ("compiled claim", "(slice(0, None, 2), slice(1, None, 2))", "(slice(0, None), slice(0, None))"),
 }
 CROSS_ENTROPY = {
     "divisor counts tokens of weight 0": (
@@ -101,28 +125,72 @@ CROSS_ENTROPY = {
     ),
     "weights by token": (
         "by token",
-        "torch.where(counts, options.token_weights.detach().to(weights.dtype), 0.0)",
-        "weights",
+        "weights = torch.where(counts, token_weights.to(weights.dtype), 0.0)",
+        "pass",
+    ),
+    "weights under the compiler": (
+        "compiled weights",
+        "checks.token_weights(token_weights, target_ids, counts)",
+        "pass",
     ),
     "mean logit by token": ("by token", "return_mean_logit=smoothing > 0", "return_mean_logit=False"),
     "accuracy over all": ("everything", "/ max(len(correct), 1)", "/ max(packing.shape.numel(), 1)"),
 }
+SOURCES = {
+    "policy_loss": POLICY,
+    "own_objective": OWN_OBJECTIVE,
+    "compiled_policy_loss": COMPILED,
+    "cross_entropy": CROSS_ENTROPY,
+}
 CHECKS["one pass of all"] = lambda _: test_cross_entropy.test_float64(SMOOTHED, "sum", "one_pass")
 
 
+def refused(name: str):
+    return lambda _: test_compiled_checks.test_refused(name, "aot_eager")
+
+
+def claimed(patch) -> None:
+    patch.setattr(test_compiled_checks.checks, "_always_read_values", True)
+    test_compiled_checks.test_a_claim_of_separability_is_checked_where_values_are(None, "aot_eager", False)
+
+
+CHECKS |= {
+    "compiled NaN": refused("NaN loss"),
+    "compiled bounds": lambda _: test_operators.test_an_objective_gets_no_token_beyond_the_last_bound(True),
+    "compiled mask": refused("fractional mask"),
+    "compiled gradient": refused("NaN gradient of the entropy"),
+    "compiled head": lambda _: test_compiled_checks.test_nan_of_the_head_is_passed_on("aot_eager"),
+    "compiled detached": refused("detached, with a parameter"),
+    "compiled claim": claimed,
+    "compiled weights": refused("negative weights"),
+}
+
+
 def check(name: str, monkeypatch) -> None:
+    torch._dynamo.reset()
     with monkeypatch.context() as patch:
         patch.setattr(test_policy_loss.memory.Work, "chunk_rows", lambda self: 11)
         CHECKS[name](patch)
 
 
-@pytest.mark.parametrize("bug", [*POLICY, *CROSS_ENTROPY])
-def test_bug_is_caught(bug, monkeypatch, tmp_path):
-    name, old, new = (POLICY | CROSS_ENTROPY)[bug]
-    source = "policy_loss" if bug in POLICY else "cross_entropy"
-    mutant = mutate(f"{source}.py", old, new, tmp_path)
-    function = f"linear_{source}"
-    monkeypatch.setattr(globals()[f"test_{source}"], function, getattr(mutant, function))
+def plant(source: str, mutant, monkeypatch) -> None:
+    """Put what a mutant of a source defines where it is used."""
+    if source in ("policy_loss", "cross_entropy"):
+        function = f"linear_{source}"
+        for tests in (globals()[f"test_{source}"], lad_kernels):
+            monkeypatch.setattr(tests, function, getattr(mutant, function))
+        return
+    users = (policy_loss, compiled_policy_loss) if source == "own_objective" else (policy_loss,)
+    for user in users:
+        for name in set(vars(mutant)) & set(vars(user)):
+            if getattr(vars(mutant)[name], "__module__", None) == mutant.__name__:
+                monkeypatch.setattr(user, name, vars(mutant)[name])
+
+
+@pytest.mark.parametrize(("source", "bug"), [(source, bug) for source, bugs in SOURCES.items() for bug in bugs])
+def test_bug_is_caught(source, bug, monkeypatch, tmp_path):
+    name, old, new = SOURCES[source][bug]
+    plant(source, mutate(f"{source}.py", old, new, tmp_path), monkeypatch)
     with pytest.raises((AssertionError, RuntimeError, ValueError, TypeError, pytest.fail.Exception, IndexError)):
         check(name, monkeypatch)
 

@@ -38,7 +38,29 @@ MAY_IMPORT = {
     "policy_step": {*HEAD, "head.flops", "step", "objective", "autocast", "checks", "outputs"},
     "compiled_loss": {*HEAD, "step", "step_operator", "policy_step", "objective", "operators", "outputs"},
     "loss": {*HEAD, "compiled_loss", "policy_step", "step", "objective", "checks", "outputs"},
-    "policy_loss": {*HEAD, "head.flops", "step", "objective", "autocast", "checks", "outputs", "packing"},
+    "own_objective": {"step"},
+    "compiled_policy_loss": {
+        *HEAD,
+        "own_objective",
+        "step",
+        "autocast",
+        "checks",
+        "operators",
+        "outputs",
+        "packing",
+    },
+    "policy_loss": {
+        *HEAD,
+        "head.flops",
+        "compiled_policy_loss",
+        "own_objective",
+        "step",
+        "objective",
+        "autocast",
+        "checks",
+        "outputs",
+        "packing",
+    },
     "cross_entropy": {
         *HEAD,
         "head.flops",
@@ -57,7 +79,7 @@ MAY_IMPORT = {
     "pretrained": {"preflight"},
     "doctor": {"checks", "head.cost", "head.dispatch", "head.measured", "pretrained", *PUBLIC},
     "cli": PUBLIC,
-    "": {*HEAD, "objective", "loss", "policy_loss", "cross_entropy", "outputs"},
+    "": {*HEAD, "objective", "loss", "own_objective", "policy_loss", "cross_entropy", "outputs"},
 }
 # What is imported where it is used, and the module that may (empty: any).
 MAY_IMPORT_INSIDE_FUNCTIONS = {

@@ -326,10 +326,11 @@ def test_clamp_stops_the_gradient_exactly(level, device):
 
 @pytest.mark.parametrize("empty", (False, True))
 def test_more_sequences_than_a_tile_of_the_partials(empty, device):
-    """Two tiles of 64 programs and a remainder; or no token in any of them."""
-    lengths = (0 if empty else 1,) * 137
+    """Two tiles of 64 programs and a remainder; or no token in any of more than one."""
+    sequences = 67 if empty else 131
+    lengths = (0 if empty else 1,) * sequences
     given = inputs(device, lengths)
-    advantages = torch.randn(137, generator=torch.Generator().manual_seed(3)).to(device)
+    advantages = torch.randn(sequences, generator=torch.Generator().manual_seed(3)).to(device)
     given["old_logprobs"][100 % max(len(given["logprobs"]), 1) :] -= 30.0  # the largest ratios are in the last tile
     config = LADConfig(log_ratio_clamp=40.0, entropy_coef=0.1)
     found = ours(given, config, advantages=advantages)

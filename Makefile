@@ -31,7 +31,7 @@ test-all: $(VENV)/.test
 	$(PYTEST) -m slow $(ARGS)
 
 # While you work, in two minutes: linters, types, and the PyTorch paths of the package without any framework.
-INTERPRETED := triton or kernel or compiles or compiled_slice or test_planted_bugs or mutants or benchmarks or gpu_session or memory or scoring or flags or checkpoints or soak or real_model or operator or hub_kernel
+INTERPRETED := triton or kernel or compiles or compiled or test_planted_bugs or mutants or benchmarks or gpu_session or memory or scoring or flags or checkpoints or soak or real_model or operator or hub_kernel
 FAST := tests/head tests/objective tests/loss tests/repository/test_architecture.py tests/repository/test_extensions.py
 test-fast: $(VENV)/.test lint
 	$(PYTEST) -m 'not slow' -k 'not ($(INTERPRETED) or distributed or oracles or fuzz)' $(FAST) $(ARGS)
@@ -48,7 +48,7 @@ test-isa: $(VENV)/.test
 # tensors of the host on purpose, or what the device refuses by its limits (inference_mode, one_hot).
 test-device: $(VENV)/.test
 	PYTHONPATH=tests/support $(PYTEST) -p cuda_device.plugin -m 'not slow' \
-	    -k 'not (compiles or operators or cuda_graphs or distributed or soak or fuzz or offsets or more_tokens or test_values or defaults or excluded)' tests/device tests/head tests/objective tests/loss $(ARGS)
+	    -k 'not (compiles or compiled or operators or cuda_graphs or distributed or soak or fuzz or offsets or more_tokens or test_values or defaults or excluded)' tests/device tests/head tests/objective tests/loss $(ARGS)
 
 # The kernels as they are compiled for two GPUs, run on a CPU (tests/support/ptx): a table of paths, dtypes, layouts and
 # features, then the tests of each path. Left out of those: cases of the table; memory of 5 GB, whose shadow would take

@@ -128,7 +128,7 @@ CROSS_ENTROPY = {
         "weights = torch.where(counts, token_weights.to(weights.dtype), 0.0)",
         "pass",
     ),
-    "weights under the compiler": (
+    "compiled weights by token": (
         "compiled weights",
         "checks.token_weights(token_weights, target_ids, counts)",
         "pass",

@@ -97,7 +97,7 @@ def _objective_input(x: Tensor, positions: Tensor) -> Tensor:  # [M], [M] -> [M]
 def _objective_gradient(gradient: Tensor, x: Tensor, positions: Tensor) -> Tensor:  # [M] each
     """A gradient without NaN, except where the head gave some."""
     if checks.may_read(x) and not x.isnan().any():
-        refuse_nan(None, gradient, positions)
+        refuse_nan(None, positions, gradient)
     return gradient.clone()
 
 
@@ -115,7 +115,7 @@ def _objective_loss(
 ) -> Tensor:
     """A loss that is a number, unless a log-prob is none; with the gradients also a sum of one term per token."""
     if checks.may_read(loss) and not logprobs.isnan().any():
-        refuse_nan(loss, None, positions)
+        refuse_nan(loss, positions)
     if joint is not None and even is not None and odd is not None:
         for part, alone in zip(_HALVES, (even, odd)):
             refuse_joint(joint, part, alone, positions)
@@ -139,9 +139,12 @@ def _passed(ctx: Any, gradient: Tensor) -> tuple:  # []
 
 
 def _refuse_independent(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    """A loss whose graph does not reach the log-probs or entropy, if they have a gradient. A compiler walks it once."""
+    """A loss whose graph does not reach the log-probs or entropy, if they have a gradient. A compiler walks it once.
+
+    After a break of the graph in the objective the log-probs are an input of this graph, and nothing is known.
+    """
     loss, logprobs, *_ = inputs
-    if not logprobs.requires_grad:
+    if logprobs.grad_fn is None or _INPUT not in logprobs.grad_fn.name():
         return
     to_do, seen = [loss.grad_fn], set()
     while to_do:

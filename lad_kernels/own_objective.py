@@ -89,19 +89,18 @@ def refuse_independent() -> None:
     )
 
 
-def refuse_nan(loss: Tensor | None, gradient: Tensor | None, positions: Tensor) -> None:  # [], [m], [m]
-    """NaN in the loss, or in its gradient by what was given."""
-    bad = None if gradient is None else gradient.isnan()  # [m]
-    if bad is not None and bool(bad.any()):
-        where = f"at position {int(positions[bad][0])} of target_ids"
-    elif loss is not None and bool(loss.isnan()):
-        where = "in the loss"
-    else:
-        return
-    raise ValueError(
-        f"objective: expected a loss and a gradient that are numbers, got NaN {where}; look for 0 * inf, inf - inf and "
-        f"logs of negative numbers there"
-    )
+def refuse_nan(loss: Tensor | None, positions: Tensor, *gradients: Tensor | None) -> None:  # [], [m], [m] each
+    """NaN in the gradients by what was given, or in the loss."""
+    where = "in the loss" if loss is not None and bool(loss.isnan()) else None
+    for gradient in gradients:
+        bad = None if gradient is None else gradient.isnan()  # [m]
+        if bad is not None and bool(bad.any()):
+            where = f"at position {int(positions[bad][0])} of target_ids"
+    if where is not None:
+        raise ValueError(
+            f"objective: expected a loss and a gradient that are numbers, got NaN {where}; look for 0 * inf, inf - inf "
+            f"and logs of negative numbers there"
+        )
 
 
 def refuse_joint(joint: Tensor, rows: slice, alone: Tensor, positions: Tensor) -> None:  # [M], [C], [M]

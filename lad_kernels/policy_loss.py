@@ -94,20 +94,20 @@ def linear_policy_loss(
         hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl
     )
     wanted = Wanted(return_logprobs, return_entropy)
+    if not callable(objective):
+        raise TypeError(
+            f"objective: expected a function (logprobs, entropy, tokens) -> loss, got {type(objective).__name__}"
+        )
+    tail_mass = check_tail(backward, tail_mass, tail)
+    checks.vocab_group(vocab_group, impl, backward)
     if torch.compiler.is_compiling() and impl != "reference":
         if backward == "routed":
             raise ValueError("backward: 'routed' is not built for linear_policy_loss under torch.compile; use 'auto'")
         given = in_autocast_dtype(given)
         return compiled_policy_loss(given, objective, loss_mask, cu_seqlens, wanted, separable=separable)
     checks.plain_tensor("target_ids", target_ids)
-    if not callable(objective):
-        raise TypeError(
-            f"objective: expected a function (logprobs, entropy, tokens) -> loss, got {type(objective).__name__}"
-        )
     checks.layout(target_ids, "target_ids", cu_seqlens)
     checks.mask(loss_mask, target_ids, "target_ids")
-    tail_mass = check_tail(backward, tail_mass, tail)
-    checks.vocab_group(vocab_group, impl, backward)
     if cu_seqlens is not None and loss_mask is None:
         loss_mask = torch.ones_like(target_ids, dtype=torch.bool)  # so that those beyond the last bound are dropped
     alike = {"loss_mask": loss_mask, "return_entropy": return_entropy, "separable": separable, "backward": backward}
@@ -193,8 +193,7 @@ class _OwnLoss:
         c = torch.zeros_like(out.logprobs) if found[0] is None else found[0]  # [m]
         c_entropy = found[1] if len(found) > 1 else None  # [m]
         if checks.may_read(c) and not out.logprobs.isnan().any():  # NaN of the head's own are passed on
-            for gradient in (c, c_entropy):
-                refuse_nan(loss, gradient, tokens.positions)
+            refuse_nan(loss, tokens.positions, c, c_entropy)
         prob = -c if c_entropy is None else -c - c_entropy * entropy  # [m]
         return loss if keep else loss.detach(), metrics, LogitGradient(c, prob, c_entropy)
 

@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lad_kernels import checks
 
 DIVERGENCES = ("js", "hd", "tv", "kl", "rkl", "jf", "ps", "pearson")
@@ -31,7 +33,8 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `allowed`; the message suggests the closest name."""
     if value in allowed:
         return
-    close = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
+    traced = torch.compiler.is_compiling()  # difflib cannot be
+    close = [] if traced else difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
 
@@ -48,7 +51,8 @@ def check_number(name: str, value: Any, low: float = -math.inf, *, strict: bool 
         raise TypeError(f"{name}: expected a number{' or None' if optional else ''}, got {value!r}")
     if not -math.inf < value < math.inf or value < low or (strict and value == low):
         least = "" if low == -math.inf else f" {'>' if strict else '>='} {low:g}"
-        raise ValueError(f"{name}: expected a finite number{least}, got {value!r}")
+        got = "another" if torch.compiler.is_compiling() else repr(value)  # a traced number has no digits
+        raise ValueError(f"{name}: expected a finite number{least}, got {got}")
     return value if type(value) in (int, float) else float(value)
 
 

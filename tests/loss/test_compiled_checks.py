@@ -8,6 +8,7 @@ from torch import Tensor
 
 import lad_kernels
 from lad_kernels import checks, linear_policy_loss
+from lad_kernels.testing import FP32_TOLERANCE, relative_error
 
 N, D, V = 12, 8, 50
 MASK = torch.arange(N) % 3 != 0  # [N]
@@ -87,6 +88,13 @@ REFUSED = {
         own(lambda x, _, t: (OWN * x.detach()).sum()),
         r"objective: expected a loss that depends on the log-probs",
     ),
+    "no function": (own(3), r"objective: expected a function"),
+    "a backward that there is not": (
+        own(lambda x, _, t: x.sum(), backward="both"),
+        r"backward: expected one of 'auto'",
+    ),
+    "a tail that there is not": (own(lambda x, _, t: x.sum(), tail="cut"), r"tail: expected one of 'unbiased'"),
+    "a negative tail mass": (own(lambda x, _, t: x.sum(), tail_mass=-1.0), r"tail_mass: expected a finite number >= 0"),
     "fractional mask": (own(lambda x, _, t: x.sum(), loss_mask=MASK * 0.5), r"loss_mask: expected zeros and ones"),
     "falling bounds": (
         own(lambda x, _, t: x.sum(), cu_seqlens=torch.tensor([0, 9, 5])),
@@ -180,6 +188,30 @@ def test_a_frozen_model_trains_the_objective(backend):
     loss = step(hidden.detach(), weight.detach())
     loss.backward()
     torch.testing.assert_close(OWN.grad, loss.detach() / OWN.detach())
+
+
+def broken(x: Tensor, _, tokens) -> Tensor:  # [m]
+    half = OWN * x.exp()
+    torch._dynamo.graph_break()
+    return (half * (1 + tokens.positions)).sum()
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "inductor"))
+@pytest.mark.parametrize("objective", (total, broken))
+@pytest.mark.parametrize("masked", (False, True))
+def test_values_are_those_of_eager_mode(masked, objective, backend):
+    """Also where the graph breaks: in the objective, or at a mask, of which Dynamo by default does not know the sum."""
+    hidden, weight, targets = batch()
+
+    def step(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_policy_loss(hidden, weight, targets, objective, loss_mask=MASK if masked else None).loss
+
+    found = []
+    for call in (torch.compile(step, backend=backend), step):
+        loss = call(hidden, weight)
+        found.append((loss, *torch.autograd.grad(loss, (hidden, weight, OWN))))
+    for ours, theirs in zip(*found):
+        assert relative_error(ours, theirs.double()) <= (FP32_TOLERANCE if backend == "inductor" else 0)
 
 
 def operators() -> dict[str, tuple]:

@@ -55,7 +55,11 @@ POLICY = {  # bug: check that shows it, source, mutant
     "a false claim in chunks": ("claim", "self._chunks.append((rows, gradient.onehot))", "pass"),
     "a false claim of two halves": ("mean", "checks.reads_all_values() and self._grad and len(joint)", "False"),
     "a detached loss": ("detached", "if all(g is None for g in found):", "if False:"),
-    "NaN of the log-probs' gradient": ("NaN", "for gradient in (c, c_entropy):", "for gradient in (c_entropy,):"),
+    "NaN of the log-probs' gradient": (
+        "NaN",
+        "refuse_nan(loss, tokens.positions, c, c_entropy)",
+        "refuse_nan(loss, tokens.positions, c_entropy)",
+    ),
     "always joint": ("one pass", 'self.spans = "token" if separable else "all"', 'self.spans = "all"'),
 }
 OWN_OBJECTIVE = {
@@ -66,7 +70,7 @@ OWN_OBJECTIVE = {
         "None if self.sequences is None else self.sequences[: len(self.positions[chosen])]",
     ),
     "NaN": ("NaN", "if bad is not None and bool(bad.any()):", "if False:"),
-    "NaN loss": ("compiled NaN", "elif loss is not None and bool(loss.isnan()):", "elif False:"),
+    "NaN loss": ("compiled NaN", "if loss is not None and bool(loss.isnan()) else None", "if False else None"),
     "joint": ("mean", "if bool(off.any()):", "if False:"),
 }
 COMPILED = {
@@ -76,9 +80,14 @@ COMPILED = {
         "if False:\n        counts",
     ),
     "masked tokens": ("compiled mask", 'checks.mask(loss_mask, target_ids, "target_ids")', "pass"),
-    "a gradient's NaN": ("compiled gradient", "refuse_nan(None, gradient, positions)", "pass"),
+    "a gradient's NaN": ("compiled gradient", "refuse_nan(None, positions, gradient)", "pass"),
     "NaN of the head": ("compiled head", "may_read(x) and not x.isnan().any()", "may_read(x)"),
     "detached by the compiler": ("compiled detached", "if _INPUT in node.name():", "if True:"),
+    "a break of the graph": (
+        "compiled break",
+        "if logprobs.grad_fn is None or _INPUT not in logprobs.grad_fn.name():",
+        "if not logprobs.requires_grad:",
+    ),
     "a claim under the compiler": ("compiled claim", "if separable and checks.reads_all_values():", "if False:"),
     "halves are one": ("compiled claim", "(slice(0, None, 2), slice(1, None, 2))", "(slice(0, None), slice(0, None))"),
 }
@@ -161,6 +170,9 @@ CHECKS |= {
     "compiled gradient": refused("NaN gradient of the entropy"),
     "compiled head": lambda _: test_compiled_checks.test_nan_of_the_head_is_passed_on("aot_eager"),
     "compiled detached": refused("detached, with a parameter"),
+    "compiled break": lambda _: test_compiled_checks.test_values_are_those_of_eager_mode(
+        False, test_compiled_checks.broken, "aot_eager"
+    ),
     "compiled claim": claimed,
     "compiled weights": refused("negative weights"),
 }

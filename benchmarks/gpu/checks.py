@@ -202,17 +202,16 @@ def repeats(run: Run) -> Iterator[str]:
         yield "batch invariance"
 
 
-# A cut loses the last files: the objectives are also checked above, and so is the head in the gate.
-TESTS = (
-    "head/test_one_pass_kernels.py", "head/test_head_kernels.py", "head/test_routed_kernels.py",
-    "head/test_route_kernels.py", "head/test_paths.py", "loss/test_loss.py", "loss/test_cuda_graphs.py",
-    "loss/test_cross_entropy.py", "loss/test_policy_loss.py", "head/test_mutants.py",
-    "objective/test_objective_kernel.py", "objective/test_chunks.py", "head/test_head.py",
-    "objective/test_divergences.py", "head/test_far_logits.py", "objective/test_extremes.py",
-    "loss/test_dropped_tokens.py", "objective/test_objective_mutants.py",
+# A cut loses the last: first what tests the kernels themselves, then the rest of these folders.
+FIRST = (
+    "head/test_routed_kernels.py", "head/test_route_kernels.py", "head/test_one_pass_kernels.py",
+    "head/test_head_kernels.py", "objective/test_objective_kernel.py", "head/test_paths.py", "loss/test_cuda_graphs.py",
+    "loss/test_loss.py", "loss/test_cross_entropy.py", "loss/test_policy_loss.py", "head/test_mutants.py",
 )  # fmt: skip
-# Compiling ahead of time for other architectures needs no GPU; neither does impl="torch".
-WITH_KERNELS = "not test_compiles and not ([torch] or [torch- or -torch] or -torch-)"
+FOLDERS = ("head", "objective", "loss")
+# Compiling for other GPUs needs none; neither do impl="torch", processes on a CPU and what only it traces.
+LEFT_OUT = ("compiles", "test_compiled_checks", "test_operator", "distributed", "soak", "test_fuzz", "test_values")
+WITH_KERNELS = f"not ({' or '.join(LEFT_OUT)} or [torch] or [torch- or -torch] or -torch-)"
 WORKERS = 16
 SHOWN = 100_000  # characters of tracebacks
 
@@ -222,7 +221,10 @@ def test_suite(run: Run) -> None:
     if run.dry_run:
         run_tests(run, ["-n", "0", "tests/head/test_head.py", "-k", "test_parity_with_float64 and float32 and one"])
     else:
-        run_tests(run, ["-n", str(WORKERS), "-k", WITH_KERNELS, *(f"tests/{f}" for f in TESTS)])
+        tests = ROOT / "tests"
+        others = sorted(str(f.relative_to(tests)) for folder in FOLDERS for f in (tests / folder).glob("test_*.py"))
+        files = dict.fromkeys((*FIRST, *others))
+        run_tests(run, ["-n", str(WORKERS), "-k", WITH_KERNELS, *(f"tests/{f}" for f in files)])
 
 
 def run_tests(run: Run, arguments: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
 """Run the GPU experiments, each in a process of its own, within a deadline: `benchmarks/gpu.sh [A] [B] [C]`.
 
-    A   380 s: is every kernel right, how fast is it against the library, what do peers take at the same shape
-    B   180 s: peers by shape, a TRL step, the memory checker, the race checker, hardware counters
-    C   rarely needed: workspaces, chunks, planted routings, providers that compile for long
+    A   280 s: is every kernel right: smoke test, tests, errors against float64, the memory and the race checker
+    B   310 s: how fast is it against the library and its peers, what LAD costs beside GRPO, a TRL step, counters
+    C   rarely needed: tiles, workspaces, planted routings, providers that compile for long
 
 Without arguments A runs, then B. An experiment (`benchmarks/gpu/experiments.py`) adds rows to a file as it goes: a
 crash, a hang or a cut loses at most the row in progress. Experiments run in the order of `plan.py`, those that

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,8 +84,9 @@ def step(batch: Batch, path: str) -> None:
 
 
 def kernels(run: Run) -> None:
-    """Time of every kernel in a step of each path at two shapes, with what it was compiled to."""
-    for shape in run.shapes[:1] if run.dry_run else (run.shapes[3], run.shapes[1]):
+    """Time of every kernel in a step of each path at three shapes, with what it was compiled to."""
+    middle = replace(run.shapes[0], sequences=2 * run.shapes[0].sequences)
+    for shape in (middle,) if run.dry_run else (middle, run.shapes[3], run.shapes[1]):
         batch = make_batch(shape, "peaked", torch.bfloat16, run.device)
         for path in run.paths:
             step(batch, path)

@@ -157,12 +157,12 @@ def split(N: int, D: int, V: int, itemsize: int, workspace_bytes: int, *, staged
 
     Columns are a multiple of BLOCK and even out over the slabs; rows are N whenever _MIN_COLUMNS columns fit.
     """
-    whole = triton.cdiv(V, BLOCK) * BLOCK
+    whole = -(-V // BLOCK) * BLOCK
     stage = 4 * D if staged else 0  # bytes of a column
     columns = min(workspace_bytes // (N * itemsize + stage) // BLOCK * BLOCK, whole)
     if columns >= min(_MIN_COLUMNS, whole):
-        slabs = triton.cdiv(whole, columns)
-        return N, triton.cdiv(whole, slabs * BLOCK) * BLOCK
+        slabs = -(-whole // columns)
+        return N, -(-whole // (slabs * BLOCK)) * BLOCK
     columns = min(_MIN_COLUMNS, whole)
     rows = (workspace_bytes - stage * columns) // (columns * itemsize) // _ROW_STEP * _ROW_STEP
     return min(max(rows, _ROW_STEP), N), columns
@@ -327,15 +327,13 @@ def _logit_gradient(
     """Fill dr; return the column sums [V] if wanted."""
     (N, D), V, device = slab.hidden.shape, slab.weight.shape[0], slab.hidden.device
     transform, gradient = slab.transform, slab.gradient
-    tiles_n = triton.cdiv(N, tiles.block_n)
+    tiles_n = -(-N // tiles.block_n)
     # [token tiles, V padded to whole blocks]: rows of the partial sums start where rows of dr do
-    sums = (
-        torch.empty(tiles_n, triton.cdiv(V, BLOCK) * BLOCK, dtype=torch.float32, device=device) if need_sums else None
-    )
+    sums = torch.empty(tiles_n, -(-V // BLOCK) * BLOCK, dtype=torch.float32, device=device) if need_sums else None
     flops.product(N, D, V)
     inv_temperature = inverse_temperature(transform)
     with tile_table.current(device):
-        _logit_gradient_kernel[(tile_table.programs(device, tiles_n * triton.cdiv(V, tiles.block_v)),)](
+        _logit_gradient_kernel[(tile_table.programs(device, tiles_n * -(-V // tiles.block_v)),)](
             tile_table.operand(slab.hidden, tiles.block_n, tiles),
             tile_table.operand(slab.weight, tiles.block_v, tiles),
             slab.bias,

@@ -260,7 +260,7 @@ def forward(
     weight, targets = tile_table.by_rows(weight), targets.contiguous()
     bias = None if bias is None else bias.contiguous()
     N, V, device = len(targets), weight.shape[0], hidden.device
-    blocks = triton.cdiv(V, BLOCK)
+    blocks = -(-V // BLOCK)
 
     new = {"dtype": torch.float32, "device": device}
     logprobs, lse, rest = (torch.empty(N, **new) for _ in range(3))  # [N] each
@@ -284,7 +284,7 @@ def forward(
             chosen = tiles or tile_table.tiles_for(rows, weight, bias, transform)
             _partials(rows, weight, bias, inv_temperature, transform, block_lse, run_entropy, run_top, run, chosen)
             z_y = target_logits(rows, weight, targets[start:stop], bias, inv_temperature, transform, chosen)
-            _finalize_kernel[(triton.cdiv(stop - start, _FINAL_TOKENS),)](
+            _finalize_kernel[(-(-(stop - start) // _FINAL_TOKENS),)](
                 block_lse,
                 run_entropy,
                 run_top,
@@ -319,7 +319,7 @@ def _partials(
 ) -> None:
     (N, D), V = hidden.shape, weight.shape[0]
     flops.product(N, D, V)
-    grid = tile_table.programs(hidden.device, triton.cdiv(N, tiles.block_n) * triton.cdiv(V, tiles.block_v))
+    grid = tile_table.programs(hidden.device, -(-N // tiles.block_n) * -(-V // tiles.block_v))
     _partials_kernel[(grid,)](
         tile_table.operand(hidden, tiles.block_n, tiles),
         tile_table.operand(weight, tiles.block_v, tiles),
@@ -363,7 +363,7 @@ def target_logits(
 ) -> Tensor:
     (N, D), V = hidden.shape, weight.shape[0]
     z_y = torch.empty(N, dtype=torch.float32, device=hidden.device)  # [N]
-    _target_kernel[(triton.cdiv(N, _TARGET_TOKENS),)](
+    _target_kernel[(-(-N // _TARGET_TOKENS),)](
         hidden,
         weight,
         targets,

@@ -186,7 +186,7 @@ def _finalize_kernel(
 
 def _padded(V: int) -> int:
     """Elements of a row of F: rows start on aligned addresses whatever V is."""
-    return triton.cdiv(V, BLOCK) * BLOCK
+    return -(-V // BLOCK) * BLOCK
 
 
 @torch.no_grad()
@@ -292,7 +292,7 @@ def _exponentials(
 ) -> Tensor:  # [C]
     """Fill f, the row sums and the outputs of the tokens of a chunk; returns dz / draw of the targets."""
     rows, targets, (C, V), device = part.rows, part.targets, f.shape, f.device
-    tiles_v = triton.cdiv(V, tiles.block_v)
+    tiles_v = -(-V // tiles.block_v)
     sums = torch.empty(tiles_v, C, dtype=torch.float32, device=device)  # [vocabulary tiles, C]
     moments = torch.empty_like(sums) if outputs.entropy is not None else None  # [vocabulary tiles, C]
     tops = torch.empty_like(sums) if outputs.correct is not None else None  # [vocabulary tiles, C]
@@ -301,7 +301,7 @@ def _exponentials(
         z_y, slope = _transformed(raw, part.transform, part.inverse_temperature)  # [C], [C]
         shift = z_y if prior is None else z_y - prior[rows].float()  # [C]
         _launch(part, shift, f, sums, moments, tops, tiles)
-        _finalize_kernel[(triton.cdiv(C, _FINAL_TOKENS),)](
+        _finalize_kernel[(-(-C // _FINAL_TOKENS),)](
             sums,
             moments,
             tops,
@@ -364,7 +364,7 @@ def _launch(
     hidden, weight, transform, inv_temperature = part.hidden, part.weight, part.transform, part.inverse_temperature
     (C, D), V = hidden.shape, weight.shape[0]
     flops.product(C, D, V)
-    grid = tile_table.programs(hidden.device, triton.cdiv(C, tiles.block_n) * triton.cdiv(V, tiles.block_v))
+    grid = tile_table.programs(hidden.device, -(-C // tiles.block_n) * -(-V // tiles.block_v))
     _exponentials_kernel[(grid,)](
         tile_table.operand(hidden, tiles.block_n, tiles),
         tile_table.operand(weight, tiles.block_v, tiles),

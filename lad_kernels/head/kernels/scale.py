@@ -32,4 +32,4 @@ def scale(gradients: HeadGradients, factor: Tensor) -> None:
     """Multiply contiguous gradients by factor [] in place; one more rounding unless it is 1."""
     with tile_table.current(factor.device):
         for x in (x for x in gradients if x is not None and x.numel()):
-            _scale_kernel[(triton.cdiv(x.numel(), _SIZE),)](x, factor, x.numel(), BLOCK=_SIZE)
+            _scale_kernel[(-(-x.numel() // _SIZE),)](x, factor, x.numel(), BLOCK=_SIZE)

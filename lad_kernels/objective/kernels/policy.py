@@ -316,7 +316,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """d loss / d logp [M], d loss / d entropy [M] or None, partial results [ROWS, B]."""
     tokens, cu_seqlens, normalizer = len(logprobs), inputs.cu_seqlens, inputs.normalizer
-    programs = triton.cdiv(tokens, SEGMENT.value) if cu_seqlens is None else len(cu_seqlens) - 1  # B
+    programs = -(-tokens // SEGMENT.value) if cu_seqlens is None else len(cu_seqlens) - 1  # B
     new = torch.empty_like if inputs.usable is None else torch.zeros_like  # the kernel writes where tokens take part
     dlogprobs = new(logprobs)  # [M]
     dentropy = new(logprobs) if entropy is not None and config.entropy_coef != 0 else None  # [M]

@@ -30,7 +30,6 @@ call of one run launches some thirty kernels and two for each slice of D; dense 
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from lad_kernels.head import flops
@@ -195,7 +194,7 @@ class _Pairs:
         whole: Whole | None = None,  # of all dense tokens in `rows`
     ) -> None:
         """Write the pairs' dW of ascending whole blocks, with `base` and the dense tokens' added."""
-        block, stop = rows.start // BLOCK, triton.cdiv(rows.stop, BLOCK)
+        block, stop = rows.start // BLOCK, -(-rows.stop // BLOCK)
         while block < stop:
             while self.run is None or self.run.blocks.stop <= block:
                 self._advance()

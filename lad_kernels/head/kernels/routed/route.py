@@ -314,8 +314,8 @@ def choose(
     parts = (gradient.onehot, gradient.prob, gradient.entropy)
     onehot, prob, entropy = (None if x is None else x.contiguous() for x in parts)  # [A] each
     lse, targets, stride = lse.contiguous(), targets.contiguous(), block_lse.stride(0)
-    groups, block_groups = triton.cdiv(A, _TOKENS), triton.cdiv(blocks, _BLOCKS)
-    list_grid, words = (groups, triton.cdiv(blocks + 1, _BLOCKS)), groups * _TOKENS // 32
+    groups, block_groups = -(-A // _TOKENS), -(-blocks // _BLOCKS)
+    list_grid, words = (groups, -(-(blocks + 1) // _BLOCKS)), groups * _TOKENS // 32
     new, tile = {"dtype": torch.float32, "device": device}, {"BLOCKS": _BLOCKS, "TOKENS": _TOKENS, "num_warps": _WARPS}
 
     target_norm, size = torch.empty(A, **new), torch.empty(A, **new)  # [A], [A]

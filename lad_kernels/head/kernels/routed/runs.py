@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from lad_kernels.head import flops
@@ -152,7 +151,7 @@ def weight_gradient(
     call.count(pairs, blocks, D)
     hidden, whole_dr, ratio = whole or (None, None, None)  # [Nd, D], [Nd, V of `blocks`], []
     with tile_table.current(out.device):
-        weight_kernel[((blocks.stop - blocks.start) * triton.cdiv(D, schedule.block_d),)](
+        weight_kernel[((blocks.stop - blocks.start) * -(-D // schedule.block_d),)](
             call.hidden,
             dr,
             call.tokens,
@@ -191,13 +190,14 @@ def add_hidden(
     if not pairs:
         return
     columns = max((room - dr.nbytes - bounds.nbytes) // (4 * pairs) // _SLICE, 1) * _SLICE  # that fit
-    width = triton.cdiv(D, triton.cdiv(D, columns) * _SLICE) * _SLICE  # of about one size
+    slices = -(-D // columns)
+    width = -(-D // (slices * _SLICE)) * _SLICE  # of about one size
     parts = torch.empty(pairs, width, dtype=torch.float32, device=dh.device)  # [pairs, width]
-    block_d = min(triton.next_power_of_2(width), _TOKEN_COLUMNS)
+    block_d = min(1 << (width - 1).bit_length(), _TOKEN_COLUMNS)
     for d0 in range(0, D, width):
         columns = slice(d0, min(d0 + width, D))
         hidden_rows(call, run, dr, columns, parts)
-        grid = (N * triton.cdiv(columns.stop - d0, block_d),)
+        grid = (N * -(-(columns.stop - d0) // block_d),)
         with tile_table.current(dh.device):
             token_kernel[grid](
                 parts,
@@ -221,7 +221,7 @@ def hidden_rows(call: Call, run: Run, dr: Tensor, columns: slice, out: Tensor) -
         return
     call.count(run.pairs, run.blocks, D)
     with tile_table.current(out.device):
-        hidden_kernel[(len(items) * triton.cdiv(D, schedule.block_d),)](
+        hidden_kernel[(len(items) * -(-D // schedule.block_d),)](
             dr,
             call.weight[:, columns],
             items,

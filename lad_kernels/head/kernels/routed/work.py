@@ -10,13 +10,13 @@ Left out: an order of blocks that balances their loads.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from lad_kernels.head.kernels import tile_table
@@ -79,9 +79,9 @@ class Work:
     def plan(cls, counts: list[int], block_n: int, device: torch.device) -> Work:
         """One small copy to the device, where the items are listed."""
         pair_offsets = list(accumulate(counts, initial=0))
-        item_offsets = list(accumulate((triton.cdiv(count, block_n) for count in counts), initial=0))
-        tables = torch.tensor([pair_offsets, item_offsets], dtype=torch.int32)  # [2, blocks + 1]
-        pair_table, item_table = tables.to(device, non_blocking=True)
+        item_offsets = list(accumulate((-(-count // block_n) for count in counts), initial=0))
+        both = torch.frombuffer(array("i", pair_offsets + item_offsets), dtype=torch.int32)  # [2 (blocks + 1)]
+        pair_table, item_table = both.view(2, -1).to(device, non_blocking=True)  # [blocks + 1] each
         items = torch.empty(item_offsets[-1], 3, dtype=torch.int32, device=device)  # [items, 3]
         if len(items):
             with tile_table.current(device):

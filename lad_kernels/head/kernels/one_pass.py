@@ -21,9 +21,9 @@ element a row is without them: tiles write it before they are known, and b enter
 4. the library: dH of the chunk, complete at once; dW into one float32 [V, D] over all chunks, cast once.
 
 Range: F and r H live in the dtype of the inputs, so S must stay within 2^-64 .. 2^64: the prior may be off by 44 nats;
-without one, the target's log-probability must be above -44. Else the call returns None and the caller takes two
-passes; this is read once, at the end, the only host sync. A target outside [0, V) also gives None. A NaN is no reason:
-it stays in the results. float16 has too few exponents for F and is refused.
+without one, the target's log-probability must be above -44. Else, and for a target outside [0, V), the call returns
+None and the caller takes two passes: one number, the only host sync, read while the last products run. A NaN is no
+reason: it stays in the results. float16 has too few exponents for F and is refused.
 Exact: nothing is dropped, no atomics, fixed order; two runs agree bitwise. A log-probability, lse or entropy is
 bitwise independent of N and of the chunks; gradients depend on the chunks in their last bits.
 Precision: S, A and p_y come from unrounded numbers. 16-bit inputs round F and r H once each, so dW has one rounding
@@ -49,6 +49,7 @@ from lad_kernels.head.kernels import dense, tile_table
 from lad_kernels.head.kernels.forward import inverse_temperature, is_largest, target_logits
 from lad_kernels.head.kernels.tile import LN_2, LOG2_E, logit_tile, row_levels, tile_order
 from lad_kernels.head.kernels.tile_table import Tiles
+from lad_kernels.head.kernels.waiting import Later
 from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitGradient, LogitTransform, Needs, gather
 
 _LARGEST_SUM = 2.0**64  # F, F W and r H stay far inside the exponents of bfloat16 and float32
@@ -231,7 +232,7 @@ def one_pass(
         dw = (torch.empty if M else torch.zeros)(V, D, dtype=kind, device=hidden.device)
     db = torch.zeros(V, 2, **new) if needs.bias and bias is not None else None  # [V, 2]
     longest = max((rows.stop - rows.start for rows in chunks), default=0)
-    workspace = hidden.new_empty(longest, _padded(V))  # [longest chunk, >= V]
+    workspace, failed = hidden.new_empty(longest, _padded(V)), None  # [longest chunk, >= V]
     for rows in chunks:
         at = rows if tokens is None else tokens[rows]  # of hidden
         states = hidden[at] if tokens is None else gather(hidden, at)  # [C, D]
@@ -239,6 +240,8 @@ def one_pass(
         f = workspace[: rows.stop - rows.start, :V]  # [C, V]
         chosen = tiles or tile_table.tiles_for(part.hidden, weight, bias, transform)
         slope = _exponentials(part, prior, f, row_sums, outputs, chosen)  # [C]
+        if rows.stop == M:
+            failed = Later(((row_sums < 1 / _LARGEST_SUM) | (row_sums > _LARGEST_SUM)).any())  # []
         given = gradient(rows, outputs)  # [C]
         # F_ny cannot hold a / b for b = 0; b = 2^-24 a is below its rounding.
         prob = torch.where(given.prob == 0, given.onehot * 2.0**-24, given.prob)  # [C]
@@ -260,11 +263,10 @@ def one_pass(
             pair = torch.stack([high, (r - high).to(f.dtype)], dim=1)  # [C, 2]: two 16-bit numbers hold r to 2^-17
             dense.accumulate(db, f.t(), pair, first=False)
     workspace = f = states = part = scaled = None  # freed before dW is rounded
-    if ((row_sums < 1 / _LARGEST_SUM) | (row_sums > _LARGEST_SUM)).any():
+    if failed is not None and failed.read():
         return None
-    return outputs, HeadGradients(
-        dh, None if dw is None else dw.to(weight.dtype), None if db is None else db.sum(1).to(bias.dtype)
-    )
+    dw, db = None if dw is None else dw.to(weight.dtype), None if db is None else db.sum(1).to(bias.dtype)
+    return outputs, HeadGradients(dh, dw, db)
 
 
 class _Chunk(NamedTuple):

@@ -129,6 +129,8 @@ class Step:
             self.head, self.needs, loss.sparsity, want_entropy=self.want_entropy, want_correct=self.wanted.correct
         )
         terms = loss.terms(every)
+        if every.block_lse is not None and self.head.triton:  # what the host does until it is known then hides
+            return self._planned(every, every, terms, terms.gradient, None, all_given=True)
         active = self._active(terms.gradient)
         gradient = terms.gradient.select(active)  # [A]
         return self._planned(every, select_active(every, active), terms, gradient, active)
@@ -156,9 +158,10 @@ class Step:
         gradient: LogitGradient,  # [A]
         active: Tensor | None,  # [A]; None: all
         ready: HeadGradients | None = None,
+        all_given: bool = False,
     ) -> StepResult:
-        mean = select(terms.mean_logit, active)  # [A]
-        plan = plan_backward(self.head, out, gradient, active, self.needs, self.loss.sparsity, ready, mean_logit=mean)
+        given = (self.head, out, gradient, active, self.needs, self.loss.sparsity, ready)
+        plan = plan_backward(*given, mean_logit=select(terms.mean_logit, active), all_given=all_given)
         return StepResult(terms, every.logprobs, every.entropy, every.correct, plan)
 
     def _one_pass(

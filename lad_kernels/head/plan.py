@@ -1,8 +1,8 @@
 """Which path a head takes, and what its backward multiplies: active tokens, routed pairs, the bound on their error.
 
-Whether gradients come with the forward, in one pass, is decided before it. After it, tokens whose coefficients are all
-zero are dropped before the backward's first product (one host sync on an accelerator), and of the others the routing
-rule keeps (token, block) pairs, if the cost model finds that faster.
+Whether gradients come with the forward, in one pass, is decided before it. After it the routing rule keeps (token,
+block) pairs, if the cost model finds that faster, and tokens whose coefficients are all zero are dropped before the
+backward's first product. Either takes one host sync on an accelerator.
 """
 
 from __future__ import annotations
@@ -158,12 +158,15 @@ def plan_backward(
     ready: HeadGradients | None = None,
     *,
     mean_logit: Tensor | None = None,  # [A]
+    all_given: bool = False,
 ) -> BackwardPlan:
-    """Choose what the backward of the active tokens multiplies; exact where `out` has no block masses."""
-    tokens, work = len(out.lse), head.work(needs)
-    zero = out.lse.new_zeros(())  # []
-    routing, bound = None, ErrorBound(zero + tokens * work.blocks, zero, zero, zero, zero)  # nothing left out
-    if out.block_lse is not None and tokens:
+    """Choose what the backward of the active tokens multiplies; exact where `out` has no block masses.
+
+    With `all_given`, `active` is None and what is given are all M tokens: a routing leaves those without a gradient out
+    by itself, any other backward after a host sync.
+    """
+    work, routing, bound = head.work(needs), None, None
+    if out.block_lse is not None and len(out.lse):
         part = head.select(active)
         chosen, error_bound = route(
             part.hidden, part.weight, part.targets, part.transform, out.lse, out.logprobs, out.block_lse, gradient,
@@ -172,8 +175,17 @@ def plan_backward(
         )  # fmt: skip
         dense = len(chosen.dense)
         pairs = sum(chosen.counts) + dense * work.blocks
-        if dispatch.takes_routed(work, tokens, pairs, dense, backward=sparsity.backward) and dense < tokens:
+        alive = error_bound.active
+        if dispatch.takes_routed(work, alive, pairs, dense, backward=sparsity.backward) and dense < alive:
             routing, bound = chosen, error_bound
+    if all_given and routing is None:
+        active = gradient.active()  # [A]
+        out, gradient = select_active(out._replace(block_lse=None), active), gradient.select(active)
+        mean_logit = select(mean_logit, active)
+    tokens = len(out.lse)
+    if bound is None:
+        zero = out.lse.new_zeros(())  # []
+        bound = ErrorBound(tokens, zero + tokens * work.blocks, zero, zero, zero, zero)  # nothing is left out
     if out.lse_rest is not None:
         gradient = gradient.with_rest(out.lse_rest)
     metrics = {

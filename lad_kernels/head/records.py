@@ -180,7 +180,8 @@ class Routing(NamedTuple):
 class Dropped(NamedTuple):
     """Norms of the part of dZ that a routing drops, as routing.py bounds them."""
 
-    mass: Tensor  # [A] L1 norm over |c| of what is dropped of a token, from 0 to 2
+    active: int  # tokens with a gradient
+    mass: Tensor  # [A] L1 norm over |c| of what is dropped of a token, from 0 to 2; 0 without a gradient
     by_token: Tensor  # [A] bound on the norm of what its row of dZ / (dz/draw) W loses
     by_block: Tensor  # [blocks] bound on the norm of what the block's rows of dW lose
 

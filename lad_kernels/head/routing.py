@@ -44,10 +44,11 @@ _WORD = (1 << 32) - 1
 
 
 class ErrorBound(NamedTuple):
-    """What a routing leaves out; every field is 0-d on the device of the hidden states."""
+    """What a routing leaves out; every tensor is 0-d on the device of the hidden states."""
 
+    active: int  # tokens with a gradient, among those given
     pairs: Tensor  # kept pairs, those of dense tokens included
-    dropped_mass_mean: Tensor  # L1 norm of the dropped part of dZ over |c|, from 0 to 2; mean over the tokens given
+    dropped_mass_mean: Tensor  # L1 norm of the dropped part of dZ over |c|, from 0 to 2; mean over active tokens
     dropped_mass_max: Tensor  # the largest of any token
     dhidden_bound: Tensor  # upper bound on the Frobenius norm of the error of dH
     dweight_bound: Tensor  # the same for dW
@@ -159,7 +160,8 @@ def route(
     most_pairs: int | None = None,
     triton: bool = False,
 ) -> tuple[Routing, ErrorBound]:
-    """Choose the pairs of A tokens. Host syncs on an accelerator: three in PyTorch, one in Triton.
+    """Choose the pairs of A tokens; one without a gradient has none. Host syncs on an accelerator: four in PyTorch, one
+    in Triton.
 
     With more than `most_pairs` kept pairs, those of dense tokens apart, all tokens are dense.
     """
@@ -185,7 +187,8 @@ def route(
     )
     pairs = torch.full((), sum(routing.counts) + len(routing.dense) * len(block_lse), device=lse.device)  # []
     bounds = (lost.by_token * slope).norm(), lost.by_block.norm()  # [], []
-    return routing, ErrorBound(pairs, lost.mass.mean(), lost.mass.amax(), *bounds)
+    mean = lost.mass.sum() / max(lost.active, 1)  # []
+    return routing, ErrorBound(lost.active, pairs, mean, lost.mass.amax(), *bounds)
 
 
 def choose(
@@ -204,7 +207,8 @@ def choose(
 ) -> tuple[Routing, Dropped]:
     """The pairs that `route` keeps, and the sums over those that it does not."""
     pieces = _Pieces(block_lse, lse, logprobs, targets, gradient)
-    threshold = theta * pieces.size.sum() / (pieces.size != 0).sum().clamp(min=1)  # []
+    active = pieces.size != 0  # [A]
+    threshold = theta * pieces.size.sum() / active.sum().clamp(min=1)  # []
     keep = torch.empty(block_lse.shape, dtype=torch.bool, device=lse.device)  # [blocks, A]
     expected = torch.zeros_like(lse)  # [A] pairs
     for part, norm in pieces:
@@ -230,4 +234,5 @@ def choose(
         by_block[part] = torch.mv(norm, reach)
     blocks, rows = (x.contiguous() for x in keep.nonzero().unbind(1))  # [P], [P]
     scale = (threshold / pieces.at(blocks, rows)).clamp_(min=1.0) if unbiased else None  # [P]
-    return Routing(rows, scale, counts, dense), Dropped(lost / pieces.size, error, by_block)
+    mass = torch.where(active, lost / pieces.size, 0.0)  # [A]
+    return Routing(rows, scale, counts, dense), Dropped(int(active.sum()), mass, error, by_block)

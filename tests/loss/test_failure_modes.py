@@ -91,7 +91,7 @@ SYNCS = {  # (path, ratio 1): host syncs of forward and backward with a loss_mas
     ("two_pass", True): 1 + 1,
     ("one_pass", False): 1 + 1,
     ("one_pass", True): 1 + 1 + 1,
-    ("routed", False): 1 + 1 + 1,
+    ("routed", False): 1 + 1 + 1,  # the rule keeps every pair: no routing, so tokens are dropped after all
     ("routed", True): 1 + 1 + 1,
 }
 

@@ -328,7 +328,9 @@ def choose(
             block_lse, lse, logprobs.contiguous(), onehot, prob, entropy, targets, target_norm, size, A, blocks, stride,
             TOKENS=_TOKENS,
         )  # fmt: skip
-        threshold = theta * size.sum() / (size != 0).sum().clamp(min=1)  # []
+        active = size != 0  # [A]
+        count = active.sum()  # []
+        threshold = theta * size.sum() / count.clamp(min=1)  # []
         given = (block_lse, lse, prob, entropy, target_norm, targets, threshold, bits)
         _mark_kernel[(groups, block_groups)](*given, expected, A, blocks, stride, words, UNBIASED=unbiased, **tile)
         _count_kernel[list_grid](
@@ -345,7 +347,7 @@ def choose(
             **tile,
         )
         ends = counts.flatten().cumsum(0)  # [(blocks + 1) * token groups]
-        *per_block, whole = counts.sum(1).tolist()
+        *per_block, whole, alive = torch.cat([counts.sum(1), count[None]]).tolist()
         pairs, overflow = sum(per_block), False
         if most_pairs is not None and pairs > most_pairs:
             overflow, per_block = True, [0] * blocks
@@ -362,4 +364,5 @@ def choose(
     everything = torch.arange(A, device=device) if overflow else rows[pairs:]  # [Nd]
     kept = everything[:0] if overflow else rows[:pairs]  # [P]
     lost, error = by_token.sum(1)  # [A], [A]
-    return Routing(kept, scale, per_block, everything), Dropped(lost / size, error, by_block.sum(1))
+    mass = torch.where(active, lost / size, 0.0)  # [A]
+    return Routing(kept, scale, per_block, everything), Dropped(alive, mass, error, by_block.sum(1))

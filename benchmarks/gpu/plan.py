@@ -22,14 +22,14 @@ class Experiment:
 
 
 PLAN = (
-    Experiment("smoke", "A", 30, "every path once, a process each, against impl='torch'; first-call time",
+    Experiment("smoke", "A", 36, "every path once, a process each, against impl='torch'; first-call time",
                "which path traps, so that the others can go on"),
-    Experiment("correctness", "A", 120, "the gate for every provider, runs twice bitwise, objectives, poisoned memory",
+    Experiment("correctness", "A", 230, "the gate for every provider, runs twice bitwise, objectives, poisoned memory",
                "errors against float64, bitwise promises"),
     Experiment("test_suite", "A", 230, "the tests that touch kernels, compiled",
                "edges of tiles, layouts, features; the verdicts so far are kept", beside=True),
-    Experiment("memcheck", "A", 120, "accesses out of bounds, on small shapes", "proof of none", beside=True),
-    Experiment("racecheck", "A", 120, "races in shared memory, on small shapes", "proof of none", beside=True),
+    Experiment("memcheck", "A", 230, "accesses out of bounds, on small shapes", "proof of none", beside=True),
+    Experiment("racecheck", "A", 230, "races in shared memory, on small shapes", "proof of none", beside=True),
     Experiment("ceilings", "B", 20, "library products and copy bandwidth, the denominators",
                "every ratio to the library, the cost model's constants"),
     Experiment("head_shapes", "B", 55, "N = 8,192, D = 4,096, V = 151,936 and 128,256: ours, eager, peers",

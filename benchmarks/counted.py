@@ -1,11 +1,12 @@
-"""What the head's kernels issue for a tile on an H100, counted in SASS without a GPU.
+"""What a call launches and its kernels issue on an H100, counted in SASS and on a stand-in device without a GPU.
 
-    python -m benchmarks.counted [--json FILE]
+    python -m benchmarks.counted [--json FILE] [--save]
 
 Compiles what a call in bfloat16 launches (plain logits, V a multiple of 128, D of 64; SASS does not depend on either
 further) and counts the instructions of a warp: in one step over D, and in the epilogue that turns a tile of logits into
 what the kernel leaves. An epilogue that is not hidden behind products is what a kernel loses to the library, so a test
-holds these counts to within 3 %. They are no times: `benchmarks/RESULTS.md` has those that a GPU gave.
+holds these counts to within 3 %. They are no times: `benchmarks/RESULTS.md` has those that a GPU gave, beside what
+harness/predicted.py makes of the counts: shares of the library's rate, and calls over three bare products.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
 
-from benchmarks.harness import machine
+from benchmarks.harness import machine, predicted
 from benchmarks.harness.aot import compiling, resources, sass
 from benchmarks.harness.results import RESULTS, Results
 from lad_kernels.head.records import BLOCK, LogitGradient, LogitTransform, Needs, Routing
 
+ROOT = Path(__file__).resolve().parents[1]
 ARCH = "sm_90"
 N, D, V = 256, 2048, 151_936
 KERNELS = {
@@ -102,11 +106,17 @@ def count() -> dict[str, dict[str, int]]:
     return found
 
 
+def calls() -> dict[str, dict[str, int]]:
+    """Launches and host syncs, in a process whose kernels are interpreted."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.harness.calls"]
+    return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+
 def main() -> None:
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.counted")
-    parser.add_argument("--json", help="file for the counts")
+    parser.add_argument("--json", help="file for all of it")
     parser.add_argument("--save", action="store_true", help="keep them in benchmarks/results, for report and test")
     given = parser.parse_args()
     results, found = Results(machine.describe("cpu", "python -m benchmarks.counted --save")), count()
@@ -114,8 +124,15 @@ def main() -> None:
     for kind, counts in found.items():
         results.add(f"{ARCH}, bfloat16, a tile", kernel=kind, **counts)
         print(kind, *(f"{what} {number}" for what, number in counts.items()), sep=", ")
+    epilogues = {kind: found[kind]["epilogue"] for kind in ("score", "gradient", "exponentials")}
+    modelled, launched = predicted.modelled(epilogues), calls()
+    for what, by_size in modelled.items():
+        results.add("modelled, H100, V = 151,936", what=what, **{f"D = {d}": round(x, 3) for d, x in by_size.items()})
+    for what, by_path in launched.items():
+        results.add("a call with a mask, one chunk", what=what, **by_path)
     if given.json:
-        Path(given.json).write_text(json.dumps(found, indent=1) + "\n")
+        every = {"counts": found, **modelled, **launched, "epilogue": epilogues}
+        Path(given.json).write_text(json.dumps(every, indent=1) + "\n")
     if given.save:
         results.save(FILE)
 

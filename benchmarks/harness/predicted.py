@@ -24,6 +24,39 @@ MiB. `tests/head/test_memory.py` holds the same paths to a small budget by count
 """
 
 
+# What a processor of an H100 issues: 4 warps' instructions a clock, of the 8 warps of a tile. Under products the card
+# is held to its power at 1.05 to 1.46 GHz (docs/LOG.md).
+CLOCK, PROCESSORS, TILE = 1.4e9, 132, 128 * 256
+SIZES, VOCABULARY = (896, 2048, 4096), 151_936
+
+
+def tile_share(epilogue: int, hidden_size: int) -> float:
+    """Of the library's rate, for tiles that take the library's time and an epilogue of so many instructions."""
+    product = 2 * hidden_size * TILE * PROCESSORS / cost.SPEEDS["sm_90", 2].flops  # seconds of a tile
+    return product / (product + 2 * epilogue / CLOCK)
+
+
+def modelled(epilogues: dict[str, int]) -> dict[str, dict[str, float]]:
+    """Shares of the library's rate by kernel, and calls over three bare products, each by D."""
+
+    def over_products(tokens: int, hidden_size: int, kept: float | None) -> float:
+        work = memory.Work(tokens, hidden_size, VOCABULARY, 2, "sm_90")
+        products = 6 * tokens * hidden_size * VOCABULARY / cost.SPEEDS["sm_90", 2].flops
+        if kept is None:
+            return cost.one_pass(work) / products
+        return (cost.score(work) + cost.routed(work, kept * tokens * work.blocks)) / products
+
+    calls = {
+        "flat_4096": (4096, None),
+        "flat_16384": (16_384, None),
+        "peaked_1": (16_384, KEPT[0]),
+        "peaked_5": (16_384, KEPT[1]),
+        "micro_batch_1": (2048, KEPT[0]),
+    }
+    shares = {kernel: {str(d): tile_share(n, d) for d in SIZES} for kernel, n in epilogues.items()}
+    return shares | {name: {str(d): over_products(n, d, kept) for d in SIZES} for name, (n, kept) in calls.items()}
+
+
 def row(shape: Shape) -> list[str]:
     """One shape's cells: times over the three products, memory in MiB."""
     n, d, v = shape.tokens, shape.hidden_size, shape.vocab_size

@@ -30,7 +30,7 @@ def worse(found: dict[str, dict[str, int]], kept: dict[str, dict[str, int]]) -> 
 
 @pytest.fixture
 def kept() -> dict[str, dict]:
-    (rows,) = Results.load(FILE).tables.values()
+    rows = Results.load(FILE).tables[f"{ARCH}, bfloat16, a tile"]
     return {row.pop("kernel"): row for row in rows}
 
 
@@ -41,8 +41,15 @@ def test_no_kernel_takes_more_than_was_kept(kept, tmp_path):
     command = [sys.executable, "-m", "benchmarks.counted", "--json", str(tmp_path / "counts.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "counts.json").read_text())
+    every = json.loads((tmp_path / "counts.json").read_text())
+    found = every["counts"]
     assert found.keys() == kept.keys() == KERNELS.keys()
+    for kernel in ("score", "gradient", "exponentials"):
+        assert every["epilogue"][kernel] == found[kernel]["epilogue"]
+        assert 0.8 < every[kernel]["896"] < every[kernel]["4096"] < 1
+    assert every["flat_4096"]["4096"] > every["peaked_5"]["4096"] > every["peaked_1"]["4096"] > 1 / 3
+    assert every["launches"] == {"one_pass": 60, "two_pass": 44, "routed": 83}
+    assert every["syncs"] == dict.fromkeys(every["launches"], 2)
     print(done.stdout)
     assert worse(found, kept) == []
 

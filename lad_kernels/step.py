@@ -129,7 +129,8 @@ class Step:
             self.head, self.needs, loss.sparsity, want_entropy=self.want_entropy, want_correct=self.wanted.correct
         )
         terms = loss.terms(every)
-        if every.block_lse is not None and self.head.triton:  # what the host does until it is known then hides
+        if every.block_lse is not None and self.head.triton:
+            # Asking for the active tokens would wait for the forward; kernels that choose pairs queue up behind it.
             return self._planned(every, every, terms, terms.gradient, None, all_given=True)
         active = self._active(terms.gradient)
         gradient = terms.gradient.select(active)  # [A]

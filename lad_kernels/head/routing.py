@@ -214,20 +214,22 @@ def choose(
     for part, norm in pieces:
         keep[part] = ~(norm <= (threshold * _draws(lse, part) if unbiased else threshold))  # NaN is kept
         expected += ((norm / threshold).clamp_(max=1.0) if unbiased else keep[part]).sum(0)
-    many = ~(expected <= dense_share * len(keep))  # [A]; not by the draw, which would bias what remains
+    many = active & ~(expected <= dense_share * len(keep))  # [A]; not by the draw, which would bias what remains
     dense = many.nonzero()[:, 0]  # [Nd]
-    keep &= ~many
+    aside = many | ~active  # [A] tokens without pairs
+    keep &= ~aside
     counts = keep.sum(1).tolist()  # [blocks]
     if most_pairs is not None and sum(counts) > most_pairs:
-        dense, many, counts = torch.arange(len(lse), device=lse.device), torch.ones_like(many), [0] * len(counts)
+        dense, aside, counts = torch.arange(len(lse), device=lse.device), torch.ones_like(many), [0] * len(counts)
         keep.zero_()
 
     lost, error, by_block = torch.zeros_like(lse), torch.zeros_like(lse), lse.new_empty(len(keep))  # [A] x 2, [blocks]
+    reach = reach.masked_fill(aside, 0.0)  # [A]
     for part, norm in pieces:
-        kept = keep[part] | many  # [b, A]
+        kept = keep[part] | aside  # [b, A]
         lost += norm.masked_fill(kept, 0.0).sum(0)
         if unbiased:
-            norm = torch.where(keep[part], (threshold - norm).clamp_(min=0.0), norm.masked_fill_(many, 0.0))
+            norm = torch.where(keep[part], (threshold - norm).clamp_(min=0.0), norm.masked_fill_(aside, 0.0))
         else:
             norm.masked_fill_(kept, 0.0)
         error += torch.mv(norm.T, longest[part])

@@ -300,14 +300,12 @@ def test_absent_target(device, features):
         assert run(replaced(case, targets=targets)) is None
 
 
-def test_nan_stays_with_its_token(device):
+def test_a_nan_is_left_to_two_passes(device):
+    """Here it would reach dW even with the coefficient 0."""
     case = make(device)
     hidden = case.inputs.hidden.clone()
     hidden[40, 0] = float("nan")
-    outputs, gradients = run(replaced(case, hidden=hidden))
-    for nan in (gradients.hidden.isnan().all(1), *(x.isnan() for x in outputs[:3])):
-        assert nan.nonzero().tolist() == [[40]]
-    assert gradients.weight.isnan().all()
+    assert run(replaced(case, hidden=hidden)) is None
 
 
 def test_layouts(device):

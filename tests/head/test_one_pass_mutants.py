@@ -121,8 +121,8 @@ HOST = {
     "one-hot added": ("no prior", "f.scatter_(1, column,", "f.scatter_add_(1, column,"),
     "softcap's slope": ("float32", "factor / x.cosh().square()", "factor / x.cosh()"),
     "absent target": ("absent target", "torch.where(raw > -torch.inf, z, raw), factor", "z, factor"),
-    "too large sums accepted": ("range", " | (row_sums > _LARGEST_SUM)", ""),
-    "too small sums accepted": ("range", "(row_sums < 1 / _LARGEST_SUM) | ", ""),
+    "too large sums accepted": ("range", " & (row_sums <= _LARGEST_SUM)", ""),
+    "too small sums accepted": ("range", "(row_sums >= 1 / _LARGEST_SUM) & ", ""),
 }
 
 

@@ -167,12 +167,14 @@ def test_all_kept_none_kept(unbiased, device):
 @pytest.mark.parametrize("path", (kernels, routing), ids=("kernels", "pytorch"))
 @pytest.mark.parametrize("entropy", [False, True])
 def test_tokens_without_a_gradient_are_as_good_as_left_out(entropy, path, device):
-    """They have no pairs, even where no pair may be missing, and no part in the threshold or in the sums."""
+    """They have no pairs, even where no pair may be missing, and no part in the threshold or the sums; NaN or not."""
     x = case(140, 70, device, entropy=entropy)
     alive = torch.arange(140, device=device) % 3 > 0  # [A]
     some = alive.nonzero()[:, 0]  # [S]
     gradient = LogitGradient(*(None if c is None else torch.where(alive, c, 0.0) for c in vars(x.gradient).values()))
-    found, lost = dataclasses.replace(x, gradient=gradient).choose(path, unbiased=False)
+    bad = lambda y: torch.where(alive, y, torch.nan)  # noqa: E731
+    spoilt = [x.targets, bad(x.lse), bad(x.logprobs), bad(x.block_lse), gradient, x.theta, x.longest, bad(x.reach)]
+    found, lost = Case(*spoilt).choose(path, unbiased=False)
     given = [y[some] for y in (x.targets, x.lse, x.logprobs)] + [x.block_lse[:, some], x.gradient.select(some)]
     true, truth = Case(*given, x.theta, x.longest, x.reach[some]).choose(path, unbiased=False)
     assert found.counts == true.counts
@@ -182,7 +184,10 @@ def test_tokens_without_a_gradient_are_as_good_as_left_out(entropy, path, device
     for ours, theirs in ((lost.mass[some], truth.mass), (lost.by_token[some], truth.by_token)):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lost.by_block, truth.by_block, rtol=1e-5, atol=1e-6)
-    whole, _ = dataclasses.replace(x, gradient=gradient, theta=1e-30).choose(path, dense_share=0.0)
+    drawn, lost = Case(*spoilt).choose(path)
+    assert alive[drawn.rows].all()
+    assert all(y.isfinite().all() for y in lost[1:])
+    whole, _ = dataclasses.replace(Case(*spoilt), theta=1e-30).choose(path, dense_share=0.0)
     assert torch.equal(whole.dense, some)
     assert not len(whole.rows)
 

@@ -212,7 +212,8 @@ def _finalize_kernel(
     log_mass = tl.where(top < _NOTHING, float("nan"), tl.log(mass))  # [TOKENS]; NaN where a bias excludes every word
     total = top + log_mass  # [TOKENS]
     tl.store(lse + rows, total, mask=inside)
-    tl.store(lse_rest + rows, log_mass - (total - top), mask=inside)
+    rest = log_mass - (total - top)  # [TOKENS]
+    tl.store(lse_rest + rows, tl.where(rest == rest, rest, 0.0), mask=inside)  # NaN would spoil a coefficient of 0
     z_y = tl.load(target_logits + rows, mask=inside, other=0.0)  # [TOKENS]
     logp = (z_y - top) - log_mass  # [TOKENS]
     tl.store(logprobs + rows, tl.where(logp > 0, 0.0, logp), mask=inside)  # a minimum would turn NaN into 0

@@ -22,8 +22,8 @@ element a row is without them: tiles write it before they are known, and b enter
 
 Range: F and r H live in the dtype of the inputs, so S must stay within 2^-64 .. 2^64: the prior may be off by 44 nats;
 without one, the target's log-probability must be above -44. Else, and for a target outside [0, V), the call returns
-None and the caller takes two passes: one number, the only host sync, read while the last products run. A NaN is no
-reason: it stays in the results. float16 has too few exponents for F and is refused.
+None and the caller takes two passes: one number, the only host sync, read while the last products run. So does a NaN,
+which would reach dW even from a token without a gradient. float16 has too few exponents for F and is refused.
 Exact: nothing is dropped, no atomics, fixed order; two runs agree bitwise. A log-probability, lse or entropy is
 bitwise independent of N and of the chunks; gradients depend on the chunks in their last bits.
 Precision: S, A and p_y come from unrounded numbers. 16-bit inputs round F and r H once each, so dW has one rounding
@@ -232,7 +232,7 @@ def one_pass(
         dw = (torch.empty if M else torch.zeros)(V, D, dtype=kind, device=hidden.device)
     db = torch.zeros(V, 2, **new) if needs.bias and bias is not None else None  # [V, 2]
     longest = max((rows.stop - rows.start for rows in chunks), default=0)
-    workspace, failed = hidden.new_empty(longest, _padded(V)), None  # [longest chunk, >= V]
+    workspace, fine = hidden.new_empty(longest, _padded(V)), None  # [longest chunk, >= V]
     for rows in chunks:
         at = rows if tokens is None else tokens[rows]  # of hidden
         states = hidden[at] if tokens is None else gather(hidden, at)  # [C, D]
@@ -241,7 +241,7 @@ def one_pass(
         chosen = tiles or tile_table.tiles_for(part.hidden, weight, bias, transform)
         slope = _exponentials(part, prior, f, row_sums, outputs, chosen)  # [C]
         if rows.stop == M:
-            failed = Later(((row_sums < 1 / _LARGEST_SUM) | (row_sums > _LARGEST_SUM)).any())  # []
+            fine = Later(((row_sums >= 1 / _LARGEST_SUM) & (row_sums <= _LARGEST_SUM)).all())  # []
         given = gradient(rows, outputs)  # [C]
         # F_ny cannot hold a / b for b = 0; b = 2^-24 a is below its rounding.
         prob = torch.where(given.prob == 0, given.onehot * 2.0**-24, given.prob)  # [C]
@@ -263,7 +263,7 @@ def one_pass(
             pair = torch.stack([high, (r - high).to(f.dtype)], dim=1)  # [C, 2]: two 16-bit numbers hold r to 2^-17
             dense.accumulate(db, f.t(), pair, first=False)
     workspace = f = states = part = scaled = None  # freed before dW is rounded
-    if failed is not None and failed.read():
+    if fine is not None and not fine.read():
         return None
     dw, db = None if dw is None else dw.to(weight.dtype), None if db is None else db.sum(1).to(bias.dtype)
     return outputs, HeadGradients(dh, dw, db)

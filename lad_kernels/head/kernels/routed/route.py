@@ -5,6 +5,8 @@ With L[b, n] the masses of the forward, m = min(e^(L - lse), 1) and a gradient (
     E[b, n] = |prob| m (+ |g_H| m (log BLOCK - log m))      but what `_token_kernel` makes of it in the target's block
     kept    = not E <= threshold * u[b, n]                  u a draw in [0, 1), or 1 where the tail is dropped
 
+A token whose coefficients are all 0 has no pairs and no part in any sum, whatever its masses are.
+
 1. `_token_kernel`: of every token E in the target's block, and its size |c|, whose mean gives the threshold.
 2. `_mark_kernel`, a program for (TOKENS tokens, BLOCKS blocks): a bit for each kept pair; how many pairs of each token
    are expected, in these blocks.
@@ -172,6 +174,7 @@ def _mark_kernel(
     prob,  # [A]
     entropy,  # [A] or None
     target_norm,  # [A]
+    size,  # [A] 0 of a token without a gradient, whose masses may be NaN
     targets,  # [A]
     threshold,  # []
     bits,  # [blocks, words] int32 out
@@ -189,7 +192,8 @@ def _mark_kernel(
     norm = _norms(
         block_lse, lse, prob, entropy, target_norm, targets, at[:, None], tokens[None, :], A, blocks, stride
     )  # [BLOCKS, TOKENS]
-    valid = (at[:, None] < blocks) & (tokens[None, :] < A)  # [BLOCKS, TOKENS]
+    alive = tl.load(size + tokens, tokens < A, other=0.0) != 0  # [TOKENS]
+    valid = (at[:, None] < blocks) & alive[None, :]  # [BLOCKS, TOKENS]
     limit = tl.load(threshold)
     if UNBIASED:
         bar = limit * _draws(tl.load(lse + tokens, tokens < A, other=0.0), tokens, at)  # [BLOCKS, TOKENS]
@@ -242,6 +246,7 @@ def _list_kernel(
     prob,  # [A]
     entropy,  # [A] or None
     target_norm,  # [A]
+    size,  # [A]
     targets,  # [A]
     threshold,  # []
     bits,  # [blocks, words]
@@ -280,7 +285,8 @@ def _list_kernel(
             factor = tl.maximum(tl.div_rn(limit, norm), 1.0, propagate_nan=_ALL)  # [BLOCKS, TOKENS]
             tl.store(scale + place, factor, listed & (at[:, None] < blocks))
 
-    gone = (at[:, None] < blocks) & (inside & (many == 0))[None, :]  # [BLOCKS, TOKENS] pairs of tokens that are routed
+    alive = tl.load(size + tokens, inside, other=0.0) != 0  # [TOKENS]
+    gone = (at[:, None] < blocks) & (alive & (many == 0))[None, :]  # [BLOCKS, TOKENS] pairs of tokens that are routed
     dropped = tl.where(gone & (listed == 0), norm, 0.0)  # [BLOCKS, TOKENS]
     e = dropped  # [BLOCKS, TOKENS]
     if UNBIASED:
@@ -289,7 +295,7 @@ def _list_kernel(
     tl.store(by_token, tl.sum(dropped, axis=0), inside)
     w = tl.load(longest + at, at < blocks, other=0.0)  # [BLOCKS]
     tl.store(by_token + tl.num_programs(1).to(tl.int64) * A, tl.sum(e * w[:, None], axis=0), inside)
-    r = tl.load(reach + tokens, inside, other=0.0)  # [TOKENS]
+    r = tl.load(reach + tokens, alive, other=0.0)  # [TOKENS]
     tl.store(by_block + places, tl.sum(e * r[None, :], axis=1), at < blocks)
 
 
@@ -331,7 +337,7 @@ def choose(
         active = size != 0  # [A]
         count = active.sum()  # []
         threshold = theta * size.sum() / count.clamp(min=1)  # []
-        given = (block_lse, lse, prob, entropy, target_norm, targets, threshold, bits)
+        given = (block_lse, lse, prob, entropy, target_norm, size, targets, threshold, bits)
         _mark_kernel[(groups, block_groups)](*given, expected, A, blocks, stride, words, UNBIASED=unbiased, **tile)
         _count_kernel[list_grid](
             bits,

@@ -61,12 +61,17 @@ test-compiled: $(VENV)/.test
 	    $(AS_COMPILED) $(ARGS) || exit 1; done
 	PYTHONPATH=.:tests/support:tests/head:tests/objective TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python tests/compiled/counter_table.py sm_80 sm_90
 
-# Triton's own launcher above a driver that launches nothing (tests/launch): run it before a session on a GPU.
+# Triton's own launcher above a driver that launches nothing (tests/launch): run it before a session on a GPU. Then what
+# benchmarks/ahead.sh does, for the kernels of a few tests.
 STUB := $(CURDIR)/build/libcuda
+ON_STUB := LD_LIBRARY_PATH=$(STUB) TRITON_LIBCUDA_PATH=$(STUB) PYTHONPATH=tests/support:. TRITON_INTERPRET=0 OMP_NUM_THREADS=1
 test-launch: $(VENV)/.test
 	mkdir -p $(STUB) && cc -shared -fPIC -Wl,-soname,libcuda.so.1 -o $(STUB)/libcuda.so.1 tests/launch/libcuda.c
-	LD_LIBRARY_PATH=$(STUB) TRITON_LIBCUDA_PATH=$(STUB) PYTHONPATH=tests/support:. TRITON_INTERPRET=0 OMP_NUM_THREADS=1 \
-	    $(BIN)/python tests/launch/walk.py $(ARGS)
+	$(ON_STUB) $(BIN)/python tests/launch/walk.py $(ARGS)
+	rm -rf build/records build/compiled && mkdir -p build/records
+	RECORD=build/records PYTHONPATH=tests/support:tests/launch OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 \
+	    -p cuda_device.plugin -p record tests/device/test_counts.py -k step
+	TRITON_CACHE_DIR=build/compiled $(ON_STUB) $(BIN)/python tests/launch/ahead.py build/records
 
 # Random legal calls against the specification: `make fuzz CASES=20000 SEED=1`. Both have defaults.
 fuzz: $(VENV)/.test

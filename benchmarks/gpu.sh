@@ -2,7 +2,7 @@
 # The experiments of benchmarks/gpu/ on this machine's own Python, offline: no network, nothing installed for good.
 # Results go to $OUT, or to benchmarks/results/<name of the GPU>. Peers are taken from the wheels that
 # benchmarks/carry.sh put into .carry/peers, or from a folder of installed packages named by SITE; states of a policy
-# from the folder after --states, or from .carry/states.
+# from the folder after --states, or from .carry/states. Kernels that benchmarks/ahead.sh compiled come from .carry too.
 #   benchmarks/gpu.sh              parts A and B: at most 590 s on one CUDA device
 #   benchmarks/gpu.sh A            one part
 #   benchmarks/gpu.sh --dry-run    the same code on tiny shapes in Triton's interpreter, without a GPU
@@ -13,6 +13,10 @@ if [ -z "${SITE:-}" ] && compgen -G ".carry/peers/*.whl" >/dev/null; then
   SITE=$(mktemp -d)
   trap 'rm -rf "$SITE"' EXIT
   "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$SITE" .carry/peers/*.whl
+fi
+if [ -e .carry/kernels.tar.xz ]; then # compiled by benchmarks/ahead.sh, found under the same path only
+  export TRITON_CACHE_DIR=/tmp/lad_kernels_compiled
+  [ -d "$TRITON_CACHE_DIR" ] || { mkdir -p "$TRITON_CACHE_DIR" && tar xJf .carry/kernels.tar.xz -C "$TRITON_CACHE_DIR"; }
 fi
 export PYTHONPATH="$PWD${SITE:+:$SITE}${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 "$python" -m benchmarks.gpu.session "$@"

@@ -62,7 +62,7 @@ class HeadForward(NamedTuple):
     lse: Tensor  # [N]
     entropy: Tensor | None  # [N]
     block_lse: Tensor | None  # [ceil(V / BLOCK), N]: log of the un-normalised mass of each vocabulary block
-    lse_rest: Tensor | None = None  # [N] rounding error of lse; None after one pass, which needs none
+    lse_rest: Tensor | None = None  # [N] rounding error of lse, 0 of a NaN; None after one pass, which needs none
     correct: Tensor | None = None  # [N] bool: no logit is larger than the target's, by more than its rounding
 
 

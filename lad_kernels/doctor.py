@@ -42,6 +42,7 @@ PACKAGES = (
     "rich",
     "matplotlib",
 )
+CPUINFO = Path("/proc/cpuinfo")
 SWITCHES = {
     "LAD_KERNELS_ATOMICS": "the routed backward adds dH by atomics: less traffic, not reproducible bit for bit",
     "LAD_KERNELS_VALIDATE": "tensor values are checked on accelerators too, at a host sync each",
@@ -136,6 +137,15 @@ def driver() -> str | None:
     return path.read_text().splitlines()[0].removeprefix("NVRM version:").strip() if path.exists() else None
 
 
+def bfloat16_units() -> str:
+    """Whether this CPU multiplies bfloat16, and what makes products of widened bfloat16 inputs use that."""
+    if not (CPUINFO.exists() and "amx_bf16" in CPUINFO.read_text()):
+        return "no AMX"
+    if torch.backends.mkldnn.matmul.fp32_precision == "bf16":  # type: ignore[attr-defined]
+        return "AMX"
+    return 'AMX; bfloat16 inputs take half the time under torch.backends.mkldnn.matmul.fp32_precision = "bf16"'
+
+
 def machine(device: torch.device, triton: str | None) -> list[tuple[str, str]]:
     """(what, value) of interpreter, devices, driver, Triton, known models and switches."""
     build = "CPU only"
@@ -153,6 +163,7 @@ def machine(device: torch.device, triton: str | None) -> list[tuple[str, str]]:
         kind = gpu.gcnArchName if torch.version.hip else f"compute capability {gpu.major}.{gpu.minor}"
         rows.append((f"cuda:{i}", f"{gpu.name}, {kind}, {gpu.total_memory / 2**30:.0f} GiB"))
     rows.append(("device used here", f"{device}, {torch.get_num_threads()} CPU threads"))
+    rows += [("bfloat16 units", bfloat16_units())] if device.type == "cpu" else []
     rows.append(("Triton kernels", "usable" if triton is None else f"not used: {triton}"))
     rows += [(f"model {name}", f"{model.title}: {pretrained.state(name)}") for name, model in pretrained.KNOWN.items()]
     for name, meaning in SWITCHES.items():

@@ -236,3 +236,18 @@ def test_speeds_are_measured():
     assert 1e-12 < found.element < 1e-6
     assert 0 < found.gathered < 10
     assert 0 < found.block < 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision", "said"),
+    [("avx512f amx_bf16", "none", "half the time"), ("avx512f amx_bf16", "bf16", "AMX"), ("avx512f", "none", "no AMX")],
+)
+def test_units_of_a_cpu_that_lie_idle_are_named(flags, precision, said, monkeypatch, tmp_path):
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}")
+    monkeypatch.setattr(doctor, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.backends.mkldnn, "matmul", SimpleNamespace(fp32_precision=precision))
+    found = dict(doctor.machine(torch.device("cpu"), None))["bfloat16 units"]
+    assert found.startswith("no AMX" if said == "no AMX" else "AMX")
+    assert said in found
+    assert ("fp32_precision" in found) == (said == "half the time")
+    assert "bfloat16 units" not in dict(doctor.machine(torch.device("cuda"), None))

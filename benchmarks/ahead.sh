@@ -3,6 +3,7 @@
 # .carry/kernels.tar.xz (about 10 MiB), which benchmarks/gpu.sh unpacks. Needs the tests' environment (make .venv/.test), a C
 # compiler, Python 3.12 with its headers (PYTHON312) and 2 GB of packages for it; about 25 minutes on two cores.
 # Do it last: a kernel's key holds its source and its line.
+#   benchmarks/ahead.sh [TESTS]    default: tests/head tests/objective tests/loss
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -16,7 +17,7 @@ export OMP_NUM_THREADS=1
 RECORD="$work/records" PYTHONPATH=tests/support:tests/launch "$python" -m pytest -q -n 2 --dist worksteal -m 'not slow' \
   -p cuda_device.plugin -p record -p no:cacheprovider \
   -k 'not (compiles or compiled or operators or cuda_graphs or distributed or mutants or fuzz or offsets or more_tokens)' \
-  tests/head tests/objective tests/loss >"$work/log" 2>&1 || true
+  ${@:-tests/head tests/objective tests/loss} >"$work/log" 2>&1 || true
 tail -1 "$work/log"
 
 pin() { grep -m 1 "^$1==" constraints.txt; }

@@ -28,7 +28,8 @@ def count() -> dict[str, dict[str, int]]:
     x = make_inputs(TOKENS, HIDDEN_SIZE, VOCAB_SIZE, dtype=torch.bfloat16, entropy=0.5, masked=0.0)
     hidden, weight = (leaf.detach().cuda().requires_grad_() for leaf in (x.hidden, x.weight))  # [N, D], [V, D]
     old = torch.full((TOKENS,), -1.0, device="cuda")  # [N]
-    mask, advantages = (torch.arange(TOKENS, device="cuda") % k - 1.0 for k in (5, 3))  # [N] each
+    number = torch.arange(TOKENS, device="cuda")  # [N]
+    mask, advantages = number % 5 != 0, number % 3 - 1.0  # [N], [N]
     found: dict[str, dict[str, int]] = {"launches": {}, "syncs": {}}
     for path in dispatch.PATHS:
         log.clear()

@@ -291,17 +291,27 @@ ROUTE_KERNELS = {
     "scale forgotten": ("tl.maximum(tl.div_rn(limit, norm), 1.0,", "tl.maximum(0.0 * norm, 1.0,"),
     "rows of W taken as short": ("tl.sum(e * w[:, None], axis=0)", "tl.sum(e, axis=0)"),
     "random pairs not bounded": ("tl.maximum(limit - norm, 0.0, propagate_nan=_ALL), dropped)", "0.0, dropped)"),
-    "dense tokens in the bound": ("(inside & (many == 0))[None, :]", "inside[None, :]"),
+    "dense tokens in the bound": ("(alive & (many == 0))[None, :]", "alive[None, :]"),
+    "pairs without a gradient": (
+        "(at[:, None] < blocks) & alive[None, :]",
+        "(at[:, None] < blocks) & (tokens < A)[None, :]",
+    ),
+    "sums without a gradient": ("(alive & (many == 0))[None, :]", "(inside & (many == 0))[None, :]"),
+    "lengths without a gradient": (
+        "tl.load(reach + tokens, alive, other=0.0)",
+        "tl.load(reach + tokens, inside, other=0.0)",
+    ),
 }
 
 
 def check_choice(path, device: str) -> None:
-    """Two inputs on which every mutant shows."""
+    """Inputs on which every mutant shows."""
     x = test_route_kernels.case(70, 66, device, entropy=True)
     x.block_lse[5, 65] = torch.nan
     test_route_kernels.check(x, path, dense_share=0.12)
     test_route_kernels.check(x, path, dense_share=2.0, unbiased=False)
     test_route_kernels.check(test_route_kernels.case(3, 33 * 64 + 1, device), path, dense_share=0.005)
+    test_route_kernels.test_tokens_without_a_gradient_are_as_good_as_left_out(False, path, device)
 
 
 @pytest.mark.parametrize("bug", [None, *ROUTE_KERNELS])

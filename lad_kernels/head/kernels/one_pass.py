@@ -175,7 +175,7 @@ def _finalize_kernel(
     s = tl.load(shift + rows, mask=inside, other=0.0)  # [TOKENS]
     logp = (tl.load(target_logits + rows, mask=inside, other=0.0) - s) - log_total  # [TOKENS]
     tl.store(row_sums + rows, total, mask=inside)
-    tl.store(logprobs + rows, tl.where(logp > 0, 0.0, logp), mask=inside)  # a minimum would turn NaN into 0
+    tl.store(logprobs + rows, tl.minimum(logp, 0.0), mask=inside)
     tl.store(lse + rows, s + log_total, mask=inside)
     if moments is not None:
         spread = log_total - tl.sum(moment, axis=0) / total  # [TOKENS]

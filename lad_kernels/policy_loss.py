@@ -76,8 +76,9 @@ def linear_policy_loss(
             it counts, so gradients are then not made in one pass.
         return_logprobs: with False the log-probs are not returned.
         separable: your word that the loss is a sum of one term per token which depends on no other token: a sum over
-            a constant, not a mean over the tokens given. Gradients can then be made in one pass, chunk by chunk. A
-            false claim is an error where chunks were used, and always under LAD_KERNELS_VALIDATE=1.
+            a constant, not a mean over the tokens given. Gradients can then be made in one pass, chunk by chunk;
+            without it only where all tokens fit one chunk. A false claim is an error where chunks were used, and always
+            under LAD_KERNELS_VALIDATE=1.
         backward, tail_mass, tail: how the gradient of the head is computed, and how much of it may be left out, as in
             `LADConfig`.
 

@@ -81,7 +81,7 @@ class TokenLoss(Protocol):
         """Of the tokens `rows` alone, without a part by the entropy; `out` [M] is filled up to rows.stop."""
 
     def gradient_of(self, chosen: Tensor, out: HeadForward) -> LogitGradient:  # [S]
-        """Of a few tokens, for an estimate; `out` [S] is theirs."""
+        """Of a few tokens, for an estimate; `out` [S] is theirs. Not asked for where it spans all tokens."""
 
 
 class StepResult(NamedTuple):
@@ -179,18 +179,14 @@ class Step:
         """
         loss, spans = self.loss, "token" if known is not None else self.loss.spans
         want_all = self.want_entropy and self.wanted.correct
-        if (
-            self.capturable
-            or spans == "all"
-            or loss.needs_entropy
-            or not part.has_one_pass(self.needs.bias, want_all=want_all)
-        ):
+        if self.capturable or loss.needs_entropy or not part.has_one_pass(self.needs.bias, want_all=want_all):
             return None
         chunks = one_pass_chunks(part, self.needs, loss.cu_seqlens if spans == "sequence" else None)
-        if chunks is None:
+        if chunks is None or (spans == "all" and len(chunks) > 1):
             return None
         of_few = loss.gradient_of if known is None else lambda chosen, _: known.select(chosen)
-        if not takes_one_pass(part, self.needs, loss.sparsity, of_few, all_active=known is not None):
+        sampled = None if spans == "all" else of_few
+        if not takes_one_pass(part, self.needs, loss.sparsity, sampled, all_active=known is not None):
             return None
         whole: list[LossTerms] = []  # the loss, where a single chunk has all tokens
 

@@ -73,7 +73,7 @@ def takes_one_pass(
     part: Head,  # [A]
     needs: Needs,
     sparsity: Sparsity,
-    gradient: Callable[[Tensor, HeadForward], LogitGradient],
+    gradient: Callable[[Tensor, HeadForward], LogitGradient] | None,
     *,
     all_active: bool,
 ) -> bool:
@@ -83,11 +83,12 @@ def takes_one_pass(
     sync).
 
     Args:
-        gradient: (indices [S] into the A tokens, what the head computed of these [S]) -> their gradient [S].
+        gradient: (indices [S] into the A tokens, what the head computed of these [S]) -> their gradient [S]; None: not
+            known of a few tokens, so none are scored.
         all_active: every token has one.
     """
     work, shares = part.work(needs), Shares()
-    if dispatch.needs_sample(work, sparsity, all_active=all_active):
+    if gradient is not None and dispatch.needs_sample(work, sparsity, all_active=all_active):
         chosen = torch.arange(work.sample, device=part.targets.device) * work.tokens // work.sample  # [S]
         few = part.select(chosen)
         out = few.forward(want_entropy=False, want_block_lse=True)

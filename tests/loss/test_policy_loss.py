@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from test_paths import B, D, T, V, batch, run
 from torch import Tensor, nn
 
 from lad_kernels import GRPOConfig, LADConfig, checks, linear_grpo_loss, linear_lad_loss, linear_policy_loss, reference
-from lad_kernels.head import dispatch, memory
+from lad_kernels.head import cost, dispatch, memory
 from lad_kernels.reference_objective import GENERATORS
 from lad_kernels.testing import FP32_TOLERANCE, relative_error
 
@@ -112,6 +114,28 @@ def test_sequence_ratios(path):
             run(linear_policy_loss, head_of(inputs) | {"objective": gspo(inputs)}),
             run(linear_grpo_loss, inputs, config=config),
         )
+
+
+@pytest.mark.parametrize(("rows", "passes"), [(M, 1), (M - 1, 2)])
+@pytest.mark.parametrize("path", [None, "one_pass"])
+def test_tokens_of_one_chunk_take_one_pass_whatever_the_objective(path, rows, passes, monkeypatch):
+    """Also where it depends on sequences; it is called once, with all tokens."""
+    monkeypatch.setattr(memory.Work, "chunk_rows", lambda self: rows)
+    monkeypatch.setattr(cost, "one_pass", lambda work, active=None: 0.0)
+    inputs, calls = batch(), []
+    objective = gspo(inputs)
+
+    def counted(logprobs, entropy, tokens):
+        calls.append(len(logprobs))
+        return objective(logprobs, entropy, tokens)
+
+    own = head_of(inputs) | {"objective": counted}
+    with dispatch.force(path) if path else contextlib.nullcontext():
+        ours = run(linear_policy_loss, own)
+    assert calls == [M]
+    agree(ours, run(linear_policy_loss, head_of(inputs) | {"objective": objective}, impl="reference"))
+    active = (ours[1]["hidden_states"].flatten(0, 1) != 0).any(1).sum()
+    assert ours[0].metrics["head_flops"] == 2 * D * V * (M + (1 + passes) * int(active))
 
 
 @pytest.mark.parametrize("path", dispatch.PATHS)

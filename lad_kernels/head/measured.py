@@ -27,26 +27,28 @@ def measure(seconds: float = 2.0, clock: Callable[[], float] = time.perf_counter
     gradient = LogitGradient(torch.ones(len(z)), -torch.ones(len(z)))
     source, copy = torch.ones(1 << 22), torch.empty(1 << 22)
 
-    def routed(tokens: int) -> Callable[[], object]:
+    def routed(tokens: int, *, weight_gradient: bool) -> Callable[[], object]:
         """The routed backward with so many tokens in each block."""
         rows = torch.cat([torch.randperm(n, generator=generator)[:tokens].sort().values for _ in range(BLOCKS)])
         routing = Routing(rows, torch.ones(len(rows)), [tokens] * BLOCKS, rows.new_empty(0))
         part = gradient.select(slice(0, n))
         arguments = (hidden, weight, targets[:n], None, LogitTransform(), lse[:n], part, routing)
-        return lambda: pytorch.backward(*arguments, needs=Needs(hidden=True, weight=True, bias=False))
+        return lambda: pytorch.backward(*arguments, needs=Needs(True, weight_gradient, False))
 
     def elements() -> None:
         """What forward and backward do with a tile of logits besides products."""
-        z.sub_(z.amax(1)[:, None])
-        pytorch._block_sums(pytorch._exp(z, keep=False)).sum(1)
-        pytorch._logit_gradient(z, slice(0, len(z)), slice(0, v), targets, lse, gradient)
+        for _, part in pytorch._by_rows(z):  # [c, V]
+            part.sub_(part.amax(1)[:, None])
+            pytorch._block_sums(pytorch._exp(part, keep=False)).sum(1)
+        pytorch._logit_gradient(z, slice(0, len(z)), 0, targets, lse, gradient)
 
     work: dict[str, Callable[[], object]] = {
         "product": lambda: torch.mm(hidden, weight.T, out=z[:n]),
         "elements": elements,
         "copy": lambda: copy.copy_(source),
-        "few": routed(FEW),
-        "many": routed(MANY),
+        "few": routed(FEW, weight_gradient=True),
+        "many": routed(MANY, weight_gradient=True),
+        "hidden": routed(FEW, weight_gradient=False),
     }
     best, end = dict.fromkeys(work, float("inf")), clock() + seconds
     for warm in (True, False):
@@ -63,7 +65,7 @@ def measure(seconds: float = 2.0, clock: Callable[[], float] = time.perf_counter
         tokens, span = MANY, best["many"]
     rate = 6 * d * BLOCK * BLOCKS * tokens / span  # of the routed products
     bytes = 2 * source.nbytes / best["copy"]
-    block = best["few"] / BLOCKS - 6 * d * BLOCK * FEW / rate - weight.nbytes / BLOCKS / bytes  # dW is counted apart
+    block = best["hidden"] / BLOCKS - 4 * d * BLOCK * FEW / rate  # dW, which is counted apart, comes from new memory
     return cost.Speeds(flops, bytes, best["elements"] / (2 * z.numel()), rate / flops, max(block, 1e-9))
 
 

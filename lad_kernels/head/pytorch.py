@@ -7,7 +7,7 @@ the next begins: written once, deterministic.
     forward    per slab and chunk: z = transform(h W^T + b); running maximum, sum of exponentials and (for the
                entropy) sum of e^(z - max) (z - max), rescaled where the maximum moves                       2 N D V
     backward   per slab and chunk: z again, p = e^(z - lse), dZ, then dW += dZ^T h and dH += dZ W            6 N D V
-    routed     the same for the kept (token, block) pairs alone: each block gathers its own tokens           6 D BLOCK P
+    routed     the same for the kept (token, block) pairs alone, whose tokens are gathered by the slab       6 D BLOCK P
     one pass   whole rows of a chunk: z, lse, c, then dH and dW at once, when c is known inside the chunk     6 N D V
 
 Arithmetic is float32 (float64 for float64 inputs) throughout: 16-bit operands are widened before each product, which
@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lad_kernels.head import flops
+from lad_kernels.head.pytorch_runs import Runs
 from lad_kernels.head.records import (
     BLOCK,
     GradientSums,
@@ -39,6 +39,7 @@ from lad_kernels.head.records import (
 
 TILE_BYTES = 16 << 20  # one tile of logits; at most three such tiles exist at a time
 MAX_CHUNK = 2048  # tokens of a tile
+CACHE_BYTES = 1 << 20  # of a tile, for each thread: between its products a few rows at a time stay in a core's cache
 # What lies below e to this power counts as 0. CPUs take 10 to 100 times longer over exponentials and products that
 # underflow, so the smallest probability times a coefficient and an entry of W or H has to stay above 1.2e-38 (float32):
 # e^-64 = 1.6e-28 does for factors from 1e-10 up. Next to a sum of at least 1 it is nothing: its rounding is 6e-8.
@@ -79,10 +80,17 @@ class _Logits:
 
     def tile(self, rows: slice | Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """z [C, Vs], valid until the next tile, and tanh [C, Vs] of the softcap if there is one."""
-        h = self.hidden[rows]  # [C, D]
-        z = self._memory[: len(h) * len(w)].view(len(h), len(w))
-        torch.mm(h, w.T, out=z) if b is None else torch.addmm(b, h, w.T, out=z)
-        flops.product(len(h), h.shape[1], len(w))
+        return self.tiles(rows, [self.hidden[rows]], [(w, b)])
+
+    def tiles(
+        self, rows: slice | Tensor, hidden: Sequence[Tensor], operands: Sequence[tuple[Tensor, Tensor | None]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """`tile` where each part of the C hidden states [c, D] has its own w [Vs, D] and b [Vs]."""
+        sizes, width = [len(h) for h in hidden], len(operands[0][0])
+        z = self._memory[: sum(sizes) * width].view(-1, width)  # [C, Vs]
+        for h, part, (w, b) in zip(hidden, z.split(sizes), operands):
+            torch.mm(h, w.T, out=part) if b is None else torch.addmm(b, h, w.T, out=part)
+        flops.product(len(z), self.hidden.shape[1], width)
         if self.transform.scale != 1.0:
             z.mul_(self.transform.scale)
         cap, tanh = self.transform.softcap, None
@@ -134,30 +142,41 @@ def forward(
     block_lse = top.new_empty(blocks, len(top)) if want_block_lse else None  # [blocks, N]
     for columns, w, b in logits.walk():
         for rows in logits.chunks:
-            column, inside = _column(targets[rows], columns)
+            column, inside = _column(targets[rows], columns.start, len(w))
             z, _ = logits.tile(rows, w, b)  # [C, Vs]
             chosen[rows] = torch.where(inside, z.gather(1, column[:, None])[:, 0], chosen[rows])
-            new = torch.maximum(top[rows], z.amax(1))  # [C]
-            start = torch.where(new == -torch.inf, 0.0, new)  # [C]; a bias may exclude every entry so far
-            z.sub_(start[:, None])
-            e = _exp(z, keep=want_entropy)  # [C, Vs]
-            sums = _block_sums(e)  # [C, Vs / BLOCK]
-            shift = top[rows] - start  # [C]
-            decay = shift.exp()  # [C], 0 for the first slab
-            if want_entropy:
-                carried = torch.where(decay > 0, decay * (moment[rows] + shift * mass[rows]), 0.0)
-                moment[rows] = carried + torch.linalg.vecdot(e, z)
-            if want_block_lse:
-                first = columns.start // BLOCK
-                block_lse[first : first + sums.shape[1], rows] = (sums.log() + start[:, None]).T
-            mass[rows] = mass[rows] * decay + sums.sum(1)
-            top[rows] = new
+            for i, part in _by_rows(z):
+                few = slice(rows.start + i.start, rows.start + i.stop)
+                new = torch.maximum(top[few], part.amax(1))  # [c]
+                start = torch.where(new == -torch.inf, 0.0, new)  # [c]; a bias may exclude every entry so far
+                part.sub_(start[:, None])
+                e = _exp(part, keep=want_entropy)  # [c, Vs]
+                sums = _block_sums(e)  # [c, Vs / BLOCK]
+                shift = top[few] - start  # [c]
+                decay = shift.exp()  # [c], 0 for the first slab
+                if want_entropy:
+                    carried = torch.where(decay > 0, decay * (moment[few] + shift * mass[few]), 0.0)
+                    moment[few] = carried + torch.linalg.vecdot(e, part)
+                if want_block_lse:
+                    first = columns.start // BLOCK
+                    block_lse[first : first + sums.shape[1], few] = (sums.log() + start[:, None]).T
+                mass[few] = mass[few] * decay + sums.sum(1)
+                top[few] = new
     log_mass = mass.log()  # [N]
     lse = top + log_mass
     entropy = log_mass - moment / mass if want_entropy else None
     logprobs = ((chosen - top) - log_mass).clamp(max=0.0)
     correct = chosen >= top if want_correct else None  # [N]; both come from the same tile
     return HeadForward(logprobs, lse, entropy, block_lse, log_mass - (lse - top), correct)
+
+
+def _by_rows(z: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, part [c, Vs]) of a tile [C, Vs], few enough for a CPU's caches; elsewhere all at once."""
+    rows = len(z)
+    if z.device.type == "cpu":
+        rows = max(1, CACHE_BYTES * torch.get_num_threads() // max(1, z.shape[1] * z.itemsize))
+    for first, part in zip(range(0, len(z), max(1, rows)), z.split(max(1, rows))):
+        yield slice(first, first + len(part)), part
 
 
 def _exp(x: Tensor, *, keep: bool) -> Tensor:
@@ -174,10 +193,11 @@ def _block_sums(e: Tensor) -> Tensor:
     return sums if whole == e.shape[1] else torch.cat([sums, e[:, whole:].sum(1, keepdim=True)], 1)
 
 
-def _column(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Where each target [C] lies in a slab, and whether it does."""
-    inside = (targets >= columns.start) & (targets < columns.stop)
-    return torch.where(inside, targets - columns.start, 0), inside
+def _column(targets: Tensor, first: int | Tensor, width: int) -> tuple[Tensor, Tensor]:  # [C], [C] or a number
+    """Where each target lies among `width` columns from `first` on, and whether it does."""
+    column = targets - first  # [C]
+    inside = (column >= 0) & (column < width)
+    return torch.where(inside, column, 0), inside
 
 
 def backward(
@@ -209,37 +229,34 @@ def backward(
     dh = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if needs.hidden else None
     dw = weight.new_empty(weight.shape, dtype=narrow(weight)) if needs.weight else None
     db = bias.new_empty(bias.shape, dtype=narrow(bias)) if needs.bias else None
-    dense = logits.chunks if routing is None else [c for c in routing.dense.split(MAX_CHUNK) if len(c)]
-    pairs = _pairs_by_block(routing)
+    runs = Runs(logits.hidden, logits.chunks, routing, MAX_CHUNK, TILE_BYTES)
     for columns in logits.slabs:
         dw_slab = None  # [Vs, D]: dW itself, or a wider copy of its slab
         if needs.weight:
             dw_slab = dw[columns] if dw.dtype == dtype else dw.new_empty(dw[columns].shape, dtype=dtype)
+            for part in runs.absent(columns):
+                dw_slab[part].zero_()
         db_slab = lse.new_zeros(columns.stop - columns.start) if needs.bias else None  # [Vs]
-        work: list[tuple[slice, Any, Tensor | None]] = [(columns, rows, None) for rows in dense]
-        for block in range(columns.start // BLOCK, -(-columns.stop // BLOCK)):
-            work += pairs.get(block, ())
-            if needs.weight and not dense and block not in pairs:
-                dw_slab[block * BLOCK - columns.start : (block + 1) * BLOCK - columns.start].zero_()
-        w = b = loaded = None
-        for i, (part, rows, scale) in enumerate(work):
-            first = part != loaded  # of these columns
-            if first:
-                (w, b), loaded = logits.slab(part), part
-            z, tanh = logits.tile(rows, w, b)  # [C, v]
-            dz = logits.chain(_logit_gradient(z, rows, part, targets, lse, gradient), rows, tanh)
-            if scale is not None:
-                dz.mul_(scale[:, None])
-            at = slice(part.start - columns.start, part.stop - columns.start)
-            if needs.hidden and isinstance(rows, slice):
-                dh[rows].addmm_(dz, w)
+        for run in runs.of(columns):
+            rows = run.rows  # [R]
+            h = runs.hidden_states(rows).split(run.sizes)  # [r, D] each
+            operands = [logits.slab(part) for part in run.columns]
+            z, tanh = logits.tiles(rows, h, operands)  # [R, v]
+            dz = logits.chain(_logit_gradient(z, rows, run.first, targets, lse, gradient), rows, tanh)
+            if run.scale is not None:
+                dz.mul_(run.scale[:, None])
+            flops.product(len(dz), dz.shape[1], hidden.shape[1], times=needs.hidden + needs.weight)
+            parts = dz.split(run.sizes)  # [r, v] each
+            if needs.hidden and isinstance(rows, Tensor):
+                dh.index_add_(0, rows, runs.times(parts, [w for w, _ in operands]))
             elif needs.hidden:
-                dh.index_add_(0, rows, dz @ w)
-            if needs.weight:  # beta 0: written, not added; with dense tokens the first item writes the whole slab
-                dw_slab[at].addmm_(dz.T, logits.hidden[rows], beta=int(i > 0 if dense else not first))
-            if needs.bias:
-                db_slab[at] += dz.sum(0)
-            flops.product(len(dz), len(w), hidden.shape[1], times=needs.hidden + needs.weight)
+                dh[rows].addmm_(dz, operands[0][0])
+            for x, h_part, part, written in zip(parts, h, run.columns, run.written):
+                at = slice(part.start - columns.start, part.stop - columns.start)
+                if needs.weight:  # beta 0: written, not added
+                    dw_slab[at].addmm_(x.T, h_part, beta=int(written))
+                if needs.bias:
+                    db_slab[at] += x.sum(0)
         if needs.weight and dw.dtype != dtype:
             dw[columns] = dw_slab
         if needs.bias:
@@ -257,35 +274,21 @@ def _added(gradients: HeadGradients, sums: GradientSums | None) -> HeadGradients
     return HeadGradients(gradients.hidden, sums.weight, sums.bias)
 
 
-def _pairs_by_block(routing: Routing | None) -> dict[int, list[tuple[slice, Tensor, Tensor | None]]]:
-    """{block: [(columns, tokens [<= MAX_CHUNK], scale of their blocks of dZ)]} of every block with kept pairs."""
-    pairs: dict[int, list[tuple[slice, Tensor, Tensor | None]]] = {}
-    if routing is None:
-        return pairs
-    start = 0
-    for block, count in enumerate(routing.counts):
-        columns = slice(block * BLOCK, (block + 1) * BLOCK)
-        for first in range(start, start + count, MAX_CHUNK):
-            part = slice(first, min(first + MAX_CHUNK, start + count))
-            scale = None if routing.scale is None else routing.scale[part]
-            pairs.setdefault(block, []).append((columns, routing.rows[part], scale))
-        start += count
-    return pairs
-
-
 def _logit_gradient(
-    z: Tensor, rows: slice | Tensor, columns: slice, targets: Tensor, lse: Tensor, gradient: LogitGradient
+    z: Tensor, rows: slice | Tensor, first: int | Tensor, targets: Tensor, lse: Tensor, gradient: LogitGradient
 ) -> Tensor:
-    """dZ [C, Vs] of `LogitGradient`, in the memory of z where it can be."""
-    log_p = z.sub_(lse[rows, None])  # [C, Vs]
-    p = _exp(log_p, keep=gradient.entropy is not None)  # [C, Vs]
-    if gradient.entropy is None:
-        dz = p.mul_(gradient.prob[rows, None])
-    else:
-        dz = log_p.mul_(-gradient.entropy[rows, None]).add_(gradient.prob[rows, None]).mul_(p)
-    column, inside = _column(targets[rows], columns)
-    dz[torch.arange(len(dz), device=dz.device), column] += torch.where(inside, gradient.onehot[rows], 0.0)
-    return dz
+    """dZ [C, Vs] of `LogitGradient`, in the memory of z, whose columns begin at `first` [C]."""
+    lse, gradient = lse[rows, None], gradient.select(rows)  # [C, 1], [C]
+    for few, part in _by_rows(z):
+        log_p = part.sub_(lse[few])  # [c, Vs]
+        p = _exp(log_p, keep=gradient.entropy is not None)  # [c, Vs]
+        if gradient.entropy is None:
+            p.mul_(gradient.prob[few, None])
+        else:
+            log_p.mul_(-gradient.entropy[few, None]).add_(gradient.prob[few, None]).mul_(p)
+    column, inside = _column(targets[rows], first, z.shape[1])
+    z[torch.arange(len(z), device=z.device), column] += torch.where(inside, gradient.onehot, 0.0)
+    return z
 
 
 def one_pass(
@@ -316,22 +319,22 @@ def one_pass(
     correct = torch.empty_like(lse, dtype=torch.bool) if want_correct else None  # [M]
     outputs = HeadForward(logprobs, lse, entropy, None, None, correct)
     dh = torch.zeros_like(hidden) if needs.hidden else None  # [M, D]
-    dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs.weight else None  # [V, D]
+    dw = weight.new_empty(weight.shape) if needs.weight else None  # [V, D]
     db = torch.zeros_like(bias) if needs.bias and bias is not None else None  # [V]
     longest = max((c.stop - c.start for c in chunks), default=1)
     logits.reserve(longest, len(weight))
-    step = max(BLOCK, TILE_BYTES // (logits.dtype.itemsize * max(1, longest)))
     for rows in chunks:
         z, _ = logits.tile(rows, weight, bias)  # [C, V]
         every = torch.arange(len(z), device=z.device)
-        top, z_y = z.amax(1), z[every, targets[rows]]  # [C], [C]
-        mass, moment = torch.zeros_like(top), torch.zeros_like(top)  # [C], [C]
-        for part in z.split(step, 1):  # [C, step], in place
-            part.sub_(top[:, None])
-            e = _exp(part, keep=want_entropy)  # [C, step]
-            mass += e.sum(1)
+        z_y = z[every, targets[rows]]  # [C]
+        top, mass, moment = (torch.empty_like(z_y) for _ in range(3))  # [C] each
+        for few, part in _by_rows(z):  # [c, V], in place
+            torch.amax(part, 1, out=top[few])
+            part.sub_(top[few, None])
+            e = _exp(part, keep=want_entropy)  # [c, V]
+            torch.sum(e, 1, out=mass[few])
             if want_entropy:
-                moment += torch.linalg.vecdot(e, part)
+                moment[few] = torch.linalg.vecdot(e, part)
                 part.copy_(e)
         log_mass = mass.log()  # [C]
         lse[rows] = top + log_mass
@@ -352,9 +355,11 @@ def one_pass(
         if needs.hidden:
             dh[rows.start + active] = dz @ weight
         if needs.weight:
-            dw.addmm_(dz.T, hidden[rows.start + active])
+            dw.addmm_(dz.T, hidden[rows.start + active], beta=int(rows.start > 0))  # the first is written, not added
         if db is not None:
             db += dz.sum(0)
         flops.product(len(active), len(weight), hidden.shape[1], times=needs.hidden + needs.weight)
+    if needs.weight and not chunks:
+        dw.zero_()
     dh = None if dh is None else scatter(dh, source, tokens)  # [N, D]
     return outputs, HeadGradients(dh, dw, db)

@@ -154,7 +154,7 @@ ADVERSARIES = (
 )
 
 
-def certify(name: str, theta: float, *, unbiased=False, entropy_gradient=False, route=route, ops=pytorch):
+def certify(name: str, theta: float, *, unbiased=False, entropy_gradient=False, route=route):
     """Route, and compare the routed gradient with the exact one and with its error bound; (error bound, dW error)."""
     torch.manual_seed(0)
     hidden, weight, targets, c = adversarial(name)
@@ -168,7 +168,7 @@ def certify(name: str, theta: float, *, unbiased=False, entropy_gradient=False, 
     )  # fmt: skip
     arguments = (hidden, weight, targets, None, plain, out.lse, gradient)
     needs = Needs(True, True, False)
-    exact, routed = pytorch.backward(*arguments, needs=needs), ops.backward(*arguments, routing, needs=needs)
+    exact, routed = (pytorch.backward(*arguments, x, needs=needs) for x in (None, routing))
     for found, truth, bound in (
         (routed.hidden, exact.hidden, certificate.dhidden_bound),
         (routed.weight, exact.weight, certificate.dweight_bound),

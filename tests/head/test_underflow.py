@@ -98,7 +98,7 @@ def test_logit_gradients_are_zero_or_far_from_underflow(entropy, dtype):
     dz = pytorch._logit_gradient(
         log_p.clone(),
         slice(0, 1),
-        slice(0, 4096),
+        0,
         torch.tensor([4095]),
         torch.zeros(1, dtype=dtype),
         LogitGradient(*torch.tensor([[0.0], [1.0]], dtype=dtype), torch.zeros(1, dtype=dtype) if entropy else None),

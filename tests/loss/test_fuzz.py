@@ -328,10 +328,10 @@ def test_a_planted_bug_is_found_and_printed_as_a_script():
     right = pytorch._logit_gradient
 
     @functools.wraps(right)
-    def wrong(z, rows, columns, targets, lse, gradient):
+    def wrong(z, rows, first, targets, lse, gradient):
         if gradient.entropy is not None:
             gradient = type(gradient)(gradient.onehot, gradient.prob, -gradient.entropy)
-        return right(z, rows, columns, targets, lse, gradient)
+        return right(z, rows, first, targets, lse, gradient)
 
     with mock.patch.object(pytorch, "_logit_gradient", wrong), pytest.raises(AssertionError) as caught:
         fuzz("torch", 200)

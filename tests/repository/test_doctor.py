@@ -215,11 +215,13 @@ def test_a_cpu_that_is_faster_at_everything_has_nothing_to_set(monkeypatch):
 
 def test_a_busy_machine_gives_no_absurd_speed():
     """Many tokens in less time than few, which another process had delayed."""
-    took, now, calls = itertools.cycle((1.0, 1.0, 1.0, 1.0, 0.5)), 0.0, 0  # of product, elements, copy, few, many
+    took, now, calls = itertools.cycle((1.0, 1.0, 1.0, 1.0, 0.5, 1.0)), 0.0, 0  # of product to many, and hidden
 
     def clock() -> float:
         nonlocal now, calls
-        now += next(took) if calls > 6 and calls % 2 else 0.0  # the deadline, five untimed rounds, then starts and ends
+        now += (
+            next(took) if calls > 7 and calls % 2 == 0 else 0.0
+        )  # the deadline, six untimed rounds, then starts and ends
         calls += 1
         return now
 

@@ -40,12 +40,12 @@ class Speeds:
     waiting: float = 0.0  # seconds for which the device waits for the host while pairs are chosen
 
 
-# Measured: "cpu" (any dtype, PyTorch) with one thread of an AMD EPYC and "cpu_avx512" with one of an Intel Xeon of
-# 2.5 GHz without AMX, of which only ratios matter; `lad-kernels doctor` measures yours. ("sm_90", 2) on an H100 80GB
-# HBM3 in bfloat16 (benchmarks/results): head products 600 to 741 Tflop/s, a copy 3.03 TB/s, the tiles' epilogues 2e-13
-# to 4e-13 s a logit, routed products 27 to 43 ns a pair at D = 4,096.
+# Measured: "cpu" (any dtype, PyTorch) with one thread of an AMD EPYC, before pairs were gathered by the run, and
+# "cpu_avx512" with one of an Intel Xeon; of both only ratios matter, and `lad-kernels doctor` measures yours.
+# ("sm_90", 2) on an H100 80GB HBM3 in bfloat16 (benchmarks/results): head products 600 to 741 Tflop/s, a copy 3.03
+# TB/s, the tiles' epilogues 2e-13 to 4e-13 s a logit, routed products 27 to 43 ns a pair at D = 4,096.
 _EPYC = Speeds(8e10, 8e9, 1.2e-9, 0.4, 3.5e-4)
-_XEON = Speeds(1.18e11, 1.07e10, 2.3e-9, 0.6, 5e-4)
+_XEON = Speeds(1.29e11, 1.35e10, 1.25e-9, 0.8, 1.5e-4)
 _H100 = Speeds(7e14, 3.0e12, 3e-13, 0.13, 1e-7, 7e-11, 3e-3)
 
 

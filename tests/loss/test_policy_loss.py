@@ -140,14 +140,19 @@ def test_tokens_of_one_chunk_take_one_pass_whatever_the_objective(path, rows, pa
 
 @pytest.mark.parametrize("path", dispatch.PATHS)
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_kernels(path, impl, device):
-    """float32, separable, in several chunks: 4.2e-7 at most was measured."""
+@pytest.mark.parametrize("separable", [True, False])
+def test_kernels(path, impl, separable, device, monkeypatch):
+    """float32, separable in several chunks or not in one: 4.2e-7 at most was measured."""
+    if not separable:
+        monkeypatch.setattr(memory.Work, "chunk_rows", lambda self: M)
     inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch(None).items()}
     truth, expected = run(reference.linear_grpo_loss, batch(None))
     single = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
     own = head_of(inputs) | {"objective": ppo(single, 0.2)}
     with dispatch.force(path):
-        out, found = run(linear_policy_loss, own, torch.float32, separable=True, impl=impl, tail_mass=1e-9)
+        out, found = run(linear_policy_loss, own, torch.float32, separable=separable, impl=impl, tail_mass=1e-9)
+    passes = out.metrics["head_flops"] / (2 * D * V * M)
+    assert passes <= 3 if path == "one_pass" else passes > 2
     assert relative_error(out.loss.cpu(), truth.loss) < FP32_TOLERANCE
     for leaf, gradient in found.items():
         assert relative_error(gradient.cpu(), expected[leaf]) < FP32_TOLERANCE, leaf

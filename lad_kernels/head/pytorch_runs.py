@@ -43,9 +43,8 @@ class Runs:
         if routing is not None:
             self.dense = [(rows, len(rows)) for rows in routing.dense.split(most) if len(rows)]
             self.starts = [0, *accumulate(routing.counts)]  # [blocks + 1]
-            counts = torch.tensor(routing.counts, device=hidden.device)  # [blocks]
-            first = torch.arange(len(counts), device=hidden.device) * BLOCK  # [blocks]
-            self.first = first.repeat_interleave(counts, output_size=len(routing.rows))  # [P]
+            first = torch.arange(len(routing.counts)) * BLOCK  # [blocks]
+            self.first = first.repeat_interleave(torch.tensor(routing.counts)).to(hidden.device)  # [P]
             self.most = max(1, min(most, most_bytes // hidden[0].nbytes, len(routing.rows)))  # pairs of a run
             longest = max([self.most, *(size for _, size in self.dense)])
             self._gathered, self._products = hidden.new_empty(2, longest, hidden.shape[1])  # [R, D] each

@@ -248,7 +248,7 @@ def backward(
             flops.product(len(dz), dz.shape[1], hidden.shape[1], times=needs.hidden + needs.weight)
             parts = dz.split(run.sizes)  # [r, v] each
             if needs.hidden and isinstance(rows, Tensor):
-                dh.index_add_(0, rows, runs.times(parts, [w for w, _ in operands]))
+                runs.add_hidden(dh, rows, parts, [w for w, _ in operands])
             elif needs.hidden:
                 dh[rows].addmm_(dz, operands[0][0])
             for x, h_part, part, written in zip(parts, h, run.columns, run.written):

@@ -85,10 +85,13 @@ class Runs:
             return self.hidden[rows]
         return torch.index_select(self.hidden, 0, rows, out=self._gathered[: len(rows)])
 
-    def times(self, parts: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-        """The parts [r, v] of a run's dZ by their rows of W [v, D]: [R, D], valid until the next run."""
+    def add_hidden(self, dh: Tensor, rows: Tensor, parts: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+        """Add to dh [N, D] a run's dZ, parts [r, v] of `rows` [R], times their rows of W [v, D]."""
         sizes = [len(dz) for dz in parts]
-        products = self._products[: sum(sizes)]
+        products = self._products[: len(rows)]  # [R, D]
         for dz, w, out in zip(parts, weights, products.split(sizes)):
             torch.mm(dz, w, out=out)
-        return products
+        # Tokens of a part differ. A CPU adds equal ones in their order; an accelerator would in none.
+        together = [len(rows)] if dh.device.type == "cpu" else sizes
+        for some, x in zip(rows.split(together), products.split(together)):
+            dh.index_add_(0, some, x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_mutants import mutate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lad_kernels.head import pytorch
 from lad_kernels.head.records import BLOCK, LogitGradient, LogitTransform, Needs, Routing
@@ -58,6 +59,34 @@ def test_any_routing(case, monkeypatch):
         check(**case, seed=seed)
 
 
+class Additions(TorchDispatchMode):
+    """The tokens of each `index_add_`."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index_add_.default:
+            self.tokens.append(len(args[2]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("device", "tokens"), [("cpu", [10, 11]), ("meta", [5, 5, 7, 4])])
+def test_equal_tokens_are_added_together_on_a_cpu_alone(device, tokens):
+    """Elsewhere the sum would depend on the order in which threads come, and two runs differ."""
+    hidden, weight = torch.zeros(8, D, device=device), torch.zeros(4 * BLOCK, D, device=device)  # [N, D], [V, D]
+    rows = torch.cat([torch.arange(n, device=device) for n in (5, 5, 7, 4)])  # [P]
+    routing = Routing(rows, None, [5, 5, 7, 4], rows[:0])
+    numbers = torch.zeros(8, device=device)  # [N]
+    arguments = (hidden, weight, numbers.long(), None, LogitTransform(), numbers, LogitGradient(numbers, numbers))
+    with pytest.MonkeyPatch.context() as patch, Additions() as seen:
+        patch.setattr(pytorch, "TILE_BYTES", 11 * hidden[0].nbytes)
+        patch.setattr(pytorch, "_tiles", lambda *_: ([slice(0, 4 * BLOCK)], [slice(0, 8)]))
+        pytorch.backward(*arguments, routing, needs=Needs(True, False, False))
+    assert seen.tokens == tokens
+
+
 @pytest.mark.parametrize("active", [(0, 1, 1), (1, 0, 1), (0, 0, 0), ()], ids=str)
 def test_one_pass_writes_all_of_dw(active):
     """Also where no token of its first chunk has a gradient, and without a chunk."""
@@ -86,6 +115,7 @@ RUNS = {
     "the narrow block among others": ("_runs", " or columns.stop - first < BLOCK", ""),
     "blocks without pairs": ("_runs", "if count == 0", "if count < 0"),
     "products of the first block": ("_runs", "torch.mm(dz, w, out=out)", "torch.mm(dz, weights[0], out=out)"),
+    "dH of the first tokens": ("_runs", "dh.index_add_(0, some, x)", "dh.index_add_(0, rows[: len(x)].flip(0), x)"),
     "logits of the first block": (
         "",
         "zip(hidden, z.split(sizes), operands)",

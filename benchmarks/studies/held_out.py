@@ -48,9 +48,8 @@ def make_batch(seed: int = 0) -> Batch:
         low, high = (low, (low + high) / 2) if peaked else ((low + high) / 2, high)
     hidden *= high
     targets = sample_targets(hidden, weight, gen)  # [N]
-    logprobs = torch.cat([(h @ weight.T).log_softmax(1) for h in hidden.split(256)]).gather(
-        1, targets[:, None]
-    )  # [N, 1]
+    every = torch.cat([(h @ weight.T).log_softmax(1) for h in hidden.split(256)])  # [N, V]
+    logprobs = every.gather(1, targets[:, None])  # [N, 1]
     drift = DRIFT * torch.randn(n, 1, generator=gen)  # [N, 1]
     old = (logprobs + drift).clamp(max=0.0).view(SHAPE.sequences, -1)  # [B, T]
     leaves = hidden.requires_grad_(), weight.requires_grad_()

@@ -172,10 +172,10 @@ def forward(
 
 def _by_rows(z: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(rows, part [c, Vs]) of a tile [C, Vs], few enough for a CPU's caches; elsewhere all at once."""
-    rows = len(z)
+    rows = max(1, len(z))
     if z.device.type == "cpu":
         rows = max(1, CACHE_BYTES * torch.get_num_threads() // max(1, z.shape[1] * z.itemsize))
-    for first, part in zip(range(0, len(z), max(1, rows)), z.split(max(1, rows))):
+    for first, part in zip(range(0, len(z), rows), z.split(rows)):
         yield slice(first, first + len(part)), part
 
 

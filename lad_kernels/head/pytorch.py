@@ -40,6 +40,7 @@ from lad_kernels.head.records import (
 TILE_BYTES = 16 << 20  # one tile of logits; at most three such tiles exist at a time
 MAX_CHUNK = 2048  # tokens of a tile
 CACHE_BYTES = 1 << 20  # of a tile, for each thread: between its products a few rows at a time stay in a core's cache
+FEW_DENSE = 32  # tokens whose own products do not pay: they read W twice and write dW once more (docs/LOG.md)
 # What lies below e to this power counts as 0. CPUs take 10 to 100 times longer over exponentials and products that
 # underflow, so the smallest probability times a coefficient and an entry of W or H has to stay above 1.2e-38 (float32):
 # e^-64 = 1.6e-28 does for factors from 1e-10 up. Next to a sum of at least 1 it is nothing: its rounding is 6e-8.
@@ -229,7 +230,7 @@ def backward(
     dh = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if needs.hidden else None
     dw = weight.new_empty(weight.shape, dtype=narrow(weight)) if needs.weight else None
     db = bias.new_empty(bias.shape, dtype=narrow(bias)) if needs.bias else None
-    runs = Runs(logits.hidden, logits.chunks, routing, MAX_CHUNK, TILE_BYTES)
+    runs = Runs(logits.hidden, logits.chunks, routing, MAX_CHUNK, TILE_BYTES, FEW_DENSE)
     for columns in logits.slabs:
         dw_slab = None  # [Vs, D]: dW itself, or a wider copy of its slab
         if needs.weight:

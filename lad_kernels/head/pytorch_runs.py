@@ -37,7 +37,10 @@ class Runs:
         routing: Routing | None,  # None: all tokens take all columns
         most: int,  # tokens of a run
         most_bytes: int,  # of the hidden states that a run of pairs gathers
+        few_dense: int,  # dense tokens that do not pay for products of their own
     ):
+        if routing is not None and 0 < len(routing.dense) <= few_dense and len(routing.rows) >= len(routing.counts):
+            routing = _all_as_pairs(routing)
         self.hidden, self.routing = hidden, routing
         self.dense: list[tuple[slice | Tensor, int]] = [(c, c.stop - c.start) for c in chunks]  # tokens [c], c
         if routing is not None:
@@ -95,3 +98,19 @@ class Runs:
         together = [len(rows)] if dh.device.type == "cpu" else sizes
         for some, x in zip(rows.split(together), products.split(together)):
             dh.index_add_(0, some, x)
+
+
+def _all_as_pairs(routing: Routing) -> Routing:
+    """The same with each dense token [Nd] in the pairs of every block, before the others."""
+    rows, scale, counts, dense = routing
+    of_blocks = torch.tensor(counts, device=rows.device)  # [blocks]
+    index = torch.arange(len(counts), device=rows.device)  # [blocks]
+    pairs = torch.arange(len(rows), device=rows.device)  # [P]
+    pairs += len(dense) * (1 + index.repeat_interleave(of_blocks, output_size=len(rows)))  # where they are in the new
+    every = rows.new_empty(len(rows) + len(counts) * len(dense))  # [P + blocks Nd]
+    starts = of_blocks.cumsum(0) - of_blocks + len(dense) * index  # [blocks]
+    every[starts[:, None] + torch.arange(len(dense), device=rows.device)] = dense
+    every[pairs] = rows
+    if scale is not None:
+        scale = scale.new_ones(len(every)).index_copy_(0, pairs, scale)
+    return Routing(every, scale, [count + len(dense) for count in counts], dense[:0])

@@ -20,9 +20,10 @@ def what_is_not_written_shows():
     torch.use_deterministic_algorithms(False)
 
 
-def check(ops=pytorch, *, dense: int, density: float, pairs: int = 16, rows: int = 3, seed: int = 0) -> None:
-    """Two blocks a slab, `pairs` a run and `rows` of logits at a time."""
-    ops.MAX_CHUNK, ops.TILE_BYTES, ops.CACHE_BYTES = pairs, 8 * pairs * 2 * BLOCK, 8 * rows * BLOCK
+def check(ops=pytorch, *, dense: int, density: float, pairs: int = 16, few: int = 0, seed: int = 0) -> None:
+    """Two blocks a slab, `pairs` a run, three rows of logits at a time; up to `few` dense tokens are as pairs."""
+    ops.MAX_CHUNK, ops.TILE_BYTES, ops.CACHE_BYTES = pairs, 8 * pairs * 2 * BLOCK, 8 * 3 * BLOCK
+    ops.FEW_DENSE = few
     draw = torch.Generator().manual_seed(seed)
     random = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)  # noqa: E731
     hidden, weight, bias = random(N, D), random(V, D), random(V)
@@ -49,11 +50,12 @@ def check(ops=pytorch, *, dense: int, density: float, pairs: int = 16, rows: int
 
 
 CASES = [dict(dense=d, density=p, pairs=r) for d in (0, 3, 20) for p in (0.0, 0.1, 0.5) for r in (1, 16, 64)]
+CASES += [case | dict(few=20) for case in CASES if case["dense"] and case["density"]]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c.values())))
 def test_any_routing(case, monkeypatch):
-    for name in ("MAX_CHUNK", "TILE_BYTES", "CACHE_BYTES"):
+    for name in ("MAX_CHUNK", "TILE_BYTES", "CACHE_BYTES", "FEW_DENSE"):
         monkeypatch.setattr(pytorch, name, None)  # back to its value afterwards
     for seed in range(3):
         check(**case, seed=seed)
@@ -116,6 +118,10 @@ RUNS = {
     "blocks without pairs": ("_runs", "if count == 0", "if count < 0"),
     "products of the first block": ("_runs", "torch.mm(dz, w, out=out)", "torch.mm(dz, weights[0], out=out)"),
     "dH of the first tokens": ("_runs", "dh.index_add_(0, some, x)", "dh.index_add_(0, rows[: len(x)].flip(0), x)"),
+    "dense tokens of the first block": ("_runs", "starts[:, None] + ", "starts[:1, None] + "),
+    "pairs before the dense tokens": ("_runs", "len(dense) * (1 + index", "len(dense) * (0 + index"),
+    "another dense token": ("_runs", "every[pairs] = rows", "every[pairs] = rows; every[: len(dense)] = dense[:1]"),
+    "a dense token's scale": ("_runs", "scale.new_ones(len(every))", "scale.new_zeros(len(every))"),
     "logits of the first block": (
         "",
         "zip(hidden, z.split(sizes), operands)",
@@ -142,5 +148,5 @@ def test_a_planted_bug_is_caught(bug, tmp_path):
     if name:
         ops = mutate("head/pytorch.py", "annotations\n", "annotations\n", tmp_path)  # a copy
         ops.Runs = mutant.Runs
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises((AssertionError, RuntimeError, IndexError)):
         check_all(ops)

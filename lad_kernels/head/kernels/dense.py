@@ -37,7 +37,6 @@ from torch import Tensor
 
 from lad_kernels.head import flops
 from lad_kernels.head.kernels import tile_table
-from lad_kernels.head.kernels.forward import inverse_temperature
 from lad_kernels.head.kernels.tile import (
     LN_2,
     LOG2_E,
@@ -331,7 +330,7 @@ def _logit_gradient(
     # [token tiles, V padded to whole blocks]: rows of the partial sums start where rows of dr do
     sums = torch.empty(tiles_n, -(-V // BLOCK) * BLOCK, dtype=torch.float32, device=device) if need_sums else None
     flops.product(N, D, V)
-    inv_temperature = inverse_temperature(transform)
+    inv_temperature = tile_table.inverse_temperature(transform)
     with tile_table.current(device):
         _logit_gradient_kernel[(tile_table.programs(device, tiles_n * -(-V // tiles.block_v)),)](
             tile_table.operand(slab.hidden, tiles.block_n, tiles),

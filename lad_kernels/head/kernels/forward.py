@@ -235,13 +235,6 @@ def is_largest(z, largest):
     return z >= largest - 4.8e-7 * tl.maximum(tl.abs(largest), 1.0)
 
 
-def inverse_temperature(transform: LogitTransform) -> Tensor | float:
-    """1 / T as the kernels take it: a float32 tensor [N] or a number."""
-    if isinstance(transform.temperature, Tensor):
-        return transform.temperature.float().reciprocal().contiguous()  # [N]
-    return 1.0 / transform.temperature
-
-
 @torch.no_grad()
 def forward(
     hidden: Tensor,  # [N, D]; with `tokens` also [B, T, D], see `gather`
@@ -280,7 +273,7 @@ def forward(
         for start in range(0, N, run):
             stop = min(start + run, N)
             block_lse = all_lse[:, start:] if want_block_lse else run_lse  # [blocks, >= stop - start]
-            inv_temperature = inverse_temperature(transform.select(slice(start, stop)))
+            inv_temperature = tile_table.inverse_temperature(transform.select(slice(start, stop)))
             rows = hidden[start:stop] if tokens is None else gather(hidden, tokens[start:stop])  # [<= run, D]
             chosen = tiles or tile_table.tiles_for(rows, weight, bias, transform)
             _partials(rows, weight, bias, inv_temperature, transform, block_lse, run_entropy, run_top, run, chosen)

@@ -46,7 +46,7 @@ from torch import Tensor
 
 from lad_kernels.head import flops
 from lad_kernels.head.kernels import dense, tile_table
-from lad_kernels.head.kernels.forward import inverse_temperature, is_largest, target_logits
+from lad_kernels.head.kernels.forward import is_largest, target_logits
 from lad_kernels.head.kernels.tile import LN_2, LOG2_E, logit_tile, row_levels, tile_order
 from lad_kernels.head.kernels.tile_table import Tiles
 from lad_kernels.head.kernels.waiting import Later
@@ -281,7 +281,7 @@ class _Chunk(NamedTuple):
 
     @property
     def inverse_temperature(self) -> Tensor | float:
-        return inverse_temperature(self.transform.select(self.rows))
+        return tile_table.inverse_temperature(self.transform.select(self.rows))
 
 
 def _exponentials(

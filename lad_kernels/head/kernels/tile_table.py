@@ -142,6 +142,13 @@ def operand(x: Tensor, rows: int, tiles: Tiles) -> Tensor | TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, tiles.block_k])
 
 
+def inverse_temperature(transform: LogitTransform) -> Tensor | float:
+    """1 / T as the kernels take it: a float32 tensor [N] or a number."""
+    if isinstance(transform.temperature, Tensor):
+        return transform.temperature.float().reciprocal().contiguous()  # [N]
+    return 1.0 / transform.temperature
+
+
 def programs(device: torch.device, tiles: int) -> int:
     """Size of the grid that walks over `tiles` tiles."""
     processors = probe(device).processors

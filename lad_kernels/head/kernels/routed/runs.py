@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lad_kernels.head import flops
 from lad_kernels.head.kernels import tile_table
-from lad_kernels.head.kernels.forward import inverse_temperature
 from lad_kernels.head.kernels.routed.kernels import (
     bias_kernel,
     hidden_kernel,
@@ -93,7 +92,7 @@ def pair_gradients(call: Call, run: Run, need_dr: bool, need_sums: bool) -> tupl
         return dr, sums
     call.count(pairs, run.blocks, D)
     schedule, transform = call.tiles.pairs, call.transform
-    inv_temperature = inverse_temperature(transform)
+    inv_temperature = tile_table.inverse_temperature(transform)
     with tile_table.current(device):
         pairs_kernel[(len(items),)](
             call.hidden,

@@ -116,8 +116,9 @@ def rounded(case: Case, prior: Tensor | None):
     s = z.detach().gather(1, target) - (0 if prior is None else prior.double()[:, None])  # [N, 1]
     f = torch.exp(z.detach() - s)  # [N, V]
     total = f.sum(1, keepdim=True)  # [N, 1]
-    f = cast(f.scatter_add(1, target, -total) * slope)  # [N, V]
-    r = -x.upstream[:, None] / total  # [N, 1]
+    in_f, by_row = (1.0, slope[:, :1]) if cap is None else (slope, 1.0)
+    f = cast(f.scatter_add(1, target, -total) * in_f)  # [N, V]
+    r = -x.upstream[:, None] / total * by_row  # [N, 1]
     dbias = None if x.bias is None else cast((f.T @ r)[:, 0])  # [V]
     return testing.HeadOutputs(None, None, cast(r * (f @ x.weight)), cast(f.T @ cast(r * x.hidden)), dbias)
 

@@ -27,6 +27,7 @@ def check_whole_blocks(device) -> None:
 CHECKS = {
     "float32": lambda device, _: check_features(device, "float32"),
     "bfloat16": lambda device, _: check_features(device, "bfloat16"),
+    "no softcap": lambda device, _: check_features(device, "bfloat16", "scale"),
     "no prior": lambda device, _: check_features(device, "bfloat16", "plain", prior=None),
     "peaked": lambda device, _: check_peaked(device, "float32"),
     "whole blocks": lambda device, _: check_whole_blocks(device),
@@ -45,34 +46,30 @@ KERNELS = {  # bug: check that shows it, source, mutant
     "bias forgotten": ("float32", "h, w, bias, inv_temperature, row,", "h, w, None, inv_temperature, row,"),
     "columns beyond V counted": ("no prior", "d = tl.where(in_v[None, :], d, -1e30)", "d = d"),
     "blocks beyond V counted": ("whole blocks", "* _BLOCK < V  # [parts]", "* _BLOCK < 2 * V  # [parts]"),
-    "rows' own scaling forgotten in F": ("common part", "(e * (slope * scaling))", "(e * slope)"),
-    "rows' own scaling forgotten in the sums": (
+    "rounding of the level forgotten": (
         "common part",
-        "total * tl.reshape(scaling, (BLOCK_N,)), mask",
-        "total, mask",
+        "log_total = tl.log(total) - rounding",
+        "log_total = tl.log(total)",
     ),
-    "slope forgotten": ("float32", "(e * (slope * scaling))", "(e * scaling)"),
-    "rounding of the level in the entropy": ("common part", "- total * tl.reshape(r, (BLOCK_N,))", "- total * 0.0"),
-    "natural and binary logarithms mixed": (
-        "float32",
-        "* tl.reshape(scaling, (BLOCK_N,)) * LN_2",
-        "* tl.reshape(scaling, (BLOCK_N,))",
-    ),
+    "rounding of the level in the wrong logarithm": ("common part", "other=0.0) * LN_2  # [TOKENS]", "other=0.0)"),
+    "rounding of the level in the entropy": ("common part", "/ total * LN_2 - rounding)", "/ total * LN_2)"),
+    "slope of an element forgotten": ("float32", "e *= slope", "e *= 1.0"),
+    "natural and binary logarithms mixed": ("float32", "/ total * LN_2 -", "/ total -"),
     "last tile left out": ("no prior", "(at[:, None] < tiles) & inside", "(at[:, None] < tiles - 1) & inside"),
     "sums of the last tiles alone": ("many tiles", "total += tl.load(sums", "total = tl.load(sums"),
     "entropy of the last tiles alone": ("many tiles", "moment += tl.load(moments", "moment = tl.load(moments"),
     "likeliest word beyond V": ("accuracy", "x, -1e30 if LARGEST else 0.0)", "x, 1e30 if LARGEST else 0.0)"),
     "likeliest word of the last tiles": ("accuracy", "top = tl.maximum(top, tl.load(tops", "top = (tl.load(tops"),
-    "likeliest word without the shift": ("accuracy", "is_largest(z_y, s + tl.max", "is_largest(z_y, tl.max"),
-    "entropy's sign": ("no prior", "log_total - tl.sum(moment, axis=0)", "log_total + tl.sum(moment, axis=0)"),
+    "likeliest word without the shift": ("accuracy", "is_largest(z_y, s + (", "is_largest(z_y, ("),
+    "entropy's sign": ("no prior", "spread = log_total - (", "spread = log_total + ("),
     "shift missing in lse": ("no prior", "tl.store(lse + rows, s + log_total", "tl.store(lse + rows, log_total"),
 }
 HOST = {
-    "prior of the first chunk": ("range", "z_y - prior[rows].float()", "z_y - prior[: len(z_y)].float()"),
+    "prior of the first chunk": ("range", "prior[rows].float()", "prior[: rows.stop - rows.start].float()"),
     "temperature of the first chunk": (
         "float32",
-        "self.transform.select(self.rows)",
-        "self.transform.select(slice(0, self.rows.stop - self.rows.start))",
+        "part.transform.select(rows)",
+        "part.transform.select(slice(0, rows.stop - rows.start))",
     ),
     "targets of the first chunk": ("no prior", "weight, targets[rows], bias", "weight, targets[: len(states)], bias"),
     "coefficients one chunk late": (
@@ -86,6 +83,8 @@ HOST = {
         "given = gradient(rows, HeadForward(*(None if x is None else x[rows] for x in outputs)))",
     ),
     "sum of exponentials forgotten": ("no prior", "r = prob / row_sums[rows]", "r = prob"),
+    "slope of a row forgotten": ("no softcap", "r, slope = r * slope, ", "r, slope = r, "),
+    "slope of a row twice at the target": ("no softcap", "r * slope, torch.ones_like(slope)", "r * slope, slope"),
     "p without a part at the target": (
         "no part of p",
         "torch.where(given.prob == 0, given.onehot * 2.0**-24, given.prob)",
@@ -118,8 +117,6 @@ HOST = {
         "ratio * row_sums",
     ),
     "one-hot added": ("no prior", "f.scatter_(1, column,", "f.scatter_add_(1, column,"),
-    "softcap's slope": ("float32", "factor / x.cosh().square()", "factor / x.cosh()"),
-    "absent target": ("absent target", "torch.where(raw > -torch.inf, z, raw), factor", "z, factor"),
     "too large sums accepted": ("range", " & (row_sums <= _LARGEST_SUM)", ""),
     "NaN accepted": (
         "NaN",
@@ -128,12 +125,40 @@ HOST = {
     ),
     "too small sums accepted": ("range", "(row_sums >= 1 / _LARGEST_SUM) & ", ""),
 }
+TARGETS = {  # in forward.py
+    "an element's slope at the target": (
+        "float32",
+        "x, factor, slope = exponents(raw, scale, softcap, inv_t)",
+        "x, factor, _ = exponents(raw, scale, softcap, inv_t); slope = factor",
+    ),
+    "absent target": ("absent target", 'tl.where(known, x * factor, -float("inf"))', "x * factor"),
+    "prior forgotten": ("range", "z if prior is None else z - tl.load(prior + rows, mask=inside, other=0.0)", "z"),
+    "level of another temperature": (
+        "float32",
+        "row_levels(shift, factor, factor *",
+        "row_levels(shift, factor, scale *",
+    ),
+    "rounding in the place of the level": (
+        "no prior",
+        "tl.store(out + 2 * N + rows, level",
+        "tl.store(out + 2 * N + rows, rounding",
+    ),
+}
 
 
 @pytest.mark.parametrize("bug", [*KERNELS, *HOST])
 def test_bug_in_the_one_pass_is_caught(bug, monkeypatch, tmp_path, device):
     name, old, new = (KERNELS | HOST)[bug]
     monkeypatch.setattr(tests, "one_pass", mutate("head/kernels/one_pass.py", old, new, tmp_path))
+    with pytest.raises((AssertionError, TypeError)):
+        CHECKS[name](device, monkeypatch)
+
+
+@pytest.mark.parametrize("bug", TARGETS)
+def test_bug_at_the_targets_is_caught(bug, monkeypatch, tmp_path, device):
+    name, old, new = TARGETS[bug]
+    mutant = mutate("head/kernels/forward.py", old, new, tmp_path)
+    monkeypatch.setattr(tests.one_pass, "target_logits", mutant.target_logits)
     with pytest.raises((AssertionError, TypeError)):
         CHECKS[name](device, monkeypatch)
 

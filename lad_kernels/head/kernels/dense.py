@@ -76,6 +76,7 @@ def _logit_gradient_kernel(
     sums_stride,
     scale,
     softcap,
+    zero,  # the number, or None
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -93,7 +94,7 @@ def _logit_gradient_kernel(
         tile_n, tile_v = tile_order(tile, tiles_n, tiles_v, GROUP_N)
         row, column = tile_n * BLOCK_N, tile_v * BLOCK_V
         x, factor, slope, rows, columns, in_n, in_v = logit_tile(
-            h, w, bias, inv_temperature, row, column, N, V, D, h_stride, w_stride, scale, softcap,
+            h, w, bias, inv_temperature, row, column, N, V, D, h_stride, w_stride, scale, softcap, zero,
             BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, TMA, PER_TOKEN,
         )  # [BLOCK_N, BLOCK_V], [BLOCK_N, 1], like either  # fmt: skip
 
@@ -354,6 +355,7 @@ def _logit_gradient(
             sums.stride(0) if sums is not None else 0,
             float(transform.scale),
             None if transform.softcap is None else float(transform.softcap),
+            tile_table.zero(device),
             BLOCK_N=tiles.block_n,
             BLOCK_V=tiles.block_v,
             BLOCK_K=tiles.block_k,

@@ -39,10 +39,11 @@ from lad_kernels.head.kernels import tile_table
 from lad_kernels.head.kernels.tile import (
     LN_2,
     LOG2_E,
+    exponents,
     inverse_temperatures,
     levels,
     logit_tile,
-    logits,
+    row_levels,
     tile_order,
 )
 from lad_kernels.head.kernels.tile_table import Tiles
@@ -76,6 +77,7 @@ def _partials_kernel(
     run_stride,
     scale,
     softcap,
+    zero,  # the number, or None
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -93,7 +95,7 @@ def _partials_kernel(
         tile_n, tile_v = tile_order(tile, tiles_n, tiles_v, GROUP_N)
         row, column = tile_n * BLOCK_N, tile_v * BLOCK_V
         x, factor, _, rows, columns, _, _ = logit_tile(
-            h, w, bias, inv_temperature, row, column, N, V, D, h_stride, w_stride, scale, softcap,
+            h, w, bias, inv_temperature, row, column, N, V, D, h_stride, w_stride, scale, softcap, zero,
             BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, TMA, PER_TOKEN,
         )  # [BLOCK_N, BLOCK_V], [BLOCK_N, 1]  # fmt: skip
         if not WHOLE_BLOCKS:  # else a block is complete, or beyond V and not stored
@@ -127,14 +129,15 @@ def _partials_kernel(
             tl.store(block_entropy + at * run_stride + rows[:, None], inside, mask=valid)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["prior"])  # a chunk starts anywhere
 def _target_kernel(
     h,  # [N, D]
     w,  # [V, D]
     targets,  # [N]
     bias,  # [V] or None
     inv_temperature,  # [N] or a number
-    target_logits,  # [N] out
+    prior,  # [N] or None
+    out,  # [1 or 5, N] out
     N,
     V,
     D,
@@ -142,6 +145,7 @@ def _target_kernel(
     w_stride,
     scale,
     softcap,
+    LEVELS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PER_TOKEN: tl.constexpr,
@@ -165,8 +169,16 @@ def _target_kernel(
     if bias is not None:
         raw += tl.load(bias + y, mask=known, other=0.0).to(tl.float32)
     inv_t = inverse_temperatures(inv_temperature, rows, N, PER_TOKEN)  # [TOKENS]
-    z, _ = logits(raw, scale, softcap, inv_t)  # [TOKENS]
-    tl.store(target_logits + rows, tl.where(known, z, -float("inf")), mask=inside)
+    x, factor, slope = exponents(raw, scale, softcap, inv_t)  # [TOKENS] each
+    z = tl.where(known, x * factor, -float("inf"))  # [TOKENS]
+    tl.store(out + rows, z, mask=inside)
+    if LEVELS:
+        shift = z if prior is None else z - tl.load(prior + rows, mask=inside, other=0.0)  # [TOKENS]
+        level, rounding = row_levels(shift, factor, factor * LOG2_E)  # [TOKENS] each
+        tl.store(out + N + rows, shift, mask=inside)
+        tl.store(out + 2 * N + rows, level, mask=inside)
+        tl.store(out + 3 * N + rows, rounding, mask=inside)
+        tl.store(out + 4 * N + rows, slope, mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "blocks", "lse_stride", "run_stride"])
@@ -277,7 +289,7 @@ def forward(
             rows = hidden[start:stop] if tokens is None else gather(hidden, tokens[start:stop])  # [<= run, D]
             chosen = tiles or tile_table.tiles_for(rows, weight, bias, transform)
             _partials(rows, weight, bias, inv_temperature, transform, block_lse, run_entropy, run_top, run, chosen)
-            z_y = target_logits(rows, weight, targets[start:stop], bias, inv_temperature, transform, chosen)
+            (z_y,) = target_logits(rows, weight, targets[start:stop], bias, inv_temperature, transform, chosen)
             _finalize_kernel[(-(-(stop - start) // _FINAL_TOKENS),)](
                 block_lse,
                 run_entropy,
@@ -331,6 +343,7 @@ def _partials(
         run,
         float(transform.scale),
         None if transform.softcap is None else float(transform.softcap),
+        tile_table.zero(hidden.device),
         BLOCK_N=tiles.block_n,
         BLOCK_V=tiles.block_v,
         BLOCK_K=tiles.block_k,
@@ -354,16 +367,21 @@ def target_logits(
     inv_temperature: Tensor | float,  # [N] or a number
     transform: LogitTransform,
     tiles: Tiles,
-) -> Tensor:
+    *,
+    prior: Tensor | None = None,  # [N] float32
+    levels: bool = False,
+) -> tuple[Tensor, ...]:
+    """(z_y [N]), with `levels` (z_y, s = z_y - prior, the level of s and its rounding as in tile.py, dz_y/draw)."""
     (N, D), V = hidden.shape, weight.shape[0]
-    z_y = torch.empty(N, dtype=torch.float32, device=hidden.device)  # [N]
+    out = torch.empty(5 if levels else 1, N, dtype=torch.float32, device=hidden.device)  # [1 or 5, N]
     _target_kernel[(-(-N // _TARGET_TOKENS),)](
         hidden,
         weight,
         targets,
         bias,
         inv_temperature,
-        z_y,
+        prior,
+        out,
         N,
         V,
         D,
@@ -371,6 +389,7 @@ def target_logits(
         weight.stride(0),
         float(transform.scale),
         None if transform.softcap is None else float(transform.softcap),
+        LEVELS=levels,
         TOKENS=_TARGET_TOKENS,
         BLOCK_K=tiles.block_k,
         PER_TOKEN=isinstance(inv_temperature, Tensor),
@@ -378,4 +397,4 @@ def target_logits(
         num_stages=tiles.stages,
         **tile_table.SAME_BITS,
     )
-    return z_y
+    return out.unbind()

@@ -7,8 +7,9 @@ Tokens pass in chunks, for which the exponentials of all logits are stored. z as
                                  any s near lse will do, since a shift cancels
     E_nj = e^(z_nj - s_n)        S_n = sum_j E_nj,  A_n = sum_j E_nj (z_nj - s_n)
     lse  = s + log S             logp = (z_y - s) - log S          H = log S - A / S
-    p    = E / S                 dR_nj = (b_n p_nj + a_n 1[j = y]) z'_nj = r_n F_nj,   z' = dz / draw,   r_n = b_n / S_n
-    F    = E z', but S (p_y + a / b) z'_ny in the target's column
+    p    = E / S                 dR_nj = (b_n p_nj + a_n 1[j = y]) z'_nj = r_n F_nj,   z' = dz / draw
+    F    = E, but S (p_y + a / b) in the target's column, and r_n = b_n z'_n / S_n: without a softcap z' is a row's
+    F    = E z', ... z'_ny there, and r_n = b_n / S_n, with one
 
 a and b are `onehot` and `prob` of records.LogitGradient; of a loss of log-probs alone a = c, b = -c. All of F but one
 element a row is without them: tiles write it before they are known, and b enters as a factor per row:
@@ -16,7 +17,8 @@ element a row is without them: tiles write it before they are known, and b enter
     dH = diag(r) (F W),   dW = F^T (diag(r) H),   db = F^T r
 
 1. `target_logits` of forward.py: raw products of the targets, hence z_y, z'_y and s.
-2. `_exponentials_kernel` (2 C D V flops): F [C, V] without the target's term; sums of E and E (z - s) per tile.
+2. `_exponentials_kernel` (2 C D V flops): F [C, V] without the target's term; sums of E and E (z - s) per tile. Here s
+   is the rounded level of `tile.levels`, which cancels in p; the finalize kernel knows the rest.
 3. `_finalize_kernel`: those sums over the tiles in ascending order -> S, lse, logp, H; then a, b and F_ny.
 4. the library: dH of the chunk, complete at once; dW into one float32 [V, D] over all chunks, cast once.
 
@@ -47,7 +49,7 @@ from torch import Tensor
 from lad_kernels.head import flops
 from lad_kernels.head.kernels import dense, tile_table
 from lad_kernels.head.kernels.forward import is_largest, target_logits
-from lad_kernels.head.kernels.tile import LN_2, LOG2_E, logit_tile, row_levels, tile_order
+from lad_kernels.head.kernels.tile import LN_2, LOG2_E, logit_tile, tile_order
 from lad_kernels.head.kernels.tile_table import Tiles
 from lad_kernels.head.kernels.waiting import Later
 from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitGradient, LogitTransform, Needs, gather
@@ -75,10 +77,10 @@ def _exponentials_kernel(
     w,  # [V, D]
     bias,  # [V] or None
     inv_temperature,  # [N] or a number
-    shift,  # [N]
+    levels,  # [N] of the shift
     out,  # [N, >= V] F
     sums,  # [vocabulary tiles, >= N] out
-    moments,  # [vocabulary tiles, >= N] out, or None
+    moments,  # [vocabulary tiles, >= N] out, or None; in units of log 2, as
     tops,  # [vocabulary tiles, >= N] out, or None
     N,
     V,
@@ -89,6 +91,7 @@ def _exponentials_kernel(
     sums_stride,
     scale,
     softcap,
+    zero,  # the number, or None
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -107,32 +110,29 @@ def _exponentials_kernel(
         tile_n, tile_v = tile_order(tile, tiles_n, tiles_v, GROUP_N)
         row, column = tile_n * BLOCK_N, tile_v * BLOCK_V
         x, factor, slope, rows, columns, in_n, in_v = logit_tile(
-            h, w, bias, inv_temperature, row, column, N, V, D, h_stride, w_stride, scale, softcap,
+            h, w, bias, inv_temperature, row, column, N, V, D, h_stride, w_stride, scale, softcap, zero,
             BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, TMA, PER_TOKEN,
         )  # [BLOCK_N, BLOCK_V], [BLOCK_N, 1], like either  # fmt: skip
 
-        f = factor * LOG2_E  # [BLOCK_N, 1]
-        level, r = row_levels(tl.load(shift + rows, mask=in_n, other=0.0)[:, None], factor, f)  # [BLOCK_N, 1] each
-        d = tl.fma(x, f, -tl.where(in_n[:, None], level, 1e30))  # [BLOCK_N, BLOCK_V] (z - shift) log2 e + r
+        # Rows beyond N get e = 0. (Their f of 0, and 32-bit offsets in the tile, keep ptxas from spilling on sm_100.)
+        f = tl.where(in_n[:, None], factor * LOG2_E, 0.0)  # [BLOCK_N, 1]
+        level = tl.load(levels + rows, mask=in_n, other=1e30)[:, None]  # [BLOCK_N, 1]
+        d = tl.fma(x, f, -level)  # [BLOCK_N, BLOCK_V] (z - shift) log2 e + the level's rounding
         if not WHOLE_BLOCKS:  # else a block is complete, or beyond V
             d = tl.where(in_v[None, :], d, -1e30)
         at = sums_stride * tile_v.to(tl.int64) + rows  # [BLOCK_N]
         if tops is not None:
-            top = _by_row(d, column, V, WHOLE_BLOCKS, True) - tl.reshape(
-                r, (BLOCK_N,)
-            )  # [BLOCK_N] the largest z - shift
-            tl.store(tops + at, top * LN_2, mask=in_n)
-        e = tl.exp2(d)  # [BLOCK_N, BLOCK_V], 2^r too large
-        scaling = tl.exp2(-r)  # [BLOCK_N, 1]
-        total = _by_row(e, column, V, WHOLE_BLOCKS, False)  # [BLOCK_N]
-        tl.store(sums + at, total * tl.reshape(scaling, (BLOCK_N,)), mask=in_n)
+            tl.store(tops + at, _by_row(d, column, V, WHOLE_BLOCKS, True), mask=in_n)
+        e = tl.exp2(d)  # [BLOCK_N, BLOCK_V]
+        tl.store(sums + at, _by_row(e, column, V, WHOLE_BLOCKS, False), mask=in_n)
         if moments is not None:
-            moment = _by_row(e * d, column, V, WHOLE_BLOCKS, False) - total * tl.reshape(r, (BLOCK_N,))  # [BLOCK_N]
-            tl.store(moments + at, moment * tl.reshape(scaling, (BLOCK_N,)) * LN_2, mask=in_n)
+            tl.store(moments + at, _by_row(e * d, column, V, WHOLE_BLOCKS, False), mask=in_n)
+        if softcap is not None:
+            e *= slope
         # The mask is as wide as a row of out, not as V: its bound divides by 16, so that the stores stay wide.
-        at = rows[:, None].to(tl.int64) * out_stride + columns[None, :]  # [BLOCK_N, BLOCK_V]
+        at = tl.arange(0, BLOCK_N)[:, None] * out_stride + columns[None, :]  # [BLOCK_N, BLOCK_V]
         mask = in_n[:, None] & (columns < out_stride)[None, :]  # [BLOCK_N, BLOCK_V]
-        tl.store(out + at, (e * (slope * scaling)).to(out.dtype.element_ty), mask=mask)
+        tl.store(out + row.to(tl.int64) * out_stride + at, e.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(
@@ -140,6 +140,7 @@ def _exponentials_kernel(
     do_not_specialize_on_alignment=["row_sums", "logprobs", "lse", "entropy", "correct"],  # a chunk starts anywhere
 )
 def _finalize_kernel(
+    roundings,  # [N]
     sums,  # [tiles, >= N]
     moments,  # [tiles, >= N] or None
     tops,  # [tiles, >= N] or None
@@ -171,18 +172,19 @@ def _finalize_kernel(
         if tops is not None:
             top = tl.maximum(top, tl.load(tops + offsets, mask, other=-1e30))
     total = tl.where(inside, tl.sum(total, axis=0), 1.0)  # [TOKENS]
-    log_total = tl.log(total)  # [TOKENS]
+    rounding = tl.load(roundings + rows, mask=inside, other=0.0) * LN_2  # [TOKENS]
+    log_total = tl.log(total) - rounding  # [TOKENS]
     s = tl.load(shift + rows, mask=inside, other=0.0)  # [TOKENS]
     logp = (tl.load(target_logits + rows, mask=inside, other=0.0) - s) - log_total  # [TOKENS]
     tl.store(row_sums + rows, total, mask=inside)
     tl.store(logprobs + rows, tl.minimum(logp, 0.0), mask=inside)
     tl.store(lse + rows, s + log_total, mask=inside)
     if moments is not None:
-        spread = log_total - tl.sum(moment, axis=0) / total  # [TOKENS]
+        spread = log_total - (tl.sum(moment, axis=0) / total * LN_2 - rounding)  # [TOKENS]
         tl.store(entropy + rows, tl.where(spread < 0, 0.0, spread), mask=inside)
     if tops is not None:
         z_y = tl.load(target_logits + rows, mask=inside, other=0.0)  # [TOKENS]
-        tl.store(correct + rows, is_largest(z_y, s + tl.max(top, axis=0)), mask=inside)
+        tl.store(correct + rows, is_largest(z_y, s + (tl.max(top, axis=0) * LN_2 - rounding)), mask=inside)
 
 
 def _padded(V: int) -> int:
@@ -246,6 +248,8 @@ def one_pass(
         # F_ny cannot hold a / b for b = 0; b = 2^-24 a is below its rounding.
         prob = torch.where(given.prob == 0, given.onehot * 2.0**-24, given.prob)  # [C]
         r = prob / row_sums[rows]  # [C]
+        if transform.softcap is None:
+            r, slope = r * slope, torch.ones_like(slope)  # [C], [C]
         _fill_targets(f, part.targets, slope, given.onehot, prob, row_sums[rows], outputs.logprobs[rows])
         if needs.hidden:
             dh_chunk = torch.empty(len(f), D, **new)  # [C, D]
@@ -279,10 +283,6 @@ class _Chunk(NamedTuple):
     transform: LogitTransform  # of all tokens
     rows: slice  # which of them these are
 
-    @property
-    def inverse_temperature(self) -> Tensor | float:
-        return tile_table.inverse_temperature(self.transform.select(self.rows))
-
 
 def _exponentials(
     part: _Chunk,
@@ -298,12 +298,14 @@ def _exponentials(
     sums = torch.empty(tiles_v, C, dtype=torch.float32, device=device)  # [vocabulary tiles, C]
     moments = torch.empty_like(sums) if outputs.entropy is not None else None  # [vocabulary tiles, C]
     tops = torch.empty_like(sums) if outputs.correct is not None else None  # [vocabulary tiles, C]
+    inv_temperature = tile_table.inverse_temperature(part.transform.select(rows))  # [C] or a number
+    prior = None if prior is None else prior[rows].float().contiguous()  # [C]
     with tile_table.current(device):
-        raw = target_logits(part.hidden, part.weight, targets, part.bias, 1.0, LogitTransform(), tiles)  # [C]
-        z_y, slope = _transformed(raw, part.transform, part.inverse_temperature)  # [C], [C]
-        shift = z_y if prior is None else z_y - prior[rows].float()  # [C]
-        _launch(part, shift, f, sums, moments, tops, tiles)
+        given = (part.hidden, part.weight, targets, part.bias, inv_temperature, part.transform, tiles)
+        z_y, shift, levels, roundings, slope = target_logits(*given, prior=prior, levels=True)  # [C] each
+        _launch(part, inv_temperature, levels, f, sums, moments, tops, tiles)
         _finalize_kernel[(-(-C // _FINAL_TOKENS),)](
+            roundings,
             sums,
             moments,
             tops,
@@ -343,27 +345,17 @@ def _fill_targets(
     f.scatter_(1, column, at_target.to(f.dtype)[:, None])
 
 
-def _transformed(raw: Tensor, transform: LogitTransform, inv_temperature: Tensor | float) -> tuple[Tensor, Tensor]:
-    """`tile.logits` for a few numbers: raw [C] -> z [C], dz/draw [C]. An absent target keeps its -inf."""
-    factor = transform.scale * inv_temperature  # [C] or a number
-    factor = factor if isinstance(factor, Tensor) else torch.full_like(raw, factor)  # [C]
-    if transform.softcap is None:
-        return raw * factor, factor
-    x = raw * (transform.scale / transform.softcap)  # [C]
-    z = x.tanh() * transform.softcap * inv_temperature  # [C]
-    return torch.where(raw > -torch.inf, z, raw), factor / x.cosh().square()
-
-
 def _launch(
     part: _Chunk,
-    shift: Tensor,  # [C]
+    inv_temperature: Tensor | float,  # [C] or a number
+    levels: Tensor,  # [C]
     f: Tensor,  # [C, V] out
     sums: Tensor,  # [vocabulary tiles, C] out
     moments: Tensor | None,  # [vocabulary tiles, C] out
     tops: Tensor | None,  # [vocabulary tiles, C] out
     tiles: Tiles,
 ) -> None:
-    hidden, weight, transform, inv_temperature = part.hidden, part.weight, part.transform, part.inverse_temperature
+    hidden, weight, transform = part.hidden, part.weight, part.transform
     (C, D), V = hidden.shape, weight.shape[0]
     flops.product(C, D, V)
     grid = tile_table.programs(hidden.device, -(-C // tiles.block_n) * -(-V // tiles.block_v))
@@ -372,7 +364,7 @@ def _launch(
         tile_table.operand(weight, tiles.block_v, tiles),
         part.bias,
         inv_temperature,
-        shift,
+        levels,
         f,
         sums,
         moments,
@@ -386,6 +378,7 @@ def _launch(
         sums.stride(0),
         float(transform.scale),
         None if transform.softcap is None else float(transform.softcap),
+        tile_table.zero(hidden.device),
         BLOCK_N=tiles.block_n,
         BLOCK_V=tiles.block_v,
         BLOCK_K=tiles.block_k,

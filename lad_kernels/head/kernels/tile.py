@@ -62,17 +62,6 @@ def tanh_and_slope(x):
 
 
 @triton.jit
-def logits(raw, scale, softcap, inv_temperature):
-    """Products plus bias -> (z, dz / draw), the latter in a shape that broadcasts against raw; softcap may be None."""
-    if softcap is not None:
-        t, slope = tanh_and_slope(raw * (scale / softcap))
-        return t * softcap * inv_temperature, slope * scale * inv_temperature
-    else:
-        factor = scale * inv_temperature
-        return raw * factor, factor
-
-
-@triton.jit
 def exponents(raw, scale, softcap, inv_temperature):
     """Products plus bias -> (x, factor, dz / draw) with z = x * factor, the form that `levels` takes."""
     if softcap is not None:
@@ -127,6 +116,7 @@ def logit_tile(
     w_stride,
     scale,
     softcap,
+    zero,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -139,6 +129,8 @@ def logit_tile(
     x is [BLOCK_N, BLOCK_V], factor [BLOCK_N, 1], slope like either of them. Products are summed in fp32.
     """
     acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)  # [BLOCK_N, BLOCK_V]
+    if zero is not None:
+        acc += zero
     if TMA:
         for k in range(0, D, BLOCK_K):
             acc = tl.dot(h.load([row, k]), w.load([column, k]).T, acc, input_precision="ieee")

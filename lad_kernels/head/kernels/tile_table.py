@@ -149,6 +149,15 @@ def inverse_temperature(transform: LogitTransform) -> Tensor | float:
     return 1.0 / transform.temperature
 
 
+def zero(device: torch.device) -> float | None:
+    """What accumulators start from where the compiler must not know that it is 0; None where it should.
+
+    A Hopper's are cleared in the epilogue: with one instruction an element, with two where the number is known.
+    Elsewhere the first product needs no accumulator at all.
+    """
+    return 0.0 if probe(device).arch == "sm_90" else None
+
+
 def programs(device: torch.device, tiles: int) -> int:
     """Size of the grid that walks over `tiles` tiles."""
     processors = probe(device).processors

@@ -76,7 +76,7 @@ def _logit_gradient_kernel(
     sums_stride,
     scale,
     softcap,
-    zero,  # the number, or None
+    zero,  # 0, or None: see tile_table
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,

@@ -10,7 +10,7 @@ Three kernels.
 2. `_target_kernel`: z_y, so that the tiles have no target branch. Rows of W are gathered and multiplied as the tiles
    multiply them, step by step in the same matrix units, although of each product of 64 tokens with 64 targets only the
    diagonal is wanted: z_y then has the rounding that lse contains, which cancels in logp. (A Hopper's units cut off
-   what they add: at D = 4,096 logits of 50 lose 1e-4.)
+   what they add: at D = 4,096 logits of 50 lose 1e-4.) For one_pass.py also its shift, the level of that, and dz/draw.
 3. `_finalize_kernel`: blocks in ascending order, first their maximum, then
        lse = log sum_b e^L_b,   p_b = e^(L_b - lse),   H = sum_b p_b (H_b - log p_b)      (chain rule)
    Every term of H is non-negative, so peaked distributions do not cancel.
@@ -77,7 +77,7 @@ def _partials_kernel(
     run_stride,
     scale,
     softcap,
-    zero,  # the number, or None
+    zero,  # 0, or None: see tile_table
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,

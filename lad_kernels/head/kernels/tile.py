@@ -116,7 +116,7 @@ def logit_tile(
     w_stride,
     scale,
     softcap,
-    zero,
+    zero,  # 0 as a number that the compiler does not know, or None: see tile_table.zero
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,

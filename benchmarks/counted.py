@@ -127,7 +127,7 @@ def main() -> None:
     epilogues = {kind: found[kind]["epilogue"] for kind in ("score", "gradient", "exponentials")}
     modelled, launched = predicted.modelled(epilogues), calls()
     for what, by_size in modelled.items():
-        results.add("modelled, H100, V = 151,936", what=what, **{f"D = {d}": round(x, 3) for d, x in by_size.items()})
+        results.add("modelled, H200, V = 151,936", what=what, **{f"D = {d}": round(x, 3) for d, x in by_size.items()})
     for what, by_path in launched.items():
         results.add("a call with a mask, one chunk", what=what, **by_path)
     if given.json:

@@ -315,10 +315,10 @@ def step_parts(run: Run) -> None:
     @torch.no_grad()
     def choose(i: int) -> Routing:
         b, out = batches[i % len(batches)], outs[i % len(batches)]
-        share = cost.SPEEDS[cost.architecture(b.hidden.device, True), 2].gathered
+        work = memory.Work(*b.hidden.shape, len(b.weight), 2, cost.architecture(b.hidden.device, True))
         return route(
             b.hidden, b.weight, b.targets, PLAIN, out.lse, out.logprobs, out.block_lse, gradient, sparse.TAIL_MASS,
-            dense_share=share, unbiased=sparse.SPARSE.tail == "unbiased", triton=True,
+            dense_share=cost.dense_share(work), unbiased=sparse.SPARSE.tail == "unbiased", triton=True,
         )[0]  # fmt: skip
 
     def backward(i: int, options: dict) -> HeadGradients:

@@ -11,13 +11,15 @@ SHAPES = (
     Shape("", 1, 4096, 2048, 131_072, ""),
     Shape("", 1, 4096, 8192, 131_072, ""),
 )
+CARD = "h200"  # of cost.SPEEDS
 KEPT = (0.01, 0.052)  # share of the pairs; the second is what the peaked data of 0.4 nats keep
 NOTE = """## A GPU, predicted, **not measured**
 
-The cost model of `lad_kernels/head/dispatch.py` with the constants that an H100 gave: {flops:.0f} Tflop/s,
-{bytes:.1f} TB/s, {element:.0e} s a logit beside the products, routed products at {gathered} of the dense rate and
-{waiting:.0f} ms of waiting for the host. bfloat16; times are shares of the three bare products of a dense step. The
-constants were fitted to those runs, so agreement with them (10 % at D = 4,096, 20 % at D = 896) is no test.
+The cost model of `lad_kernels/head/cost.py` with the constants that an H200 gave: {flops:.0f} Tflop/s, {bytes:.1f}
+TB/s, {element:.0e} s a logit beside the products, routed products in items of {item} pairs at {gathered} of the dense
+rate, {waiting:.1f} ms of waiting for the host. bfloat16; times are shares of the three bare products of a dense step.
+The constants were fitted to its runs, so agreement with them is no test. A policy's pairs are cheaper than the same
+share spread evenly over tokens, as here: most belong to a few tokens, which are multiplied whole.
 
 Memory is what a step takes at its peak beyond inputs and gradients, and beyond one float32 dW where that is named, in
 MiB. `tests/head/test_memory.py` holds the same paths to a small budget by counting their allocations.
@@ -40,8 +42,8 @@ def modelled(epilogues: dict[str, int]) -> dict[str, dict[str, float]]:
     """Shares of the library's rate by kernel, and calls over three bare products, each by D."""
 
     def over_products(tokens: int, hidden_size: int, kept: float | None) -> float:
-        work = memory.Work(tokens, hidden_size, VOCABULARY, 2, "sm_90")
-        products = 6 * tokens * hidden_size * VOCABULARY / cost.SPEEDS["sm_90", 2].flops
+        work = memory.Work(tokens, hidden_size, VOCABULARY, 2, CARD)
+        products = 6 * tokens * hidden_size * VOCABULARY / cost.SPEEDS[CARD, 2].flops
         if kept is None:
             return cost.one_pass(work) / products
         return (cost.score(work) + cost.routed(work, kept * tokens * work.blocks)) / products
@@ -60,8 +62,8 @@ def modelled(epilogues: dict[str, int]) -> dict[str, dict[str, float]]:
 def row(shape: Shape) -> list[str]:
     """One shape's cells: times over the three products, memory in MiB."""
     n, d, v = shape.tokens, shape.hidden_size, shape.vocab_size
-    work = memory.Work(n, d, v, 2, "sm_90")
-    products = 3 * shape.flops / cost.SPEEDS["sm_90", 2].flops
+    work = memory.Work(n, d, v, 2, CARD)
+    products = 3 * shape.flops / cost.SPEEDS[CARD, 2].flops
     routed = [cost.score(work) + cost.routed(work, kept * n * work.blocks) for kept in KEPT]
     times = [cost.one_pass(work), cost.score(work) + cost.dense(work, n), *routed]
     pairs = int(KEPT[-1] * n * work.blocks)
@@ -78,11 +80,12 @@ def row(shape: Shape) -> list[str]:
 
 def lines() -> list[str]:
     """The section of RESULTS.md."""
-    speeds = cost.SPEEDS["sm_90", 2]
+    speeds = cost.SPEEDS[CARD, 2]
     note = NOTE.format(
         flops=speeds.flops / 1e12,
         bytes=speeds.bytes / 1e12,
         gathered=speeds.gathered,
+        item=speeds.item,
         element=speeds.element,
         waiting=1e3 * speeds.waiting,
     )

@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 
 from lad_kernels.head.memory import Work
-from lad_kernels.head.records import BLOCK
+from lad_kernels.head.records import BLOCK, JOINT
 
 CPU_SPEEDS = "LAD_KERNELS_CPU_SPEEDS"  # environment: speeds of this CPU, read when the package is imported
+_HBM3E = 100 << 30  # bytes: a Hopper with more has an H200's faster memory
 CPU_FIELDS = ("flops", "bytes", "element", "gathered", "block")
 
 
@@ -34,19 +35,24 @@ class Speeds:
     flops: float  # of a large product
     bytes: float  # copied
     element: float  # seconds per logit outside the products (exponential, sums), each time it is made
-    gathered: float  # rate of the routed products over that of large ones; also the dense cut-off of a token
+    gathered: float  # rate of the routed products over that of large ones
     block: float  # seconds per vocabulary block of the routed backward
     pair: float = 0.0  # seconds per (token, block) pair that is looked at when pairs are chosen
     waiting: float = 0.0  # seconds for which the device waits for the host while pairs are chosen
+    item: float = 1  # places for the pairs of a block that are multiplied together
 
 
 # Measured: "cpu" (any dtype, PyTorch) with one thread of an AMD EPYC, before pairs were gathered by the run, and
 # "cpu_avx512" with one of an Intel Xeon; of both only ratios matter, and `lad-kernels doctor` measures yours.
-# ("sm_90", 2) on an H100 80GB HBM3 in bfloat16 (benchmarks/results): head products 600 to 741 Tflop/s, a copy 3.03
-# TB/s, the tiles' epilogues 2e-13 to 4e-13 s a logit, routed products 27 to 43 ns a pair at D = 4,096.
+# In bfloat16 (benchmarks/results), ("sm_90", 2) on an H100 80GB HBM3: head products 600 to 741 Tflop/s, a copy 3.03
+# TB/s, the tiles' epilogues 2e-13 to 4e-13 s a logit. "h200" on an H200: 638 to 728 Tflop/s, 4.27 TB/s, and at
+# N = 8,192 12.3 to 13.4 ms a kernel where the library's products took 12.4 to 12.9. Routing, for both, on the H200:
+# pairs_kernel 0.33 ms for 57,000 pairs (twice those counted at N = 4,096), lists 0.27 ms for 9.7 million that were
+# looked at, 7.4 ms of waiting for the host, of which the host has since been spared 4.9.
 _EPYC = Speeds(8e10, 8e9, 1.2e-9, 0.4, 3.5e-4)
 _XEON = Speeds(1.29e11, 1.35e10, 1.25e-9, 0.8, 1.5e-4)
-_H100 = Speeds(7e14, 3.0e12, 3e-13, 0.13, 1e-7, 7e-11, 3e-3)
+_H100 = Speeds(7e14, 3.0e12, 3e-13, 0.37, 1e-7, 3e-11, 3e-3, item=64)
+_H200 = Speeds(6.8e14, 4.27e12, 2e-13, 0.37, 1e-7, 3e-11, 2.5e-3, item=64)
 
 
 def _scaled(flops: float, bytes: float, exponentials: float) -> Speeds:
@@ -88,6 +94,8 @@ SPEEDS = {
     ("sm_86", 2): _scaled(125 / 989, 0.6 / 3.35, 0.51),
     ("sm_86", 4): _scaled(31 / 989, 0.6 / 3.35, 0.51),
     ("sm_90", 2): _H100,
+    ("h200", 2): _H200,
+    ("h200", 4): replace(_H200, flops=_H200.flops * 67 / 989),
     ("sm_90", 4): _scaled(67 / 989, 1.0, 1.0),
     ("sm_100", 2): _scaled(2250 / 989, 8.0 / 3.35, 1.21),
     ("sm_100", 4): _scaled(75 / 989, 8.0 / 3.35, 1.21),
@@ -105,7 +113,9 @@ def architecture(device: torch.device, triton: bool) -> str:
         return "sm_90"
     from lad_kernels.head.kernels import tile_table
 
-    return tile_table.probe(device).arch
+    arch = tile_table.probe(device).arch
+    large = arch == "sm_90" and torch.cuda.get_device_properties(device).total_memory > _HBM3E
+    return "h200" if large else arch
 
 
 @cache
@@ -136,28 +146,50 @@ def sample(work: Work) -> float:
     return _product(work, work.sample) + speeds(work).element * work.sample * work.vocab_size + read
 
 
-def dense(work: Work, active: float) -> float:
-    """Seconds of the dense backward of the `active` tokens, those with a gradient."""
+def dense(work: Work, active: float, *, joint: bool = False) -> float:
+    """Seconds of the dense backward of the `active` tokens, those with a gradient; `joint`: but for writing dW."""
     s, tokens = speeds(work), math.ceil(active)
     slabs, chunks = 0, _chunk_sums(work, tokens)
     if work.triton and tokens:  # each slab of the vocabulary reads and writes a float32 dH
         rows, workspace = work.token_chunk(tokens)
         slabs = math.ceil(work.vocab_size * work.itemsize * rows / workspace)
     traffic = 8 * active * work.hidden_size * slabs * work.need_hidden / s.bytes
-    if work.triton and tokens and work.itemsize == 2:  # dW passes through float32
+    if work.triton and tokens and work.itemsize == 2 and not joint:  # dW passes through float32
         traffic += 10 * work.vocab_size * work.hidden_size * work.need_weight / s.bytes
     return (1 + work.products) * _product(work, active) + s.element * active * work.vocab_size + traffic + chunks
 
 
 def routed(work: Work, pairs: float, dense_tokens: int = 0, active: float | None = None) -> float:
     """Seconds of the routed backward of `pairs` pairs and `dense_tokens` whole tokens, of `active` (None: all)."""
-    s, weight = speeds(work), work.vocab_size * work.hidden_size * work.need_weight
-    gathered = 2 * (1 + work.products) * work.hidden_size * BLOCK * pairs / (s.flops * s.gathered)
+    s, D = speeds(work), work.hidden_size
     tokens = work.tokens if active is None else math.ceil(active)
+    weight = work.itemsize * work.vocab_size * D  # bytes
+    moved = work.need_weight * weight
+    if work.triton:  # products read W, and dH is zeroed, added to and rounded
+        moved += weight + work.need_hidden * (weight + 18 * tokens * D)
+    products, rows = _of_a_pair(work)
+    padding = (s.item - 1) / 2 * min(pairs, work.blocks)  # places of each block's last item that stay empty
+    gathered = products * (pairs + padding) + rows * pairs
+    whole = dense(work, dense_tokens, joint=dense_tokens <= JOINT)
     chunks = _chunk_sums(work, tokens, pairs=int(pairs), dense=dense_tokens)
     choosing = s.waiting + s.pair * work.tokens * work.blocks
-    moved = work.itemsize * weight / s.bytes + chunks + s.block * work.blocks
-    return choosing + gathered + dense(work, dense_tokens) + moved
+    return choosing + gathered + whole + moved / s.bytes + chunks + s.block * work.blocks
+
+
+def dense_share(work: Work) -> float:
+    """Share of its blocks from which a token costs less in dense products than by its pairs."""
+    return 2 * (1 + work.products) * work.hidden_size * BLOCK / speeds(work).flops / sum(_of_a_pair(work))
+
+
+def _of_a_pair(work: Work) -> tuple[float, float]:
+    """Seconds of a pair's products, and of its float32 row of dH, which kernels write and read.
+
+    With 16-bit inputs the product of that row is hidden behind it.
+    """
+    s, D = speeds(work), work.hidden_size
+    products = 1 + work.products - (work.need_hidden and work.triton and work.itemsize == 2)
+    rows = 8 * D * work.need_hidden * work.triton / s.bytes
+    return 2 * products * D * BLOCK / (s.flops * s.gathered), rows
 
 
 def one_pass(work: Work, active: float | None = None) -> float:

@@ -100,7 +100,7 @@ def takes_one_pass(
                 few.targets,
                 of_few,
                 sparsity.threshold,
-                dense_share=cost.speeds(work).gathered,
+                dense_share=cost.dense_share(work),
                 unbiased=sparsity.unbiased,
             ).nan_to_num(0.0)  # [2]
         active = of_few.is_active().to(kept.dtype).mean()  # []
@@ -171,8 +171,9 @@ def plan_backward(
         part = head.select(active)
         chosen, error_bound = route(
             part.hidden, part.weight, part.targets, part.transform, out.lse, out.logprobs, out.block_lse, gradient,
-            sparsity.threshold, tokens=part.tokens, dense_share=cost.speeds(work).gathered, unbiased=sparsity.unbiased,
-            most_pairs=memory.most_pairs(work) if sparsity.backward == "auto" else None, triton=part.triton,
+            sparsity.threshold, tokens=part.tokens, dense_share=cost.dense_share(work),
+            unbiased=sparsity.unbiased, most_pairs=memory.most_pairs(work) if sparsity.backward == "auto" else None,
+            triton=part.triton,
         )  # fmt: skip
         dense = len(chosen.dense)
         pairs = sum(chosen.counts) + dense * work.blocks

@@ -174,7 +174,7 @@ def _measure(head: Head, c: Tensor | None, tail_mass: float, tail: str, buckets:
         routing, bound = route(
             part.hidden, part.weight, part.targets, part.transform, out.lse[active], out.logprobs[active],
             out.block_lse[:, active], LogitGradient(c[active], -c[active]), tail_mass, tokens=part.tokens,
-            dense_share=cost.speeds(work).gathered, unbiased=tail == "unbiased", triton=part.triton,
+            dense_share=cost.dense_share(work), unbiased=tail == "unbiased", triton=part.triton,
         )  # fmt: skip
         dense = active[routing.dense]  # [Nd] tokens that keep every block
         kept[active] = torch.bincount(routing.rows, minlength=len(active))

@@ -68,7 +68,7 @@ def compile_all(arch: str, cases: list[tuple[str, str, str]]) -> None:
             dense.backward(*arguments, needs=needs)
             needs = needs._replace(weight=True)
             for whole, joint in ((0, 0), (64, 64), (64, 0)):  # dense tokens: none, with the pairs, by the library
-                routed._JOINT, counts = joint, [n - whole] + [0] * ((v - 1) // BLOCK)
+                routed.JOINT, counts = joint, [n - whole] + [0] * ((v - 1) // BLOCK)
                 scale = numbers[whole:] if entropy else None  # [P]
                 routing = Routing(torch.arange(whole, n), scale, counts, torch.arange(whole))
                 for atomics, workspace in ((False, 512 << 20), (True, 1)):  # and a block in pieces

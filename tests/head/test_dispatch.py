@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import torch
 from lad_kernels.head import cost, dispatch, memory
 from lad_kernels.head.dispatch import Shares, Sparsity
 from lad_kernels.head.kernels import tile_table
+from lad_kernels.head.kernels.routed.work import tiles_for
 from lad_kernels.head.memory import Work
+from lad_kernels.head.records import BLOCK
 
 SHAPES = [(512, 896, 151_936), (4096, 4096, 131_072), (16_384, 4096, 151_936), (64, 64, 50_257), (2048, 896, 151_936)]
 
@@ -175,6 +178,37 @@ def test_every_card_has_its_own_speeds(monkeypatch):
     monkeypatch.setattr(tile_table, "probe", lambda device: tile_table.Device("sm_80", 0))
     assert cost.architecture(cuda, triton=True) == "sm_80"
     assert cost.architecture(cuda, triton=False) == "cpu"
+    monkeypatch.setattr(tile_table, "probe", lambda device: tile_table.Device("sm_90", 132))
+    for memory_bytes, arch in ((80 << 30, "sm_90"), (140 << 30, "h200")):
+        properties = SimpleNamespace(total_memory=memory_bytes)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, properties=properties: properties)
+        assert cost.architecture(cuda, triton=True) == arch
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("arch", ["sm_90", "h200", "sm_80", "gfx942", "cpu"])
+def test_a_token_is_whole_from_where_its_pairs_cost_as_much(arch, itemsize):
+    """By difference of the modelled times of whole calls."""
+    work = Work(16_384, 4096, 151_936, itemsize, arch)
+    pairs = 40 * work.blocks
+    as_pairs = cost.routed(work, 2 * pairs) - cost.routed(work, pairs)
+    products = 3 * 2 * work.hidden_size * BLOCK / cost.speeds(work).flops  # of a pair in dense products
+    assert pairs * products / as_pairs == pytest.approx(cost.dense_share(work))
+    assert 0.1 < cost.dense_share(work) < 0.6
+
+
+def test_pairs_cost_whole_items():
+    """Few pairs a block waste most of an item's places; a CPU has none to waste."""
+    item = cost.SPEEDS["sm_90", 2].item
+    assert (
+        item == tiles_for(torch.empty(16, 64, dtype=torch.bfloat16), torch.empty(128, 64, dtype=torch.bfloat16)).block_n
+    )
+    work = dataclasses.replace(Work(2048, 4096, 151_936, 2, "sm_90"), need_hidden=False)
+    nothing, few, many = (cost.routed(work, pairs) for pairs in (0, 8 * work.blocks, 1000 * work.blocks))
+    assert (few - nothing) / 8 > 4 * (many - nothing) / 1000
+    work = dataclasses.replace(work, architecture="cpu")
+    nothing, few, many = (cost.routed(work, pairs) for pairs in (0, 8 * work.blocks, 1000 * work.blocks))
+    assert (few - nothing) / 8 == pytest.approx((many - nothing) / 1000)
 
 
 @pytest.mark.parametrize(

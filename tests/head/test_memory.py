@@ -5,7 +5,6 @@ Allocations are counted as torch makes them, in the interpreter, under a budget 
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import weakref
 
@@ -186,13 +185,12 @@ def check_pieces(path: str, dtype: str, device: str, monkeypatch) -> None:
     inputs = test_paths.batch(0.8, **test_paths.TRANSFORMS["all"])
     states = inputs["hidden_states"]
     inputs["hidden_states"] = torch.cat([states, torch.zeros_like(states[:, :1])], 1)[:, :-1]  # has no flat view
-    kind, speeds = getattr(torch, dtype), cost.SPEEDS
+    kind = getattr(torch, dtype)
     leaves = ("hidden_states", "lm_head_weight", "bias")
     inputs |= {k: inputs[k].to(kind).double() for k in leaves}
     _, truth = test_paths.run(reference.linear_lad_loss, inputs)
     inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     inputs |= {k: v.float() for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
-    half = {k: dataclasses.replace(v, gathered=0.7) for k, v in speeds.items()}  # some tokens whole, others routed
     found = {}
     for size in (test_paths.M, 24):
         cast = inputs | {k: inputs[k].to(kind).clone() for k in leaves}
@@ -200,7 +198,7 @@ def check_pieces(path: str, dtype: str, device: str, monkeypatch) -> None:
             cast["lm_head_weight"] = cast["lm_head_weight"].T.contiguous().T
         cast |= {k: cast[k].requires_grad_() for k in leaves}
         with monkeypatch.context() as patch, dispatch.force(path):
-            patch.setattr(cost, "SPEEDS", half)
+            patch.setattr(cost, "dense_share", lambda work: 0.7)  # some tokens whole, others routed
             patch.setattr(memory.Work, "token_chunk", lambda _, tokens, size=size, **k: (min(size, tokens), 1 << 20))
             out = linear_lad_loss(**cast, config=LADConfig(tail_mass=5e-2, tail="drop"), impl="triton")
             node = out.loss.grad_fn

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from contextlib import nullcontext
 
@@ -44,8 +43,7 @@ def test_looking_tells_what_routing_keeps(impl, tail, device, monkeypatch):
     inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     config = GRPOConfig(policy_loss="reinforce", tail_mass=3e-2, tail=tail)
     monkeypatch.setattr(memory.Work, "sample", property(lambda work: work.tokens))
-    speeds = {k: dataclasses.replace(v, gathered=0.9) for k, v in cost.SPEEDS.items()}
-    monkeypatch.setattr(cost, "SPEEDS", speeds)
+    monkeypatch.setattr(cost, "dense_share", lambda work: 0.9)
     monkeypatch.setattr(dispatch, "needs_sample", lambda *arguments, **options: True)
     monkeypatch.setattr(dispatch, "takes_one_pass", lambda work, sparsity, shares: told.append(shares))
     run(linear_grpo_loss, inputs, torch.float32, config=config, impl=impl)

@@ -103,8 +103,7 @@ def test_exact_paths_equal_the_specification(objective, on_policy, path):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_kernels_take_every_path(transform, on_policy, path, device, monkeypatch):
     """In float32 and exact, the Triton paths agree with the specification in float64; no token is left to dense."""
-    never = {k: dataclasses.replace(v, gathered=2.0) for k, v in cost.SPEEDS.items()}
-    monkeypatch.setattr(cost, "SPEEDS", never)
+    monkeypatch.setattr(cost, "dense_share", lambda work: 2.0)  # never
     inputs = batch(None, drift=None if on_policy else 0.3, **TRANSFORMS["all"] if transform == "all" else {})
     inputs["temperature"] = TRANSFORMS[transform].get("temperature", 1.0)
     inputs["bias"] = inputs["bias"] if transform == "all" else None
@@ -196,8 +195,8 @@ def test_certified_bound(name, theta, unbiased, entropy_gradient):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_policy_is_routed_within_its_bound(dtype, device, monkeypatch):
     """Peaked policy, in working precision: error against float64 within the bound plus the dense path's own error."""
-    speeds, whole_from = cost.speeds, cost.SPEEDS["cpu", 4].gathered  # on every device the same tokens are whole
-    monkeypatch.setattr(cost, "speeds", lambda work: dataclasses.replace(speeds(work), gathered=whole_from))
+    whole_from = cost.SPEEDS["cpu", 4].gathered  # on every device the same tokens are whole
+    monkeypatch.setattr(cost, "dense_share", lambda work: whole_from)
     inputs = batch(0.4)
     inputs = {k: v.to(dtype).double() if k in ("hidden_states", "lm_head_weight") else v for k, v in inputs.items()}
     _, truth = run(reference.linear_lad_loss, inputs)

@@ -164,7 +164,7 @@ def test_some_pairs_and_some_whole_tokens(device, dtype, dense):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_library_multiplies_many_whole_tokens(device, dtype, monkeypatch):
     """Their float32 dW is what the pairs' is added to, before it is rounded once."""
-    monkeypatch.setattr(routed, "_JOINT", 0)
+    monkeypatch.setattr(routed, "JOINT", 0)
     inputs = inputs_of(device, dtype, FEATURES, d=UNALIGNED)
     check(inputs, route(inputs, 0.4, 0.3, scaled=True))
 
@@ -192,7 +192,7 @@ SHARED = [("float32", 0.0, 0), ("bfloat16", 0.0, 0), ("float16", 0.2, 99), ("flo
 @pytest.mark.parametrize(("dtype", "dense", "joint"), SHARED)
 def test_small_workspaces(device, dtype, dense, joint, monkeypatch):
     """Runs of some blocks, then pieces of a block, then single items; dH has the same bits in all of them."""
-    monkeypatch.setattr(routed, "_JOINT", joint)
+    monkeypatch.setattr(routed, "JOINT", joint)
     inputs = inputs_of(device, dtype, ("bias", "temperature"), n=37, d=130, v=300)
     routing = route(inputs, 0.9, dense)
     # Logits up to 16, sums of 130: their error is relative in p. 3.3e-6 in PTX for sm_90, 1.8e-6 in PyTorch on a CPU.
@@ -207,7 +207,7 @@ def test_small_workspaces(device, dtype, dense, joint, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_pairs_join_every_slab_of_the_whole_tokens(device, dtype, joint, monkeypatch):
     """1,100 words in two slabs of the dense backward, and the pairs of each slab in several runs."""
-    monkeypatch.setattr(routed, "_JOINT", joint)
+    monkeypatch.setattr(routed, "JOINT", joint)
     inputs = inputs_of(device, dtype, ("bias", "temperature"), n=20, d=16, v=1100)
     routing = route(inputs, 0.5, 0.3)
     assert dense.split(len(routing.dense), 16, 1100, inputs.hidden.element_size(), 1)[1] == 1024
@@ -222,7 +222,7 @@ def test_a_run_goes_on_in_the_next_slab(device, monkeypatch):
     expected = check(inputs, routing, tiles=SMALL)
     others = [torch.full(x.shape, 0.5, device=device) for x in (inputs.weight, inputs.bias)]
     for joint in (99, 0):
-        monkeypatch.setattr(routed, "_JOINT", joint)
+        monkeypatch.setattr(routed, "JOINT", joint)
         check(inputs, routing, tiles=SMALL)
         sums = GradientSums(*(x.clone() for x in others))
         found = run(inputs, routing, tiles=SMALL, sums=sums)

@@ -43,7 +43,7 @@ class Operations(TorchDispatchMode):
         return sum(count for name, count in self.torch.items() if name not in self.FREE)
 
 
-LAUNCHES = {  # workspace, share of dense tokens, _JOINT: launches by kernel, torch operations
+LAUNCHES = {  # workspace, share of dense tokens, JOINT: launches by kernel, torch operations
     "one run": (1 << 30, 0.0, 0, {}, 12),
     "one run, two slices of D": (150_000, 0.0, 0, dict(hidden=2, token=2), 12),
     "three runs": (70_000, 0.0, 0, dict(pairs=3, weight=3, hidden=5, token=5), 12),
@@ -56,7 +56,7 @@ LAUNCHES = {  # workspace, share of dense tokens, _JOINT: launches by kernel, to
 @pytest.mark.parametrize("case", LAUNCHES)
 def test_launches(device, case, monkeypatch):
     workspace, dense_share, joint, kernels, operations = LAUNCHES[case]
-    monkeypatch.setattr(routed, "_JOINT", joint)
+    monkeypatch.setattr(routed, "JOINT", joint)
     inputs = dataclasses.replace(inputs_of(device, "bfloat16", n=48, d=256, v=1100), bias=None)
     routing, (lse, gradient) = route(inputs, 0.4, dense_share, scaled=True), coefficients(inputs)
     gradient = dataclasses.replace(gradient, entropy=None)

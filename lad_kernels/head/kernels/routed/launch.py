@@ -15,7 +15,7 @@ sorted by block. A work item is up to block_n pairs of one block; items are list
 Memory: pairs are processed in runs of whole blocks, one run if all their dR and a slice of dR W fit workspace_bytes; a
 block with more pairs takes several runs, with its dW in float32 in between. In addition: float32 dH [N, D]. Pairs are
 sorted by token before dH and the workspace are allocated, in about 40 bytes a pair; 4 are kept.
-Tokens of `routing.dense` take all blocks in dense.backward, slab by slab. Up to _JOINT of them are multiplied in
+Tokens of `routing.dense` take all blocks in dense.backward, slab by slab. Up to JOINT of them are multiplied in
 weight_kernel with the slab's pairs, and dW leaves it rounded. The library multiplies more of them faster; its float32
 is then what weight_kernel begins with. The dense part may use what dR of one run leaves, or half of the workspace.
 
@@ -46,6 +46,7 @@ from lad_kernels.head.kernels.routed.runs import (
 from lad_kernels.head.kernels.routed.work import ByToken, RoutedTiles, Run, Work, by_token, tiles_for
 from lad_kernels.head.records import (
     BLOCK,
+    JOINT,
     GradientSums,
     HeadGradients,
     LogitGradient,
@@ -53,8 +54,6 @@ from lad_kernels.head.records import (
     Needs,
     Routing,
 )
-
-_JOINT = 768  # dense tokens that weight_kernel multiplies, at most; about where the library's rate pays its float32 dW
 
 
 @torch.no_grad()
@@ -148,7 +147,7 @@ def _dense(
         needs=Needs(call.need_hidden, call.need_weight, pairs.db is not None),
         workspace_bytes=workspace_bytes,
         then=then if len(call.tokens) else None,
-        leave_weight=len(call.tokens) > 0 and Nd <= _JOINT and fits,
+        leave_weight=len(call.tokens) > 0 and Nd <= JOINT and fits,
         sums=sums,
     )
 

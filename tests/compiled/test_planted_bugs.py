@@ -78,6 +78,16 @@ def product(a, b, out, K, SIZE: tl.constexpr, STEP: tl.constexpr, FLIP: tl.const
     tl.store(out + rows[:, None] * SIZE + rows[None, :], acc)
 
 
+@triton.jit
+def copies(x, out, N, SIZE: tl.constexpr, STEP: tl.constexpr):
+    """2 x to out [SIZE or less, N], for x [SIZE, N], through a descriptor"""
+    rows, columns = tl.arange(0, SIZE), tl.arange(0, STEP)
+    for column in range(0, N, STEP):
+        at = rows[:, None] * N + column + columns[None, :]  # [SIZE, STEP]
+        values = 2 * tl.load(x + at, mask=column + columns[None, :] < N, other=1.0)  # [SIZE, STEP]
+        out.store([0, column], values.to(out.dtype))
+
+
 def error(out: torch.Tensor, truth: torch.Tensor) -> float:
     """The largest, over the largest number."""
     return ((out.double() - truth).abs().max() / truth.abs().max()).item()
@@ -122,6 +132,13 @@ def run_product(descriptors: bool = False, flip: bool = False) -> float:
     return error(out, (-1 if flip else 1) * (a.double() @ b.double().T))
 
 
+def run_copies() -> float:
+    rows, columns = SIZE - 3, K - 8  # the last box goes over both edges
+    x, out = storage(SIZE, columns).half().float(), storage(rows, columns, dtype=torch.float16)
+    copies[(1,)](x, TensorDescriptor(out, [rows, columns], [columns, 1], [SIZE, STEP]), columns, SIZE=SIZE, STEP=STEP)
+    return error(out, 2 * x[:rows].double())
+
+
 @dataclass(frozen=True)
 class Bug:
     run: Callable[[], float]  # the largest error
@@ -133,6 +150,7 @@ class Bug:
 
 part = functools.partial
 BULK = part(run_product, descriptors=True)
+AWAIT = r"(?s)cp\.async\.bulk\.wait_group\S*\s+\d;"
 BUGS = {
     "masked load without other": Bug(part(run_sums, False), "", control=part(run_sums, True)),
     "an other lost": Bug(part(run_sums, True), "", edit=(r"mov\.u32 (%r\d+), %r\d+;(\s+@%p\d+ ld\.global)", r"\2")),
@@ -147,6 +165,9 @@ BUGS = {
     "product not awaited": Bug(BULK, "that was not awaited", "sm_90", (r"wgmma\.wait_group\.sync\.aligned \d;", "")),
     "mbarrier not awaited": Bug(BULK, "before its copy", "sm_90", (r"\{\s*\.reg \.pred\s+complete;.*?\n\s*\}", "")),
     "too few bytes announced": Bug(BULK, "forever", "sm_90", (r"(expect_tx\.shared\S* _, \[%r\d+\]), \d+", r"\1, 64")),
+    "store not awaited": Bug(run_copies, "that a bulk copy reads", "sm_90", (AWAIT, "")),
+    "last store not awaited": Bug(run_copies, "ends while", "sm_90", (AWAIT + r"(?!.*wait_group)", "")),
+    "no fence of a store": Bug(run_copies, "without a fence", "sm_90", (r"fence\.proxy\.async\.\S+;", "")),
     "no proxy fence": Bug(part(run_product, flip=True), "without a fence", "sm_90", (r"fence\.proxy\.async\.\S+;", "")),
 }  # fmt: skip
 

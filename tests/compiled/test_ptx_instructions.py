@@ -252,6 +252,28 @@ def test_bulk_copy():
     assert (out == want).all()
 
 
+def test_bulk_store():
+    """A box over two edges of a tensor, which takes what is inside; the halves of rows 4 to 7 are swapped in memory."""
+    source, tensor = np.arange(1, 129, dtype=U16).reshape(8, 16), np.zeros((5, 24), U16)
+    view = TensorMap(tensor.ctypes.data, (5, 24), 24, 2, (8, 16), 1)
+    code = f"""{OWN} {LEADER} mov.b32 %r8, 16; mov.b32 %r9, -3; add.s64 %rd3, %rd1, %rd10;
+        ld.global.b32 %r11, [%rd3]; st.shared.b32 [%r5], %r11; ld.global.b32 %r12, [%rd3+128];
+        st.shared.b32 [%r5+128], %r12; fence.proxy.async.shared::cta; bar.sync 0;
+        @%p1 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd2, {{%r8, %r9}}], [%r3];
+        cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0; bar.sync 0; st.shared.b32 [%r5], %r11;"""
+    execute(code, [tensor, source, view], shared=256)
+    want = np.zeros((5, 24), U16)
+    want[:, 16:] = np.concatenate([source[3:4, :8], source[4:, 8:]])
+    assert (tensor == want).all()
+    for lost, found in (
+        ("fence.proxy.async.shared::cta;", "a bulk copy reads what was written without a fence"),
+        ("cp.async.bulk.wait_group.read 0;", "writes shared memory that a bulk copy reads"),
+        ("cp.async.bulk.wait_group.read 0; bar.sync 0; st.shared.b32 [%r5], %r11;", "ends while a bulk copy reads"),
+    ):
+        with pytest.raises(Fault, match=found):
+            execute(code.replace(lost, ""), [tensor, source, view], shared=256)
+
+
 @pytest.mark.parametrize(("mode", "layout"), [(3, 1), (2, 2), (1, 3)])
 def test_matrix_descriptors(mode, layout):
     """The manual's swizzles of 128, 64 and 32 bytes: which 16 bytes of a row of the atom hold which columns."""

@@ -115,11 +115,12 @@ def test_forward_and_backward_match_float64(device, dtype, features):
     check(make(device, DTYPES[dtype], features))
 
 
+@pytest.mark.parametrize("stores", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_descriptors(device, dtype):
-    """The tiles that read through host-made descriptors, which only Hopper and later choose."""
+def test_descriptors(device, dtype, stores):
+    """The tiles that read, and write, through host-made descriptors, which only Hopper and later choose."""
     inputs = make(device, DTYPES[dtype], FEATURES)
-    tiles = Tiles(128, 128, 32, 8, 8, 2, tma=True)
+    tiles = Tiles(128, 128, 32, 8, 8, 2, tma=True, stores=stores)
     check(inputs, tiles, workspace_bytes=1)
 
 

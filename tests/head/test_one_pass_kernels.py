@@ -171,7 +171,8 @@ def test_peaked_policy(device, dtype, features, prior):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tiles(device, dtype):
     """Descriptors; tiles wider than the vocabulary; rows at odd addresses."""
-    check(make(device, dtype, "all"), tiles=Tiles(64, 128, 32, 8, 8, 2, tma=True))
+    for stores in (False, True):
+        check(make(device, dtype, "all"), tiles=Tiles(64, 128, 32, 8, 8, 2, tma=True, stores=stores))
     one = [slice(0, 17)]
     for v in (2, 128, 129):
         check(make(device, dtype, "bias", n=17, d=33, v=v), tiles=Tiles(16, 256, 32, 2, 4, 2), chunks=one)

@@ -83,6 +83,7 @@ def _logit_gradient_kernel(
     GROUP_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     TMA: tl.constexpr,
+    STORES: tl.constexpr,
     PER_TOKEN: tl.constexpr,
 ):
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -118,7 +119,9 @@ def _logit_gradient_kernel(
 
         if column_sums is not None:
             tl.store(column_sums + tile_n.to(tl.int64) * sums_stride + columns, tl.sum(g, axis=0), mask=in_v)
-        if dr is not None:
+        if dr is not None and STORES:
+            dr.store([row, column], g.to(dr.dtype))
+        elif dr is not None:
             at = rows[:, None].to(tl.int64) * dr_stride + columns[None, :]  # [BLOCK_N, BLOCK_V]
             tl.store(dr + at, g.to(dr.dtype.element_ty), mask=in_n[:, None] & in_v[None, :])
 
@@ -343,7 +346,7 @@ def _logit_gradient(
             gradient.onehot,
             gradient.prob,
             gradient.entropy,
-            dr,
+            None if dr is None else tile_table.output(dr[:N, :V], tiles),
             sums,
             N,
             V,
@@ -362,6 +365,7 @@ def _logit_gradient(
             GROUP_N=tiles.group_n,
             EVEN_K=D % tiles.block_k == 0,
             TMA=tiles.tma,
+            STORES=tiles.stores,
             PER_TOKEN=isinstance(inv_temperature, Tensor),
             num_warps=tiles.warps,
             num_stages=tiles.stages,

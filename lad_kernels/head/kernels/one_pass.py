@@ -99,6 +99,7 @@ def _exponentials_kernel(
     EVEN_K: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr,
     TMA: tl.constexpr,
+    STORES: tl.constexpr,
     PER_TOKEN: tl.constexpr,
 ):
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -129,10 +130,13 @@ def _exponentials_kernel(
             tl.store(moments + at, _by_row(e * d, column, V, WHOLE_BLOCKS, False), mask=in_n)
         if softcap is not None:
             e *= slope
-        # The mask is as wide as a row of out, not as V: its bound divides by 16, so that the stores stay wide.
-        at = tl.arange(0, BLOCK_N)[:, None] * out_stride + columns[None, :]  # [BLOCK_N, BLOCK_V]
-        mask = in_n[:, None] & (columns < out_stride)[None, :]  # [BLOCK_N, BLOCK_V]
-        tl.store(out + row.to(tl.int64) * out_stride + at, e.to(out.dtype.element_ty), mask=mask)
+        if STORES:
+            out.store([row, column], e.to(out.dtype))
+        else:
+            # The mask is as wide as a row of out, not as V: its bound divides by 16, so that the stores stay wide.
+            at = tl.arange(0, BLOCK_N)[:, None] * out_stride + columns[None, :]  # [BLOCK_N, BLOCK_V]
+            mask = in_n[:, None] & (columns < out_stride)[None, :]  # [BLOCK_N, BLOCK_V]
+            tl.store(out + row.to(tl.int64) * out_stride + at, e.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(
@@ -365,7 +369,7 @@ def _launch(
         part.bias,
         inv_temperature,
         levels,
-        f,
+        tile_table.output(f, tiles),
         sums,
         moments,
         tops,
@@ -386,6 +390,7 @@ def _launch(
         EVEN_K=D % tiles.block_k == 0,
         WHOLE_BLOCKS=V % BLOCK == 0,
         TMA=tiles.tma,
+        STORES=tiles.stores,
         PER_TOKEN=isinstance(inv_temperature, Tensor),
         num_warps=tiles.warps,
         num_stages=tiles.stages,

@@ -1,4 +1,4 @@
-"""What sm_90 adds to copies: tensor maps, bulk copies and mbarriers."""
+"""What sm_90 adds to copies: tensor maps, bulk copies from and to them, and mbarriers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ptx.reader import Instruction
 
 @dataclass(frozen=True)
 class TensorMap:
-    """A row-major tensor [rows, columns] that is read in boxes; `swizzle` 0 to 3 for spans of 0, 32, 64, 128 bytes."""
+    """A row-major tensor [rows, columns], read or written in boxes; `swizzle` 0 to 3: spans of 0, 32, 64, 128 bytes."""
 
     base: int  # address
     shape: tuple[int, int]
@@ -61,6 +61,42 @@ def copy(i: Instruction) -> Execute:
     return run
 
 
+def store(i: Instruction) -> Execute:
+    """Boxes from shared memory to a tensor map, one a thread; written at once, though only a wait tells of it."""
+    target, source = i.operands
+    sources = [address_of(source), reader_of(target.base, np.uint64)]
+    sources += [reader_of(x, np.int32) for x in target.coordinates]
+
+    def run(m: Machine) -> None:
+        lanes, read = m.lanes(), []
+        given = [m.of_lanes(source(m), lanes).tolist() for source in sources]  # [n] each
+        for lane, (at, handle, column, line) in enumerate(zip(*given, strict=True)):
+            tensor, mine = list(m.parameters.values())[handle], lanes[lane : lane + 1]
+            if tensor.swizzle and tensor.box[1] * tensor.item > 16 << tensor.swizzle:
+                raise Fault("a box is wider than its swizzle's span")
+            places = swizzled(at + np.arange(0, tensor.box[0] * tensor.box[1] * tensor.item, 16), tensor.swizzle)  # [n]
+            flat, data = m.shared.start_read(places, mine[np.zeros(len(places), int)])  # [n], [n, 16]
+            read.append((flat, lanes.index[lane], lanes.row[lane]))
+            elements, inside = _places(tensor, line, column)
+            values = data.reshape(-1).view(UNSIGNED[tensor.item]).reshape(tensor.box)[inside].reshape(-1)
+            if len(elements):
+                everyone = mine[np.zeros(len(elements), int)]
+                m.memory.store(tensor.base + elements * tensor.item, [values], everyone)
+            if m.counters is not None:
+                m.counters.sectors["bulk copy"] += len(elements) * tensor.item // 32
+                m.counters.sectors_needed["bulk copy"] += len(elements) * tensor.item // 32
+
+        def finish(now: np.ndarray) -> None:
+            """In the CTAs `now` [C]: as if the threads read only now."""
+            for flat, thread, row in read:
+                if now[row]:
+                    m.shared.end_read(flat, m.everyone.stamp[thread])
+
+        m.groups["bulk"].open.append(finish)
+
+    return run
+
+
 def swizzled(at: np.ndarray, mode: int) -> np.ndarray:
     """Bits 4 and up of an address, exclusive or bits 7 and up: `mode` of them."""
     return at ^ ((at >> 7 & (1 << mode) - 1) << 4)
@@ -68,15 +104,21 @@ def swizzled(at: np.ndarray, mode: int) -> np.ndarray:
 
 def _box(m: Machine, t: TensorMap, line: int, column: int, lane: Lanes) -> np.ndarray:
     """Bytes [box rows, box columns * item] at (line, column) of the tensor; zeros outside of it."""
-    height, width = t.box
-    data = np.zeros((height, width), UNSIGNED[t.item])
-    top, bottom = max(line, 0), min(line + height, t.shape[0])
-    left, right = max(column, 0), min(column + width, t.shape[1])
-    if top < bottom and left < right:
-        elements = np.arange(top, bottom)[:, None] * t.stride + np.arange(left, right)  # [rows, columns] inside
-        found = m.memory.load(t.base + elements.reshape(-1) * t.item, t.item, 1, lane[np.zeros(elements.size, int)])[0]
-        data[top - line : bottom - line, left - column : right - column] = found.reshape(elements.shape)
+    data = np.zeros(t.box, UNSIGNED[t.item])
+    elements, inside = _places(t, line, column)
+    if len(elements):
+        found = m.memory.load(t.base + elements * t.item, t.item, 1, lane[np.zeros(len(elements), int)])[0]
+        data[inside] = found.reshape(data[inside].shape)
     return data.view(np.uint8)
+
+
+def _places(t: TensorMap, line: int, column: int) -> tuple[np.ndarray, tuple[slice, slice]]:
+    """Of a box at (line, column): elements [n] of the tensor that it covers, and where in the box they are."""
+    (height, width), (rows, columns) = t.box, t.shape
+    top, bottom = max(line, 0), max(min(line + height, rows), 0)
+    left, right = max(column, 0), max(min(column + width, columns), 0)
+    elements = np.arange(top, bottom)[:, None] * t.stride + np.arange(left, right)  # [rows, columns] inside
+    return elements.reshape(-1), np.s_[top - line : max(bottom - line, 0), left - column : max(right - column, 0)]
 
 
 def mbarrier_at(m: Machine, row: int, address: int) -> Mbarrier:

@@ -50,7 +50,7 @@ class Machine:
         self.mask: np.ndarray | None = None  # broadcasts to [C, T] bool; None: all
         self.memory, self.shared = memory, SharedMemory(self.C, shared)
         self.counters = counters
-        self.groups = {"cp": Groups(), "wgmma": Groups()}
+        self.groups = {"cp": Groups(), "bulk": Groups(), "wgmma": Groups()}
         self.accumulating: set[int] = set()  # registers of a wgmma that was not awaited
         self.mbarriers: dict = {}  # by CTA and shared address
         self.fragments: dict = {}  # matrix operands already converted, see matrix.py
@@ -80,6 +80,8 @@ class Machine:
                     stack[-1][0] = block.meeting
                     stack.append([other, block.meeting, active & ~condition])
                     stack.append([taken, block.meeting, active & condition])
+        if self.groups["bulk"].open or self.groups["bulk"].committed:
+            raise Fault(f"{self.kernel.name} ends while a bulk copy reads its shared memory")
 
     def _run_block(self, number: int) -> np.ndarray | None:
         """Execute; return what the branch at its end depends on, or None."""

@@ -114,7 +114,7 @@ def _operand(m: Machine, descriptor: np.ndarray, chosen: np.ndarray, rows: int, 
     at = descriptor_bytes(descriptor[..., 0].astype(np.int64), rows, transposed)  # [n, groups, rows, 16]
     first = chosen[:, None] * m.T + np.arange(0, m.T, 128)  # threads [n, groups]
     readers = m.everyone[np.broadcast_to(first[..., None, None], at.shape).reshape(-1)]
-    found = m.shared.load(at.reshape(-1), 2, 1, readers, wgmma=True)[0]
+    found = m.shared.load(at.reshape(-1), 2, 1, readers, "wgmma")[0]
     return _to_float64(found.reshape(at.shape), element)
 
 

@@ -197,7 +197,9 @@ class SharedMemory(Memory):
         refuse(outside, lambda n: f"byte {addresses[n] - BASE} of {self.given} bytes of shared memory")
         return addresses + lanes.row * self.stride
 
-    def load(self, addresses: np.ndarray, size: int, count: int, lanes: Lanes, wgmma: bool = False) -> list[np.ndarray]:
+    def load(
+        self, addresses: np.ndarray, size: int, count: int, lanes: Lanes, asynchronous: str = ""
+    ) -> list[np.ndarray]:
         """`count` elements of `size` bytes from each address [n], as `count` arrays [n]."""
         at = self.flat(addresses, size * count, lanes)
         pairs, me = self.pairs(at, size * count), lanes.stamp[:, None]
@@ -206,12 +208,13 @@ class SharedMemory(Memory):
         refuse(written == UNDER_WAY, "reads shared memory before its copy was awaited")
         race = self._since_barrier(written, me)
         refuse(race, "reads shared memory that another warp wrote since the last barrier")
-        if wgmma:  # what a warp wrote, its own fence must have made visible before
+        if asynchronous:  # what a warp wrote, its own fence must have made visible before
             unfenced = self.unfenced[pairs]
             passed = self.fences[lanes.row[:, None], written & WARP]
             missing = (unfenced != FENCED) & (passed <= unfenced)
-            refuse(missing, "wgmma reads what was written without a fence.proxy.async since")
+            refuse(missing, f"{asynchronous} reads what was written without a fence.proxy.async since")
         marks = np.where(self._since_barrier(self.reader[pairs], me), me | WARPS, me)
+        marks = np.where(self.reader[pairs] == UNDER_WAY, UNDER_WAY, marks)
         self.reader[pairs] = marks
         clash = self.reader[pairs] != marks
         self.reader[pairs[clash]] = marks[clash] | WARPS
@@ -240,6 +243,17 @@ class SharedMemory(Memory):
         pairs = self.pairs(at, size)
         self.writer[pairs], self.unfenced[pairs] = stamps[:, None], FENCED
 
+    def start_read(self, addresses: np.ndarray, lanes: Lanes) -> tuple[np.ndarray, np.ndarray]:
+        """A copy of 16 bytes from each address [n] is under way; returns flat indices [n] and the data [n, 16]."""
+        data = np.stack(self.load(addresses, 8, 2, lanes, "a bulk copy"), 1).view(np.uint8)
+        at = self.flat(addresses, 16, lanes)
+        self.reader[self.pairs(at, 16)] = UNDER_WAY
+        return at, data
+
+    def end_read(self, at: np.ndarray, stamp: int) -> None:
+        """It has read the bytes at flat indices [n], as if `stamp` had now."""
+        self.reader[self.pairs(at, 16)] = stamp
+
     def _note_write(self, at: np.ndarray, size: int, lanes: Lanes, stamps: np.ndarray, same: bool = False) -> None:
         """`same`: nothing changes, and then other warps may have touched it."""
         pairs, me = self.pairs(at, size), stamps[:, None]
@@ -250,6 +264,7 @@ class SharedMemory(Memory):
             race = self._since_barrier(written, me)
             refuse(race, "overwrites shared memory that another warp wrote since the last barrier")
         refuse(written == UNDER_WAY, "writes shared memory into which a copy is under way")
+        refuse(self.reader[pairs] == UNDER_WAY, "writes shared memory that a bulk copy reads")
         self.writer[pairs] = me
         self.unfenced[pairs] = self.fences[lanes.row, lanes.stamp & WARP][:, None]
 

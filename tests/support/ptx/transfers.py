@@ -96,7 +96,8 @@ def asynchronous_copy(i: Instruction) -> Execute:
 
 
 def group(i: Instruction) -> Execute:
-    """commit_group and wait_group, of cp.async and of wgmma."""
+    """commit_group and wait_group, of cp.async, of bulk copies and of wgmma."""
+    kind = "bulk" if "bulk" in i.opcode else i.opcode[0]
     if "commit_group" in i.opcode:
-        return lambda m: m.commit(m.groups[i.opcode[0]])
-    return lambda m: m.wait(m.groups[i.opcode[0]], i.operands[0])
+        return lambda m: m.commit(m.groups[kind])
+    return lambda m: m.wait(m.groups[kind], i.operands[0])

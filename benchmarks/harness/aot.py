@@ -157,6 +157,7 @@ def resources(name: str, kernel, arch: str) -> Resources:
         "tcgen05": r"tcgen05\.mma",
         "tma": r"cp\.async\.bulk\.tensor\.\dd\.shared",
         "cp.async": r"cp\.async\.c[ag]\.",
+        "wide stores": r"st\.global\.v4|bulk\.tensor\.\dd\.global",  # 16 bytes, a box
         "may fuse": r"\b(?:mul|add|sub)(?:\.ftz)?\.f32",  # ptxas leaves those with a rounding, .rn, alone
     }
     counts = {key: len(re.findall(pattern, ptx)) for key, pattern in patterns.items()}

@@ -165,6 +165,13 @@ def test_bulk_copies(arch, layout):
         assert row["instructions"]["tma"] > 0, row
 
 
+@pytest.mark.parametrize("arch", [a for a, target in TARGETS.items() if target.is_cuda])
+def test_wide_stores(arch):
+    """Of dR: a mask of which the compiler cannot tell how wide it holds would make it store 2 bytes at a time."""
+    for row in tiled(arch, ("_logit_gradient_kernel", "pairs_kernel"), dtype="bfloat16", layout="aligned"):
+        assert row["instructions"]["wide stores"] > 0, row
+
+
 @pytest.mark.parametrize("arch", [a for a, target in TARGETS.items() if target.copies == "cp.async"])
 def test_asynchronous_copies(arch):
     for row in tiled(arch, TILED + ROUTED[:2], dtype="bfloat16", layout="aligned"):

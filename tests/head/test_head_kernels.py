@@ -18,6 +18,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from head_formula import (
     CONTRACT_FACTOR,
     DTYPES,
@@ -36,6 +38,7 @@ from head_formula import (
 from torch import Tensor
 
 from lad_kernels.head.kernels import dense, forward, tile_table
+from lad_kernels.head.kernels.tile import add_at
 from lad_kernels.head.kernels.tile_table import Tiles
 from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitGradient, Needs
 
@@ -122,6 +125,30 @@ def test_descriptors(device, dtype, stores):
     inputs = make(device, DTYPES[dtype], FEATURES)
     tiles = Tiles(128, 128, 32, 8, 8, 2, tma=True, stores=stores)
     check(inputs, tiles, workspace_bytes=1)
+
+
+@triton.jit
+def _with_term(g, columns, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr, THREAD: tl.constexpr):
+    """out [programs * ROWS, COLUMNS]: g [programs * ROWS], with 3 added in one column"""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    given = tl.zeros((ROWS, COLUMNS), tl.float32) + tl.load(g + rows)[:, None]  # [ROWS, COLUMNS]
+    term = tl.full((ROWS, 1), 3.0, tl.float32)  # [ROWS, 1]
+    given = add_at(given, tl.load(columns + rows)[:, None], term, COLUMNS, THREAD)  # [ROWS, COLUMNS]
+    tl.store(out + rows[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], given)
+
+
+@pytest.mark.parametrize("thread", [0, 6, 31])
+@pytest.mark.parametrize("width", [128, 256])
+def test_a_term_is_added_in_one_column(device, width, thread):
+    """Every column, and some that a tile has not; NaN stays."""
+    columns = torch.cat([torch.arange(-width, 2 * width), torch.tensor([-(2**31), 2**31 - 1, 1 << 20, -100])])
+    columns = torch.nn.functional.pad(columns, (0, -len(columns) % 64)).int().to(device)
+    g = torch.linspace(-2, 2, len(columns), device=device)
+    g[5] = g[width + 7] = float("nan")
+    out = torch.empty(len(columns), width, device=device)
+    _with_term[(len(columns) // 64,)](g, columns, out, ROWS=64, COLUMNS=width, THREAD=thread)
+    want = g[:, None] + 3 * (columns[:, None] == torch.arange(width, device=device))
+    torch.testing.assert_close(out, want, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("v", [2, 127, 128, 129, 257])

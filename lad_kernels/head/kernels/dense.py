@@ -40,6 +40,7 @@ from lad_kernels.head.kernels import tile_table
 from lad_kernels.head.kernels.tile import (
     LN_2,
     LOG2_E,
+    add_at,
     logit_tile,
     row_levels,
     tile_order,
@@ -64,7 +65,7 @@ def _logit_gradient_kernel(
     onehot,  # [N]
     prob,  # [N]
     entropy,  # [N] or None
-    dr,  # [N, >= V] out, or None
+    dr,  # [N, >= V] out, pointer or descriptor, or None
     column_sums,  # [token tiles, >= V] out, or None
     N,
     V,
@@ -83,15 +84,12 @@ def _logit_gradient_kernel(
     GROUP_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     TMA: tl.constexpr,
-    STORES: tl.constexpr,
+    THREAD: tl.constexpr,
     PER_TOKEN: tl.constexpr,
 ):
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_v = tl.cdiv(V, BLOCK_V)
-    # Where a rich epilogue leaves no registers for it, loads do not cross tiles.
-    for tile in tl.range(
-        tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=TMA and (EVEN_K or softcap is None)
-    ):
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=TMA):
         tile_n, tile_v = tile_order(tile, tiles_n, tiles_v, GROUP_N)
         row, column = tile_n * BLOCK_N, tile_v * BLOCK_V
         x, factor, slope, rows, columns, in_n, in_v = logit_tile(
@@ -112,18 +110,18 @@ def _logit_gradient_kernel(
             g_entropy = tl.load(entropy + rows, mask=in_n, other=0.0)[:, None] * by_row * LN_2  # [BLOCK_N, 1]
             weight = tl.fma(r - d, g_entropy, weight)  # [BLOCK_N, BLOCK_V]
         g = tl.exp2(d) * weight  # [BLOCK_N, BLOCK_V] dR without the target's term, over a softcap's slope
-        y = (tl.load(targets + rows, mask=in_n, other=-1) - column0).to(tl.int32)  # [BLOCK_N] column in the slab
-        g = tl.where(columns[None, :] == y[:, None], g + at_target, g)  # [BLOCK_N, BLOCK_V]
+        y = (tl.load(targets + rows, mask=in_n, other=-1) - column0).to(tl.int32) - column  # [BLOCK_N] in the tile
+        g = add_at(g, y[:, None], at_target, BLOCK_V, THREAD)  # [BLOCK_N, BLOCK_V]
         if softcap is not None:
             g *= slope
 
         if column_sums is not None:
             tl.store(column_sums + tile_n.to(tl.int64) * sums_stride + columns, tl.sum(g, axis=0), mask=in_v)
-        if dr is not None and STORES:
-            dr.store([row, column], g.to(dr.dtype))
-        elif dr is not None:
+        if isinstance(dr, tl.tensor):
             at = rows[:, None].to(tl.int64) * dr_stride + columns[None, :]  # [BLOCK_N, BLOCK_V]
             tl.store(dr + at, g.to(dr.dtype.element_ty), mask=in_n[:, None] & in_v[None, :])
+        elif dr is not None:
+            dr.store([row, column], g.to(dr.dtype))
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
@@ -365,7 +363,7 @@ def _logit_gradient(
             GROUP_N=tiles.group_n,
             EVEN_K=D % tiles.block_k == 0,
             TMA=tiles.tma,
-            STORES=tiles.stores,
+            THREAD=tile_table.thread_bits(device),
             PER_TOKEN=isinstance(inv_temperature, Tensor),
             num_warps=tiles.warps,
             num_stages=tiles.stages,

@@ -39,8 +39,10 @@ from lad_kernels.head.kernels import tile_table
 from lad_kernels.head.kernels.tile import (
     LN_2,
     LOG2_E,
+    below,
     exponents,
     inverse_temperatures,
+    is_largest,
     levels,
     logit_tile,
     row_levels,
@@ -86,6 +88,7 @@ def _partials_kernel(
     WHOLE_BLOCKS: tl.constexpr,
     NEGATIVE: tl.constexpr,
     TMA: tl.constexpr,
+    THREAD: tl.constexpr,
     PER_TOKEN: tl.constexpr,
 ):
     PARTS: tl.constexpr = BLOCK_V // _BLOCK
@@ -94,12 +97,12 @@ def _partials_kernel(
     for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=TMA):
         tile_n, tile_v = tile_order(tile, tiles_n, tiles_v, GROUP_N)
         row, column = tile_n * BLOCK_N, tile_v * BLOCK_V
-        x, factor, _, rows, columns, _, _ = logit_tile(
+        x, factor, _, rows, _, _, _ = logit_tile(
             h, w, bias, inv_temperature, row, column, N, V, D, h_stride, w_stride, scale, softcap, zero,
             BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, TMA, PER_TOKEN,
         )  # [BLOCK_N, BLOCK_V], [BLOCK_N, 1]  # fmt: skip
         if not WHOLE_BLOCKS:  # else a block is complete, or beyond V and not stored
-            x = tl.where(columns[None, :] < V, x, 1e30 if NEGATIVE else -1e30)
+            x = tl.where(below(V - column, BLOCK_V, THREAD), x, 1e30 if NEGATIVE else -1e30)
         x = tl.reshape(x, (BLOCK_N, PARTS, _BLOCK))  # [BLOCK_N, PARTS, BLOCK]
         top = tl.min(x, axis=2) if NEGATIVE else tl.max(x, axis=2)  # [BLOCK_N, PARTS], the largest z over factor
         f = factor * LOG2_E  # [BLOCK_N, 1]
@@ -241,12 +244,6 @@ def _finalize_kernel(
         tl.store(correct + rows, is_largest(z_y, tl.max(largest, axis=0)), mask=inside)
 
 
-@triton.jit
-def is_largest(z, largest):
-    """Whether no logit is larger by more than four float32 roundings."""
-    return z >= largest - 4.8e-7 * tl.maximum(tl.abs(largest), 1.0)
-
-
 @torch.no_grad()
 def forward(
     hidden: Tensor,  # [N, D]; with `tokens` also [B, T, D], see `gather`
@@ -352,6 +349,7 @@ def _partials(
         WHOLE_BLOCKS=V % BLOCK == 0,
         NEGATIVE=transform.scale < 0 and transform.softcap is None,
         TMA=tiles.tma,
+        THREAD=tile_table.thread_bits(hidden.device),
         PER_TOKEN=isinstance(inv_temperature, Tensor),
         num_warps=tiles.warps,
         num_stages=tiles.stages,

@@ -48,8 +48,8 @@ from torch import Tensor
 
 from lad_kernels.head import flops
 from lad_kernels.head.kernels import dense, tile_table
-from lad_kernels.head.kernels.forward import is_largest, target_logits
-from lad_kernels.head.kernels.tile import LN_2, LOG2_E, logit_tile, tile_order
+from lad_kernels.head.kernels.forward import target_logits
+from lad_kernels.head.kernels.tile import LN_2, LOG2_E, below, is_largest, logit_tile, tile_order
 from lad_kernels.head.kernels.tile_table import Tiles
 from lad_kernels.head.kernels.waiting import Later
 from lad_kernels.head.records import BLOCK, HeadForward, HeadGradients, LogitGradient, LogitTransform, Needs, gather
@@ -78,7 +78,7 @@ def _exponentials_kernel(
     bias,  # [V] or None
     inv_temperature,  # [N] or a number
     levels,  # [N] of the shift
-    out,  # [N, >= V] F
+    out,  # [N, >= V] F, pointer or descriptor
     sums,  # [vocabulary tiles, >= N] out
     moments,  # [vocabulary tiles, >= N] out, or None; in units of log 2, as
     tops,  # [vocabulary tiles, >= N] out, or None
@@ -99,18 +99,17 @@ def _exponentials_kernel(
     EVEN_K: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr,
     TMA: tl.constexpr,
-    STORES: tl.constexpr,
+    THREAD: tl.constexpr,
     PER_TOKEN: tl.constexpr,
 ):
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_v = tl.cdiv(V, BLOCK_V)
-    # Where a rich epilogue leaves no registers for it, loads do not cross tiles.
-    for tile in tl.range(
-        tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=TMA and (WHOLE_BLOCKS or softcap is None)
-    ):
+    # Where a rich epilogue leaves no registers for it (Blackwell's), loads do not cross tiles.
+    FLATTEN: tl.constexpr = TMA and (WHOLE_BLOCKS or softcap is None or not isinstance(out, tl.tensor))
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=FLATTEN):
         tile_n, tile_v = tile_order(tile, tiles_n, tiles_v, GROUP_N)
         row, column = tile_n * BLOCK_N, tile_v * BLOCK_V
-        x, factor, slope, rows, columns, in_n, in_v = logit_tile(
+        x, factor, slope, rows, columns, in_n, _ = logit_tile(
             h, w, bias, inv_temperature, row, column, N, V, D, h_stride, w_stride, scale, softcap, zero,
             BLOCK_N, BLOCK_V, BLOCK_K, EVEN_K, TMA, PER_TOKEN,
         )  # [BLOCK_N, BLOCK_V], [BLOCK_N, 1], like either  # fmt: skip
@@ -120,7 +119,7 @@ def _exponentials_kernel(
         level = tl.load(levels + rows, mask=in_n, other=1e30)[:, None]  # [BLOCK_N, 1]
         d = tl.fma(x, f, -level)  # [BLOCK_N, BLOCK_V] (z - shift) log2 e + the level's rounding
         if not WHOLE_BLOCKS:  # else a block is complete, or beyond V
-            d = tl.where(in_v[None, :], d, -1e30)
+            d = tl.where(below(V - column, BLOCK_V, THREAD), d, -1e30)
         at = sums_stride * tile_v.to(tl.int64) + rows  # [BLOCK_N]
         if tops is not None:
             tl.store(tops + at, _by_row(d, column, V, WHOLE_BLOCKS, True), mask=in_n)
@@ -130,13 +129,13 @@ def _exponentials_kernel(
             tl.store(moments + at, _by_row(e * d, column, V, WHOLE_BLOCKS, False), mask=in_n)
         if softcap is not None:
             e *= slope
-        if STORES:
-            out.store([row, column], e.to(out.dtype))
-        else:
+        if isinstance(out, tl.tensor):
             # The mask is as wide as a row of out, not as V: its bound divides by 16, so that the stores stay wide.
             at = tl.arange(0, BLOCK_N)[:, None] * out_stride + columns[None, :]  # [BLOCK_N, BLOCK_V]
             mask = in_n[:, None] & (columns < out_stride)[None, :]  # [BLOCK_N, BLOCK_V]
             tl.store(out + row.to(tl.int64) * out_stride + at, e.to(out.dtype.element_ty), mask=mask)
+        else:
+            out.store([row, column], e.to(out.dtype))
 
 
 @triton.jit(
@@ -390,7 +389,7 @@ def _launch(
         EVEN_K=D % tiles.block_k == 0,
         WHOLE_BLOCKS=V % BLOCK == 0,
         TMA=tiles.tma,
-        STORES=tiles.stores,
+        THREAD=tile_table.thread_bits(hidden.device),
         PER_TOKEN=isinstance(inv_temperature, Tensor),
         num_warps=tiles.warps,
         num_stages=tiles.stages,

@@ -15,6 +15,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
+_FOUR = tl.constexpr(9)  # bits in which four columns of a thread differ
 
 
 @triton.jit
@@ -62,6 +63,12 @@ def tanh_and_slope(x):
 
 
 @triton.jit
+def is_largest(z, largest):
+    """Whether no logit is larger by more than four float32 roundings."""
+    return z >= largest - 4.8e-7 * tl.maximum(tl.abs(largest), 1.0)
+
+
+@triton.jit
 def exponents(raw, scale, softcap, inv_temperature):
     """Products plus bias -> (x, factor, dz / draw) with z = x * factor, the form that `levels` takes."""
     if softcap is not None:
@@ -99,6 +106,29 @@ def inverse_temperatures(inv_temperature, rows, N, PER_TOKEN: tl.constexpr):
         return tl.load(inv_temperature + rows, mask=rows < N, other=1.0)
     else:
         return tl.zeros_like(rows).to(tl.float32) + inv_temperature
+
+
+@triton.jit
+def below(count, COLUMNS: tl.constexpr, THREAD: tl.constexpr):
+    """Which of a tile's columns [1, COLUMNS] are among its first `count`, for numbers in registers; see add_at.
+
+    A mask of loads and stores says `columns < V`: from that the compiler knows how wide they may be.
+    """
+    at = tl.arange(0, COLUMNS)[None, :]  # [1, COLUMNS]
+    return (at & ~THREAD) < count - (at & THREAD)
+
+
+@triton.jit
+def add_at(g, y, term, COLUMNS: tl.constexpr, THREAD: tl.constexpr):
+    """g [R, COLUMNS] with term [R, 1] added in column y [R, 1] of each row, if it has that.
+
+    A thread's columns differ in all bits but THREAD (tile_table.thread_bits). With those on the other side, constants
+    are compared with numbers of the thread, four columns at once, and no register holds a column. Whatever THREAD is,
+    the result is the same.
+    """
+    at = tl.arange(0, COLUMNS)[None, :]  # [1, COLUMNS]
+    own = tl.where((y & _FOUR) == (at & _FOUR), term, 0.0)  # [R, COLUMNS], four numbers a row
+    return tl.where(((y & ~_FOUR) ^ (at & ~_FOUR & THREAD)) == (at & ~_FOUR & ~THREAD), g + own, g)
 
 
 @triton.jit

@@ -172,6 +172,11 @@ def zero(device: torch.device) -> float | None:
     return 0.0 if probe(device).arch == "sm_90" else None
 
 
+def thread_bits(device: torch.device) -> int:
+    """Bits of a column that tell a thread's accumulators from its neighbours': none on Blackwell, where it has rows."""
+    return {"sm_100": 0, "gfx942": 31}.get(probe(device).arch, 6)
+
+
 def programs(device: torch.device, tiles: int) -> int:
     """Size of the grid that walks over `tiles` tiles."""
     processors = probe(device).processors

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lad_kernels.head.kernels.tile import LN_2, LOG2_E, biases, exponents, inverse_temperatures, row_levels
+from lad_kernels.head.kernels.tile import LN_2, LOG2_E, add_at, biases, exponents, inverse_temperatures, row_levels
 from lad_kernels.head.records import BLOCK
 
 _BLOCK = tl.constexpr(BLOCK)
@@ -62,6 +62,7 @@ def pairs_kernel(
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     PER_TOKEN: tl.constexpr,
+    THREAD: tl.constexpr,
 ):
     item = tl.program_id(0)
     block, first, count = tl.load(items + 3 * item), tl.load(items + 3 * item + 1), tl.load(items + 3 * item + 2)
@@ -105,7 +106,7 @@ def pairs_kernel(
         weight = tl.fma(r - d, tl.load(entropy + rows)[:, None] * by_row * LN_2, weight)  # [BLOCK_N, BLOCK]
     g = tl.exp2(d) * weight  # [BLOCK_N, BLOCK] dR without the target's term, over a softcap's slope
     y = (tl.load(targets + rows) - column).to(tl.int32)  # [BLOCK_N] column in the block
-    g = tl.where(columns[None, :] == y[:, None], g + at_target, g)  # [BLOCK_N, BLOCK] dR
+    g = add_at(g, y[:, None], at_target, _BLOCK, THREAD)  # [BLOCK_N, BLOCK] dR
     if softcap is not None:
         g *= slope
 

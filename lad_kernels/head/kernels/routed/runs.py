@@ -121,6 +121,7 @@ def pair_gradients(call: Call, run: Run, need_dr: bool, need_sums: bool) -> tupl
             BLOCK_D=schedule.block_d,
             EVEN_D=D % schedule.block_d == 0,
             PER_TOKEN=isinstance(inv_temperature, Tensor),
+            THREAD=tile_table.thread_bits(device),
             num_warps=schedule.warps,
             num_stages=schedule.stages,
         )

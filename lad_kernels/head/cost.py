@@ -24,8 +24,8 @@ from lad_kernels.head.memory import Work
 from lad_kernels.head.records import BLOCK, JOINT
 
 CPU_SPEEDS = "LAD_KERNELS_CPU_SPEEDS"  # environment: speeds of this CPU, read when the package is imported
-_HBM3E = 100 << 30  # bytes: a Hopper with more has an H200's faster memory
 CPU_FIELDS = ("flops", "bytes", "element", "gathered", "block")
+_HBM3E = 100 << 30  # bytes: a Hopper with more has an H200's faster memory
 
 
 @dataclass(frozen=True)

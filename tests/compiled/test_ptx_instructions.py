@@ -297,6 +297,17 @@ def test_threads_that_diverge_meet_again():
     assert out.tolist() == [7] * 5 + [8] * 5 + [107] * 22
 
 
+def test_a_half_that_nothing_was_written_to_is_poison():
+    """Whoever takes the other half alone does not see it."""
+    out = np.zeros((2, 32), U32)
+    execute(
+        """mov.b16 %h1, 5; mov.b32 %r2, {%h1, %h2}; mov.b32 {%h3, _}, %r2; cvt.u32.u16 %r3, %h3;
+        add.s64 %rd3, %rd0, %rd10; st.global.b32 [%rd3], %r3; st.global.b32 [%rd3+128], %r2;""",
+        [out],
+    )
+    assert (out[0] == 5).all() and (out[1] == 0xFFFF0005).all()
+
+
 def test_two_scopes_may_declare_the_same_register():
     out = np.zeros(32, U32)
     execute(

@@ -72,8 +72,17 @@ def _move(i: Instruction) -> Execute:
     dtype = np.dtype(TYPES[target.kind] if isinstance(target, Register) else TYPES[i.opcode[-1]])
     half, shift = f"u{dtype.itemsize // 2}", dtype.type(4 * dtype.itemsize)
     if isinstance(source, tuple):
-        low, high = (reader_of(x, half) for x in source)
-        return lambda m: m.write(target, low(m).astype(dtype) | high(m).astype(dtype) << shift)
+
+        def join(m: Machine) -> None:
+            """A half that nothing was written to, which LLVM adds where the other is taken out alone, is all ones."""
+            for x in source:
+                if isinstance(x, Register) and m.registers[x.number] is None:
+                    m.registers[x.number] = ~np.zeros((1, 1), half)
+            low, high = (read(m).astype(dtype) for read in readers)
+            m.write(target, low | high << shift)
+
+        readers = [reader_of(x, half) for x in source]
+        return join
     value = reader_of(source, dtype)
     if isinstance(target, Register):
         return lambda m: m.write(target, value(m))

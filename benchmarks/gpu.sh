@@ -3,7 +3,7 @@
 # Results go to $OUT, or to benchmarks/results/<name of the GPU>. Peers are taken from the wheels that
 # benchmarks/carry.sh put into .carry/peers, or from a folder of installed packages named by SITE; states of a policy
 # from the folder after --states, or from .carry/states. Kernels that benchmarks/ahead.sh compiled come from .carry too.
-#   benchmarks/gpu.sh              parts A and B: at most 590 s on one CUDA device
+#   benchmarks/gpu.sh              parts A and B: at most 560 s on one CUDA device
 #   benchmarks/gpu.sh A            one part
 #   benchmarks/gpu.sh --dry-run    the same code on tiny shapes in Triton's interpreter, without a GPU
 set -uo pipefail

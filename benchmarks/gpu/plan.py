@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-DEADLINE = {"A": 280, "B": 310, "C": 280}  # seconds of a part
+DEADLINE = {"A": 250, "B": 310, "C": 280}  # seconds of a part
 GRACE = 3  # seconds between an experiment's own limit, at which it should stop, and its end
 CLOSING = 8  # seconds of a part for merging and the table
 SLOW = "no answer in time"  # a verdict of the smoke test
@@ -24,12 +24,12 @@ class Experiment:
 PLAN = (
     Experiment("smoke", "A", 36, "every path once, a process each, against impl='torch'; first-call time",
                "which path traps, so that the others can go on"),
-    Experiment("correctness", "A", 230, "the gate for every provider, runs twice bitwise, objectives, poisoned memory",
+    Experiment("correctness", "A", 200, "the gate for every provider, runs twice bitwise, objectives, poisoned memory",
                "errors against float64, bitwise promises"),
-    Experiment("test_suite", "A", 230, "the tests that touch kernels, compiled",
+    Experiment("test_suite", "A", 200, "the tests that touch kernels, compiled",
                "edges of tiles, layouts, features; the verdicts so far are kept", beside=True),
-    Experiment("memcheck", "A", 230, "accesses out of bounds, on small shapes", "proof of none", beside=True),
-    Experiment("racecheck", "A", 230, "races in shared memory, on small shapes", "proof of none", beside=True),
+    Experiment("memcheck", "A", 200, "accesses out of bounds, on small shapes", "proof of none", beside=True),
+    Experiment("racecheck", "A", 200, "races in shared memory, on small shapes", "proof of none", beside=True),
     Experiment("ceilings", "B", 20, "library products and copy bandwidth, the denominators",
                "every ratio to the library, the cost model's constants"),
     Experiment("head_shapes", "B", 55, "N = 8,192, D = 4,096, V = 151,936 and 128,256: ours, eager, peers",

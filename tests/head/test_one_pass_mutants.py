@@ -44,7 +44,7 @@ CHECKS = {
 }
 KERNELS = {  # bug: check that shows it, source, mutant
     "bias forgotten": ("float32", "h, w, bias, inv_temperature, row,", "h, w, None, inv_temperature, row,"),
-    "columns beyond V counted": ("no prior", "d = tl.where(in_v[None, :], d, -1e30)", "d = d"),
+    "columns beyond V counted": ("no prior", "d = tl.where(below(V - column, BLOCK_V, THREAD), d, -1e30)", "d = d"),
     "blocks beyond V counted": ("whole blocks", "* _BLOCK < V  # [parts]", "* _BLOCK < 2 * V  # [parts]"),
     "rounding of the level forgotten": (
         "common part",

@@ -1,7 +1,8 @@
 """Run the GPU experiments, each in a process of its own, within a deadline: `benchmarks/gpu.sh [A] [B] [C]`.
 
-    A   280 s: is every kernel right: smoke test, tests, errors against float64, the memory and the race checker
-    B   310 s: how fast is it against the library and its peers, what LAD costs beside GRPO, a TRL step, counters
+    A   375 s: is every kernel right: tests, errors against float64, the memory and the race checker; then the time and
+               memory of the head's step beside the library's products and peers, and of LAD beside GRPO
+    B   184 s: what routing saves, where the time goes by kernel, peers by shape, a TRL step, hardware counters
     C   rarely needed: tiles, workspaces, planted routings, providers that compile for long
 
 Without arguments A runs, then B. An experiment (`benchmarks/gpu/experiments.py`) adds rows to a file as it goes: a

@@ -38,7 +38,7 @@ class Speeds:
     gathered: float  # rate of the routed products over that of large ones
     block: float  # seconds per vocabulary block of the routed backward
     pair: float = 0.0  # seconds per (token, block) pair that is looked at when pairs are chosen
-    waiting: float = 0.0  # seconds for which the device waits for the host while pairs are chosen
+    waiting: float = 0.0  # seconds that the host takes from the number of pairs to their products; W is read meanwhile
     item: float = 1  # places for the pairs of a block that are multiplied together
 
 
@@ -47,12 +47,12 @@ class Speeds:
 # In bfloat16 (benchmarks/results), ("sm_90", 2) on an H100 80GB HBM3: head products 600 to 741 Tflop/s, a copy 3.03
 # TB/s, the tiles' epilogues 2e-13 to 4e-13 s a logit. "h200" on an H200: 638 to 728 Tflop/s, 4.27 TB/s, and at
 # N = 8,192 12.3 to 13.4 ms a kernel where the library's products took 12.4 to 12.9. Routing, for both, on the H200:
-# pairs_kernel 0.33 ms for 57,000 pairs (twice those counted at N = 4,096), lists 0.27 ms for 9.7 million that were
-# looked at, 7.4 ms of waiting for the host, of which the host has since been spared 4.9.
+# pairs_kernel 0.33 ms for 57,000 pairs (twice those counted at N = 4,096), lists 0.24 ms for 9.7 million that were
+# looked at, 7.4 ms of waiting for the host, of which the host has since been spared 5.8 (worked out on a CPU).
 _EPYC = Speeds(8e10, 8e9, 1.2e-9, 0.4, 3.5e-4)
 _XEON = Speeds(1.29e11, 1.35e10, 1.25e-9, 0.8, 1.5e-4)
-_H100 = Speeds(7e14, 3.0e12, 3e-13, 0.37, 1e-7, 3e-11, 3e-3, item=64)
-_H200 = Speeds(6.8e14, 4.27e12, 2e-13, 0.37, 1e-7, 3e-11, 2.5e-3, item=64)
+_H100 = Speeds(7e14, 3.0e12, 3e-13, 0.37, 1e-7, 2.5e-11, 1.6e-3, item=64)
+_H200 = Speeds(6.8e14, 4.27e12, 2e-13, 0.37, 1e-7, 2.5e-11, 1.6e-3, item=64)
 
 
 def _scaled(flops: float, bytes: float, exponentials: float) -> Speeds:
@@ -172,7 +172,7 @@ def routed(work: Work, pairs: float, dense_tokens: int = 0, active: float | None
     gathered = products * (pairs + padding) + rows * pairs
     whole = dense(work, dense_tokens, joint=dense_tokens <= JOINT)
     chunks = _chunk_sums(work, tokens, pairs=int(pairs), dense=dense_tokens)
-    choosing = s.waiting + s.pair * work.tokens * work.blocks
+    choosing = s.pair * work.tokens * work.blocks + (max(s.waiting, weight / s.bytes) if work.triton else 0.0)
     return choosing + gathered + whole + moved / s.bytes + chunks + s.block * work.blocks
 
 

@@ -167,6 +167,7 @@ def plan_backward(
     by itself, any other backward after a host sync.
     """
     work, routing, bound = head.work(needs), None, None
+    exact = gradient if out.lse_rest is None else gradient.with_rest(out.lse_rest)  # [A]
     if out.block_lse is not None and len(out.lse):
         part = head.select(active)
         chosen, error_bound = route(
@@ -182,16 +183,14 @@ def plan_backward(
             routing, bound = chosen, error_bound
     if all_given and routing is None:
         active = gradient.active()  # [A]
-        out, gradient = select_active(out._replace(block_lse=None), active), gradient.select(active)
+        out, exact = select_active(out._replace(block_lse=None), active), exact.select(active)
         mean_logit = select(mean_logit, active)
     tokens = len(out.lse)
     if bound is None:
         zero = out.lse.new_zeros(())  # []
-        bound = ErrorBound(tokens, zero + tokens * work.blocks, zero, zero, zero, zero)  # nothing is left out
-    if out.lse_rest is not None:
-        gradient = gradient.with_rest(out.lse_rest)
+        bound = ErrorBound(tokens, tokens * work.blocks, zero, zero, zero, zero)  # nothing is left out
     metrics = {
-        "kept_share": bound.pairs.float() / max(work.tokens * work.blocks, 1),
+        "kept_share": out.lse.new_full((), bound.pairs / max(work.tokens * work.blocks, 1)),  # []
         "routed_share": out.lse.new_full((), float(routing is not None)),  # []
         "dropped_mass_mean": bound.dropped_mass_mean,
         "dropped_mass_max": bound.dropped_mass_max,
@@ -199,7 +198,7 @@ def plan_backward(
         "dweight_bound": bound.dweight_bound,
     }
     flops = 0 if ready is not None else _flops(head, tokens, routing, needs)
-    return BackwardPlan(needs, active, out.lse, gradient, routing, metrics, flops, mean_logit, ready)
+    return BackwardPlan(needs, active, out.lse, exact, routing, metrics, flops, mean_logit, ready)
 
 
 def _flops(head: Head, tokens: int, routing: Routing | None, needs: Needs) -> int:

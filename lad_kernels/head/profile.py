@@ -168,7 +168,7 @@ def _measure(head: Head, c: Tensor | None, tail_mass: float, tail: str, buckets:
     c = torch.ones_like(out.lse) if c is None or unit else c.to(out.lse.dtype)  # [M]
     work = head.work(Needs(hidden=True, weight=True, bias=False))
     active, kept = c.nonzero()[:, 0], torch.zeros_like(head.targets)  # [A] the others have nothing to drop, [M]
-    dense, bound = active, ErrorBound(0, *[out.lse.new_zeros(())] * 5)
+    dense, bound = active, ErrorBound(0, 0, *[out.lse.new_zeros(())] * 4)
     if len(active):
         part = head.select(active)
         routing, bound = route(

@@ -6,7 +6,7 @@ Letters: N tokens given, M that take part, A active (with a gradient), D hidden 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -178,10 +178,13 @@ class Routing(NamedTuple):
         )
 
 
+Bound = TypeVar("Bound")  # what is made of the norms below
+
+
 class Dropped(NamedTuple):
     """Norms of the part of dZ that a routing drops, as routing.py bounds them."""
 
-    active: int  # tokens with a gradient
+    active: Tensor  # [] tokens with a gradient, 1 if there are none
     mass: Tensor  # [A] L1 norm over |c| of what is dropped of a token, from 0 to 2; 0 without a gradient
     by_token: Tensor  # [A] bound on the norm of what its row of dZ / (dz/draw) W loses
     by_block: Tensor  # [blocks] bound on the norm of what the block's rows of dW lose

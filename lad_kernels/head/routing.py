@@ -31,13 +31,13 @@ Source: the rule and its bound are this package's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lad_kernels.head.records import BLOCK, SLACK, Dropped, HeadForward, LogitGradient, LogitTransform, Routing
+from lad_kernels.head.records import BLOCK, SLACK, Bound, Dropped, HeadForward, LogitGradient, LogitTransform, Routing
 
 _SLICE = 1 << 20  # pairs looked at together: 4 MiB of float32, 8 MiB of int64
 _WORD = (1 << 32) - 1
@@ -47,7 +47,7 @@ class ErrorBound(NamedTuple):
     """What a routing leaves out; every tensor is 0-d on the device of the hidden states."""
 
     active: int  # tokens with a gradient, among those given
-    pairs: Tensor  # kept pairs, those of dense tokens included
+    pairs: int  # kept, those of dense tokens included
     dropped_mass_mean: Tensor  # L1 norm of the dropped part of dZ over |c|, from 0 to 2; mean over active tokens
     dropped_mass_max: Tensor  # the largest of any token
     dhidden_bound: Tensor  # upper bound on the Frobenius norm of the error of dH
@@ -165,30 +165,35 @@ def route(
 
     With more than `most_pairs` kept pairs, those of dense tokens apart, all tokens are dense.
     """
-    wide = torch.promote_types(hidden.dtype, torch.float32)
     slope = abs(transform.scale) / transform.temperature  # [A] or a number
-    reach = torch.linalg.vector_norm(hidden, dim=-1, dtype=wide).flatten()  # [N]
-    reach = (reach if tokens is None else reach[tokens]) * slope  # [A]
+
+    def lengths() -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        reach = torch.linalg.vector_norm(hidden, dim=-1, dtype=wide).flatten()  # [N]
+        return block_norms(weight), (reach if tokens is None else reach[tokens]) * slope  # [blocks], [A]
+
+    def bound(lost: Dropped) -> tuple[Tensor, ...]:
+        mean = lost.mass.sum() / lost.active  # []
+        return mean, lost.mass.amax(), (lost.by_token * slope).norm(), lost.by_block.norm()  # [] each
+
     choice: Any = choose
     if triton:
         from lad_kernels.head.kernels.routed.route import choose as choice
-    routing, lost = choice(
+    routing, active, bounds = choice(
         targets,
         lse,
         logprobs,
         block_lse,
         gradient,
         theta,
-        block_norms(weight),
-        reach,
+        lengths,
+        bound,
         dense_share=dense_share,
         unbiased=unbiased,
         most_pairs=most_pairs,
     )
-    pairs = torch.full((), sum(routing.counts) + len(routing.dense) * len(block_lse), device=lse.device)  # []
-    bounds = (lost.by_token * slope).norm(), lost.by_block.norm()  # [], []
-    mean = lost.mass.sum() / max(lost.active, 1)  # []
-    return routing, ErrorBound(lost.active, pairs, mean, lost.mass.amax(), *bounds)
+    pairs = sum(routing.counts) + len(routing.dense) * len(block_lse)
+    return routing, ErrorBound(active, pairs, *bounds)
 
 
 def choose(
@@ -198,17 +203,18 @@ def choose(
     block_lse: Tensor,  # [blocks, A]
     gradient: LogitGradient,
     theta: float,
-    longest: Tensor,  # [blocks] w_b
-    reach: Tensor,  # [A] s_n ||h_n||
+    lengths: Callable[[], tuple[Tensor, Tensor]],  # w_b [blocks] and s_n ||h_n|| [A]
+    bound: Callable[[Dropped], Bound],
     *,
     dense_share: float,
     unbiased: bool,
     most_pairs: int | None,
-) -> tuple[Routing, Dropped]:
-    """The pairs that `route` keeps, and the sums over those that it does not."""
+) -> tuple[Routing, int, Bound]:
+    """The pairs that `route` keeps, tokens with a gradient, and `bound` of the sums over those that it does not."""
     pieces = _Pieces(block_lse, lse, logprobs, targets, gradient)
     active = pieces.size != 0  # [A]
-    threshold = theta * pieces.size.sum() / active.sum().clamp(min=1)  # []
+    some = active.sum().clamp(min=1)  # []
+    threshold = theta * pieces.size.sum() / some  # []
     keep = torch.empty(block_lse.shape, dtype=torch.bool, device=lse.device)  # [blocks, A]
     expected = torch.zeros_like(lse)  # [A] pairs
     for part, norm in pieces:
@@ -224,6 +230,7 @@ def choose(
         keep.zero_()
 
     lost, error, by_block = torch.zeros_like(lse), torch.zeros_like(lse), lse.new_empty(len(keep))  # [A] x 2, [blocks]
+    longest, reach = lengths()  # [blocks], [A]
     reach = reach.masked_fill(aside, 0.0)  # [A]
     for part, norm in pieces:
         kept = keep[part] | aside  # [b, A]
@@ -237,4 +244,4 @@ def choose(
     blocks, rows = (x.contiguous() for x in keep.nonzero().unbind(1))  # [P], [P]
     scale = (threshold / pieces.at(blocks, rows)).clamp_(min=1.0) if unbiased else None  # [P]
     mass = torch.where(active, lost / pieces.size, 0.0)  # [A]
-    return Routing(rows, scale, counts, dense), Dropped(int(active.sum()), mass, error, by_block)
+    return Routing(rows, scale, counts, dense), int(active.sum()), bound(Dropped(some, mass, error, by_block))

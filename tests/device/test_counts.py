@@ -19,7 +19,7 @@ from lad_kernels.testing import make_inputs
 N, D, V = 150, 64, 600
 TAIL = LADConfig(tail_mass=1e-3)
 LOGPROBS = Counter(_partials_kernel=1, _target_kernel=1, _finalize_kernel=1)  # two passes and routed: the forward
-CHOICE = Counter(_token_kernel=1, _mark_kernel=1, _count_kernel=1, _list_kernel=1)
+CHOICE = Counter(_token_kernel=1, _mark_kernel=1, _count_kernel=1, _drop_kernel=1, _list_kernel=1)
 PAIRS = Counter(items_kernel=1, pairs_kernel=1, weight_kernel=1, hidden_kernel=1, token_kernel=1)
 ONE_PASS = Counter(_target_kernel=1, _exponentials_kernel=1, _finalize_kernel=1, _scale_kernel=2)
 DENSE = Counter(_logit_gradient_kernel=1)  # of routed: tokens that are taken whole
@@ -65,22 +65,22 @@ OPERATIONS = {
     ("routed", True): 83,
 }
 MASK, ACTIVE = ("nonzero", "pack"), ("nonzero", "active")
-ONE, CHOOSE = ("copy to the host", "__init__"), ("tolist", "choose")
+LATER = ("copy to the host", "__init__")
 
 
 @pytest.mark.parametrize(
     ("path", "on_policy", "launches", "waits"),
     [
-        ("one_pass", False, ONE_PASS + POLICY + FINISH, [MASK, ONE]),
-        ("one_pass", True, ONE_PASS + POLICY + POLICY + FINISH + LOGPROBS, [MASK, ACTIVE, ONE]),
+        ("one_pass", False, ONE_PASS + POLICY + FINISH, [MASK, LATER]),
+        ("one_pass", True, ONE_PASS + POLICY + POLICY + FINISH + LOGPROBS, [MASK, ACTIVE, LATER]),
         ("two_pass", False, LOGPROBS + POLICY + FINISH + DENSE, [MASK, ACTIVE]),
         ("two_pass", True, LOGPROBS + LOGPROBS + POLICY + POLICY + FINISH + DENSE, [MASK, ACTIVE]),
-        ("routed", False, LOGPROBS + POLICY + FINISH + CHOICE + PAIRS + DENSE, [MASK, CHOOSE]),
+        ("routed", False, LOGPROBS + POLICY + FINISH + CHOICE + PAIRS + DENSE, [MASK, LATER]),
         (
             "routed",
             True,
             LOGPROBS + LOGPROBS + POLICY + POLICY + FINISH + CHOICE + PAIRS + DENSE,
-            [MASK, ACTIVE, CHOOSE],
+            [MASK, ACTIVE, LATER],
         ),
     ],
 )

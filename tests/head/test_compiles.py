@@ -38,7 +38,7 @@ SAME_BITS = ("_partials_kernel", "_target_kernel", "_finalize_kernel")
 SPILLED = 0 if version("triton").startswith("3.6.") else 32
 TILED = ("_partials_kernel", "_logit_gradient_kernel")
 ROUTED = ("pairs_kernel", "weight_kernel", "hidden_kernel")
-CHOICE = ("_token_kernel", "_mark_kernel", "_count_kernel", "_list_kernel")
+CHOICE = ("_token_kernel", "_mark_kernel", "_count_kernel", "_drop_kernel", "_list_kernel")
 
 
 def compile_all(arch: str, cases: list[tuple[str, str, str]]) -> None:
@@ -79,7 +79,7 @@ def compile_all(arch: str, cases: list[tuple[str, str, str]]) -> None:
 
 
 def compile_choice(arch: str) -> None:
-    """Print the rows of the kernels that choose pairs, in all their forms: with 0 pairs allowed only sums are left."""
+    """Print the rows of the kernels that choose pairs, in all their forms."""
     import torch
 
     from lad_kernels.head.kernels.routed import route
@@ -90,10 +90,9 @@ def compile_choice(arch: str) -> None:
     for entropy, unbiased in itertools.product((False, True), repeat=2):
         gradient, masses = LogitGradient(numbers, numbers, numbers if entropy else None), torch.ones(1187, 256)
         targets, longest = torch.zeros(256, dtype=torch.int64), torch.ones(1187)
-        given = (targets, numbers, numbers, masses, gradient, 0.1, longest, numbers)
+        given = (targets, numbers, numbers, masses, gradient, 0.1, lambda: (longest, numbers), lambda lost: lost)
         with compiling(arch) as compiled:
-            for most in (None, 0):
-                route.choose(*given, dense_share=0.3, unbiased=unbiased, most_pairs=most)
+            route.choose(*given, dense_share=0.3, unbiased=unbiased, most_pairs=None)
         features = "+".join(n for n, on in (("entropy", entropy), ("unbiased", unbiased)) if on) or PLAIN
         for name, kernel in compiled.values():
             found = vars(resources(name, kernel, arch))

@@ -280,15 +280,19 @@ ROUTE_KERNELS = {
     "entropy's piece forgotten": ("norm += tl.abs(tl.load(entropy", "norm += 0.0 * tl.abs(tl.load(entropy"),
     "pairs of dense tokens": ("(pair & (many == 0))", "pair"),
     "expected pairs of the last blocks": ("total += tl.load(expected", "total = tl.load(expected"),
-    "lists in the wrong order": ("tl.cumsum(one, axis=1) - 1", "tl.sum(one, axis=1)[:, None] - tl.cumsum(one, axis=1)"),
-    "scale forgotten": ("tl.maximum(tl.div_rn(limit, norm), 1.0,", "tl.maximum(0.0 * norm, 1.0,"),
-    "rows of W taken as short": ("tl.sum(e * w[:, None], axis=0)", "tl.sum(e, axis=0)"),
-    "random pairs not bounded": ("tl.maximum(limit - norm, 0.0, propagate_nan=_ALL), dropped)", "0.0, dropped)"),
-    "dense tokens in the bound": ("(alive & (many == 0))[None, :]", "alive[None, :]"),
-    "pairs without a gradient": (
-        "(at[:, None] < blocks) & alive[None, :]",
-        "(at[:, None] < blocks) & (tokens < A)[None, :]",
+    "lists in the wrong order": (
+        "+ tl.cumsum(one, axis=1)",
+        "+ tl.sum(one, axis=1)[:, None] + 1 - tl.cumsum(one, axis=1)",
     ),
+    "scale forgotten": ("tl.div_rn(tl.load(threshold), norm)", "0.0 * norm"),
+    "rows of W taken as short": ("tl.sum(e * w[:, None], axis=0)", "tl.sum(e, axis=0)"),
+    "random pairs not bounded": (
+        "tl.maximum(tl.load(threshold) - norm, 0.0, propagate_nan=_ALL), dropped)",
+        "0.0, dropped)",
+    ),
+    "dense tokens in the bound": ("(alive & (many == 0))[None, :]", "alive[None, :]"),
+    "pairs without a gradient": ("valid = there & alive[None, :]", "valid = there"),
+    "all tokens in the bound of too many pairs": ("dense.fill_(1)", "dense.fill_(0)"),
     "sums without a gradient": ("(alive & (many == 0))[None, :]", "(inside & (many == 0))[None, :]"),
     "lengths without a gradient": (
         "tl.load(reach + tokens, alive, other=0.0)",
@@ -304,6 +308,7 @@ def check_choice(path, device: str) -> None:
     test_route_kernels.check(x, path, dense_share=0.12)
     test_route_kernels.check(x, path, dense_share=2.0, unbiased=False)
     test_route_kernels.check(test_route_kernels.case(3, 33 * 64 + 1, device), path, dense_share=0.005)
+    test_route_kernels.check(x, path, dense_share=2.0, most_pairs=3)
     test_route_kernels.test_tokens_without_a_gradient_are_as_good_as_left_out(False, path, device)
 
 

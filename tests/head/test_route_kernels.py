@@ -36,7 +36,17 @@ class Case:
     reach: Tensor  # [A]
 
     def choose(self, path=kernels, *, dense_share=1.0, unbiased=True, most_pairs=None) -> tuple[Routing, Dropped]:
-        return path.choose(*vars(self).values(), dense_share=dense_share, unbiased=unbiased, most_pairs=most_pairs)
+        *given, longest, reach = vars(self).values()
+        found, active, lost = path.choose(
+            *given,
+            lambda: (longest, reach),
+            lambda lost: lost,
+            dense_share=dense_share,
+            unbiased=unbiased,
+            most_pairs=most_pairs,
+        )
+        assert max(active, 1) == lost.active
+        return found, lost._replace(active=active)
 
 
 def case(
@@ -289,7 +299,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_operations_and_syncs(device, monkeypatch):
-    """A whole `route` of any size: four kernels and about two dozen operations; one list goes to the host."""
+    """A whole `route` of any size: five kernels and about two dozen operations; one list goes to the host."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     x, launched, moved = case(300, 130, device, entropy=True), [], []
     hidden, weight = torch.randn(400, 8, device=device), torch.randn(130 * BLOCK - 5, 8, device=device)
@@ -307,7 +317,7 @@ def test_operations_and_syncs(device, monkeypatch):
 
             return launch
 
-    for name in ("_token_kernel", "_mark_kernel", "_count_kernel", "_list_kernel"):
+    for name in ("_token_kernel", "_mark_kernel", "_count_kernel", "_drop_kernel", "_list_kernel"):
         monkeypatch.setattr(kernels, name, Counted(name))
     plain = Tensor.tolist
     monkeypatch.setattr(Tensor, "tolist", lambda self: moved.append(len(self)) or plain(self))
@@ -317,7 +327,7 @@ def test_operations_and_syncs(device, monkeypatch):
             x.gradient, x.theta, tokens=tokens, unbiased=True, dense_share=0.2, triton=True,
         )  # fmt: skip
     print(f"{len(launched)} kernels, {len(seen.names)} operations: {', '.join(seen.names)}")
-    assert len(launched) == 4
+    assert launched == ["_token_kernel", "_mark_kernel", "_count_kernel", "_drop_kernel", "_list_kernel"]
     assert len(seen.names) <= 30
     assert moved == [132]
     assert not {"nonzero", "_local_scalar_dense", "item", "masked_select", "equal"} & set(seen.names)

@@ -231,6 +231,11 @@ def test_a_run_goes_on_in_the_next_slab(device, monkeypatch):
         assert torch.equal(found.hidden.half(), expected.hidden)
 
 
+def test_more_pairs_than_tables_count(device):
+    with pytest.raises(ValueError, match=r"fewer than 2\^31 pairs, got 2147483648; pass fewer tokens"):
+        Work.plan([2**31 - 1, 1], 64, torch.device(device))
+
+
 @pytest.mark.parametrize("counts", [[0, 0, 0], [5], [0, 40, 0, 3, 100, 16, 0], [32, 32, 1]])
 def test_runs_cover_every_pair_once(counts, device):
     work = Work.plan(counts, 16, torch.device(device))

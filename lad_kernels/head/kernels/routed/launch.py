@@ -14,7 +14,8 @@ sorted by block. A work item is up to block_n pairs of one block; items are list
 
 Memory: pairs are processed in runs of whole blocks, one run if all their dR and a slice of dR W fit workspace_bytes; a
 block with more pairs takes several runs, with its dW in float32 in between. In addition: float32 dH [N, D]. Pairs are
-sorted by token before dH and the workspace are allocated, in about 40 bytes a pair; 4 are kept.
+sorted by token in about 40 bytes a pair, of which 4 are kept: before all that if there are several runs, else in the
+room of dR W.
 Tokens of `routing.dense` take all blocks in dense.backward, slab by slab. Up to JOINT of them are multiplied in
 weight_kernel with the slab's pairs, and dW leaves it rounded. The library multiplies more of them faster; its float32
 is then what weight_kernel begins with. The dense part may use what dR of one run leaves, or half of the workspace.
@@ -43,7 +44,7 @@ from lad_kernels.head.kernels.routed.runs import (
     pair_gradients,
     weight_gradient,
 )
-from lad_kernels.head.kernels.routed.work import ByToken, RoutedTiles, Run, Work, by_token, tiles_for
+from lad_kernels.head.kernels.routed.work import RoutedTiles, Run, Work, by_token, tiles_for
 from lad_kernels.head.records import (
     BLOCK,
     JOINT,
@@ -77,7 +78,7 @@ def backward(
 
     With `sums` dW and db are added to it, and dH stays float32.
     """
-    (N, D), device, whole = hidden.shape, hidden.device, None
+    N, device, whole = len(hidden), hidden.device, None
     needs = needs._replace(bias=needs.bias and bias is not None)
     if N == 0 or not any(needs):
         nothing = (hidden[:0], weight, targets[:0], bias, transform, lse[:0], gradient)
@@ -91,21 +92,20 @@ def backward(
         Work.plan(routing.counts, tiles.block_n, device), tiles, needs.hidden, needs.weight, atomics, workspace_bytes,
     )  # fmt: skip
     runs, room, dense_room = call.plan(len(routing.dense) > 0)
-    ordered = by_token(routing.rows, N, runs) if needs.hidden and not atomics else None
-    dh = torch.zeros(N, D, dtype=torch.float32, device=device) if needs.hidden else None  # [N, D]
     if len(routing.dense):
         db = torch.zeros(len(weight), dtype=torch.float32, device=device) if needs.bias else None  # [V]
-        pairs = _Pairs(call, runs, room, ordered, dh, db)
+        pairs = _Pairs(call, runs, room, db)
         if not needs.weight:
             pairs.finish()
         whole = _dense(pairs, gradient, routing.dense, dense_room, sums)
         dw, db = whole.weight, whole.bias  # [V, D], [V]
     else:
         dw, db = dense.accumulators(weight, needs, sums)  # [V, D], [V]
-        pairs = _Pairs(call, runs, room, ordered, dh, db)
+        pairs = _Pairs(call, runs, room, db)
         if needs.weight:
             pairs.weight(slice(0, len(weight)), dw, None if sums is None else dw)
     pairs.finish()
+    dh = pairs.dh  # [N, D]
     if dh is not None:
         dh = dh if down is None else dh.mul_(down)  # [N, D]
         dh = dh if sums is not None else dh.to(hidden.dtype)  # [N, D]
@@ -155,11 +155,14 @@ def _dense(
 class _Pairs:
     """Contribution of the routed pairs to the gradients, run after run."""
 
-    def __init__(
-        self, call: Call, runs: list[Run], room: int, ordered: ByToken | None, dh: Tensor | None, db: Tensor | None
-    ):
-        self.call, self.room, self.ordered = call, room, ordered
-        self.dh, self.db = dh, db  # [N, D] scaled, [V]; float32, both added to
+    def __init__(self, call: Call, runs: list[Run], room: int, db: Tensor | None):
+        self.call, self.room = call, room
+        self.ordered, self.dh, self.db = None, None, db  # dH [N, D] scaled, db [V]; float32, both added to
+        if call.need_hidden:
+            N, D = call.hidden.shape
+            if len(runs) > 1 and not call.atomics:
+                self.ordered = by_token(call.tokens, N, runs)
+            self.dh = torch.zeros(N, D, dtype=torch.float32, device=call.hidden.device)
         self.runs = iter(enumerate(runs))
         self.number, self.run, self.dr = -1, None, None  # of the current run, dR [pairs, BLOCK]
         self.total = None  # [BLOCK, D] float32, dW of a block with several runs
@@ -169,8 +172,9 @@ class _Pairs:
         call, dh = self.call, self.dh
         if dh is not None and self.dr is not None and call.atomics:
             hidden_rows(call, self.run, self.dr, slice(0, dh.shape[1]), dh)
-        elif dh is not None and self.dr is not None:
-            add_hidden(call, self.run, self.dr, dh, self.ordered, self.number, self.room)
+        elif dh is not None and self.dr is not None:  # of a single run the device has dR to make meanwhile
+            ordered = self.ordered or by_token(call.tokens, len(dh), [self.run])
+            add_hidden(call, self.run, self.dr, dh, ordered, self.number, self.room)
         self.dr = None
         self.number, self.run = next(self.runs, (-1, None))
         if self.run is None:

@@ -1,4 +1,4 @@
-"""Chooses the pairs of a routing: head/routing.py's `choose`, in four kernels instead of a dozen operations a slice.
+"""Chooses the pairs of a routing: head/routing.py's `choose`, in five kernels instead of a dozen operations a slice.
 
 With L[b, n] the masses of the forward, m = min(e^(L - lse), 1) and a gradient (onehot, prob, g_H) of each token,
 
@@ -13,13 +13,15 @@ A token whose coefficients are all 0 has no pairs and no part in any sum, whatev
 3. `_count_kernel`: tokens with too many expected pairs are dense; how many tokens each row of the lists takes from each
    group of tokens. Row b < blocks of the lists holds the pairs of block b, and one more row the dense tokens.
    The rows' lengths are read on the host, once: the only sync.
-4. `_list_kernel`: writes tokens, and scales threshold / E, at their places: the groups' ends, a prefix sum of the
-   lengths, less those that follow within the group. Sums up the norms e of what is left out,
+4. `_drop_kernel` sums up the norms e of what is left out,
 
        of a token   sum_b E of what is dropped,   sum_b e w_b         (w_b: the longest row of W in the block)
        of a block   sum_n e r_n                                       (r_n: |dz/draw| times the length of h_n)
 
-   e = E of a dropped pair, threshold - E of one that is kept by its draw, 0 in dense tokens.
+   e = E of a dropped pair, threshold - E of one that is kept by its draw, 0 in dense tokens. The device does that, and
+   reads W for w_b, while the host has the lists' lengths and makes room for them.
+5. `_list_kernel`: writes tokens, and scales threshold / E, at their places: the groups' ends, a prefix sum of the
+   lengths, less those that follow within the group.
 
 Memory layout: bits are int32 [blocks, words] with TOKENS / 32 words for each group of tokens; sums are kept for each
 token by groups of blocks, for each block by groups of tokens. 0.56 bytes a pair with the lists' ends, 12 a kept pair.
@@ -27,12 +29,13 @@ Exact: a pair is kept or dropped by its bit, so that counts and lists agree what
 atomics, and every sum has a fixed order. NaN is kept, and reaches the sums as it does in routing.py.
 Draws are the numbers of routing.py bit for bit. E is the same up to a few roundings of its exponentials: only a pair so
 close to its bar, or a token so close to being dense, may be judged otherwise than in PyTorch.
-Cost: L is read twice and the bits three times: 8.5 bytes a pair, where PyTorch moves 116 to 354.
+Cost: L is read twice and where a pair is kept: 8.6 bytes a pair and up to 32 a kept one. PyTorch moves 116 to 354.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -40,7 +43,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lad_kernels.head.kernels import tile_table
-from lad_kernels.head.records import BLOCK, SLACK, Dropped, LogitGradient, Routing
+from lad_kernels.head.kernels.waiting import Later
+from lad_kernels.head.records import BLOCK, SLACK, Bound, Dropped, LogitGradient, Routing
 
 _BLOCKS, _TOKENS, _WARPS = 64, 64, 8  # tile of pairs
 _SUMS = 32  # groups of blocks whose expected pairs are read together
@@ -100,14 +104,14 @@ def _norms(
     targets,  # [A]
     at,  # [BLOCKS, 1]
     tokens,  # [1, TOKENS]
+    wanted,  # [BLOCKS, TOKENS]
     A,
-    blocks,
     stride,
 ):
-    """E [BLOCKS, TOKENS]; beyond A and `blocks` it is finite and stands for nothing."""
+    """E [BLOCKS, TOKENS] of the `wanted` pairs; of others it stands for nothing."""
     inside = tokens < A  # [1, TOKENS]
     level = tl.load(lse + tokens, inside, other=0.0)  # [1, TOKENS]
-    log_mass = tl.load(block_lse + at.to(tl.int64) * stride + tokens, (at < blocks) & inside, other=0.0) - level
+    log_mass = tl.load(block_lse + at.to(tl.int64) * stride + tokens, wanted, other=0.0) - level
     mass = tl.minimum(tl.exp(log_mass), 1.0, propagate_nan=_ALL)  # [BLOCKS, TOKENS]
     norm = _norm(mass, prob, entropy, tokens, inside)  # [BLOCKS, TOKENS]
     y = tl.load(targets + tokens, inside, other=-1)  # [1, TOKENS]
@@ -189,11 +193,12 @@ def _mark_kernel(
 ):
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
     at = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
+    there = (at[:, None] < blocks) & (tokens[None, :] < A)  # [BLOCKS, TOKENS]
     norm = _norms(
-        block_lse, lse, prob, entropy, target_norm, targets, at[:, None], tokens[None, :], A, blocks, stride
+        block_lse, lse, prob, entropy, target_norm, targets, at[:, None], tokens[None, :], there, A, stride
     )  # [BLOCKS, TOKENS]
     alive = tl.load(size + tokens, tokens < A, other=0.0) != 0  # [TOKENS]
-    valid = (at[:, None] < blocks) & alive[None, :]  # [BLOCKS, TOKENS]
+    valid = there & alive[None, :]  # [BLOCKS, TOKENS]
     limit = tl.load(threshold)
     if UNBIASED:
         bar = limit * _draws(tl.load(lse + tokens, tokens < A, other=0.0), tokens, at)  # [BLOCKS, TOKENS]
@@ -240,7 +245,7 @@ def _count_kernel(
 
 
 @triton.jit(do_not_specialize=["A", "blocks", "stride", "words"])
-def _list_kernel(
+def _drop_kernel(
     block_lse,  # [blocks, A]
     lse,  # [A]
     prob,  # [A]
@@ -251,11 +256,8 @@ def _list_kernel(
     threshold,  # []
     bits,  # [blocks, words]
     dense,  # [A] int8
-    ends,  # [blocks + 1, token groups] int64: prefix sum of counts
     longest,  # [blocks]
     reach,  # [A]
-    rows,  # [P + Nd] int64 out; None: only sums
-    scale,  # [P] out, or None
     by_token,  # [2, block groups, A] out: of what is dropped, and of what is left out times w
     by_block,  # [blocks, token groups] out
     A,
@@ -270,33 +272,63 @@ def _list_kernel(
     at = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
     inside = tokens < A  # [TOKENS]
     many = tl.load(dense + tokens, inside, other=0) != 0  # [TOKENS]
-    listed = _listed(bits, many[None, :], at[:, None], tokens[None, :], blocks, words)  # [BLOCKS, TOKENS]
+    there = (at[:, None] < blocks) & inside[None, :]  # [BLOCKS, TOKENS]
     norm = _norms(
-        block_lse, lse, prob, entropy, target_norm, targets, at[:, None], tokens[None, :], A, blocks, stride
+        block_lse, lse, prob, entropy, target_norm, targets, at[:, None], tokens[None, :], there, A, stride
     )  # [BLOCKS, TOKENS]
-    limit = tl.load(threshold)
-    places = at.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)  # [BLOCKS]
-    if rows is not None:
-        one = listed.to(tl.int32)  # [BLOCKS, TOKENS]
-        first = tl.load(ends + places, at <= blocks, other=0) - tl.sum(one, axis=1)  # [BLOCKS]
-        place = first[:, None] + tl.cumsum(one, axis=1) - 1  # [BLOCKS, TOKENS]
-        tl.store(rows + place, tokens[None, :].to(tl.int64), listed)
-        if scale is not None:
-            factor = tl.maximum(tl.div_rn(limit, norm), 1.0, propagate_nan=_ALL)  # [BLOCKS, TOKENS]
-            tl.store(scale + place, factor, listed & (at[:, None] < blocks))
-
+    kept = _listed(bits, many[None, :], at[:, None], tokens[None, :], blocks, words)  # [BLOCKS, TOKENS]
     alive = tl.load(size + tokens, inside, other=0.0) != 0  # [TOKENS]
-    gone = (at[:, None] < blocks) & (alive & (many == 0))[None, :]  # [BLOCKS, TOKENS] pairs of tokens that are routed
-    dropped = tl.where(gone & (listed == 0), norm, 0.0)  # [BLOCKS, TOKENS]
+    gone = there & (alive & (many == 0))[None, :]  # [BLOCKS, TOKENS] pairs of tokens that are routed
+    dropped = tl.where(gone & (kept == 0), norm, 0.0)  # [BLOCKS, TOKENS]
     e = dropped  # [BLOCKS, TOKENS]
     if UNBIASED:
-        e = tl.where(gone & listed, tl.maximum(limit - norm, 0.0, propagate_nan=_ALL), dropped)
+        e = tl.where(gone & kept, tl.maximum(tl.load(threshold) - norm, 0.0, propagate_nan=_ALL), dropped)
     by_token += tl.program_id(1).to(tl.int64) * A + tokens  # [TOKENS]
     tl.store(by_token, tl.sum(dropped, axis=0), inside)
     w = tl.load(longest + at, at < blocks, other=0.0)  # [BLOCKS]
     tl.store(by_token + tl.num_programs(1).to(tl.int64) * A, tl.sum(e * w[:, None], axis=0), inside)
     r = tl.load(reach + tokens, alive, other=0.0)  # [TOKENS]
+    places = at.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)  # [BLOCKS]
     tl.store(by_block + places, tl.sum(e * r[None, :], axis=1), at < blocks)
+
+
+@triton.jit(do_not_specialize=["A", "blocks", "stride", "words"])
+def _list_kernel(
+    block_lse,  # [blocks, A]
+    lse,  # [A]
+    prob,  # [A]
+    entropy,  # [A] or None
+    target_norm,  # [A]
+    targets,  # [A]
+    threshold,  # []
+    bits,  # [blocks, words]
+    dense,  # [A] int8
+    ends,  # [blocks + 1, token groups] int64: prefix sum of counts
+    rows,  # [P + Nd] int64 out
+    scale,  # [P] out, or None
+    A,
+    blocks,
+    stride,
+    words,
+    BLOCKS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
+    at = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
+    many = tl.load(dense + tokens, tokens < A, other=0) != 0  # [TOKENS]
+    listed = _listed(bits, many[None, :], at[:, None], tokens[None, :], blocks, words)  # [BLOCKS, TOKENS]
+    one = listed.to(tl.int32)  # [BLOCKS, TOKENS]
+    places = at.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)  # [BLOCKS]
+    first = tl.load(ends + places, at <= blocks, other=0) - tl.sum(one, axis=1) - 1  # [BLOCKS]
+    place = first[:, None] + tl.cumsum(one, axis=1)  # [BLOCKS, TOKENS]
+    tl.store(rows + place, tokens[None, :].to(tl.int64), listed)
+    if scale is not None:
+        listed = listed & (at[:, None] < blocks)  # [BLOCKS, TOKENS]
+        norm = _norms(
+            block_lse, lse, prob, entropy, target_norm, targets, at[:, None], tokens[None, :], listed, A, stride
+        )  # [BLOCKS, TOKENS]
+        factor = tl.maximum(tl.div_rn(tl.load(threshold), norm), 1.0, propagate_nan=_ALL)  # [BLOCKS, TOKENS]
+        tl.store(scale + place, factor, listed)
 
 
 @torch.no_grad()
@@ -307,23 +339,21 @@ def choose(
     block_lse: Tensor,  # [blocks, A]
     gradient: LogitGradient,
     theta: float,
-    longest: Tensor,  # [blocks]
-    reach: Tensor,  # [A]
+    lengths: Callable[[], tuple[Tensor, Tensor]],  # longest [blocks] and reach [A]
+    bound: Callable[[Dropped], Bound],
     *,
     dense_share: float,
     unbiased: bool,
     most_pairs: int | None,
-) -> tuple[Routing, Dropped]:
+) -> tuple[Routing, int, Bound]:
     """As routing.choose; one host sync."""
     (blocks, A), device = block_lse.shape, lse.device
     block_lse = block_lse if block_lse.stride(1) == 1 else block_lse.contiguous()
-    parts = (gradient.onehot, gradient.prob, gradient.entropy)
-    onehot, prob, entropy = (None if x is None else x.contiguous() for x in parts)  # [A] each
+    onehot, prob, entropy = (None if x is None else x.contiguous() for x in vars(gradient).values())  # [A] each
     lse, targets, stride = lse.contiguous(), targets.contiguous(), block_lse.stride(0)
     groups, block_groups = -(-A // _TOKENS), -(-blocks // _BLOCKS)
     list_grid, words = (groups, -(-(blocks + 1) // _BLOCKS)), groups * _TOKENS // 32
     new, tile = {"dtype": torch.float32, "device": device}, {"BLOCKS": _BLOCKS, "TOKENS": _TOKENS, "num_warps": _WARPS}
-
     target_norm, size = torch.empty(A, **new), torch.empty(A, **new)  # [A], [A]
     bits = torch.empty(blocks, words, dtype=torch.int32, device=device)  # [blocks, words]
     expected = torch.empty(block_groups, A, **new)  # [block groups, A]
@@ -336,39 +366,35 @@ def choose(
         )  # fmt: skip
         active = size != 0  # [A]
         count = active.sum()  # []
-        threshold = theta * size.sum() / count.clamp(min=1)  # []
-        given = (block_lse, lse, prob, entropy, target_norm, size, targets, threshold, bits)
-        _mark_kernel[(groups, block_groups)](*given, expected, A, blocks, stride, words, UNBIASED=unbiased, **tile)
-        _count_kernel[list_grid](
-            bits,
-            expected,
-            dense,
-            counts,
-            A,
-            blocks,
-            words,
-            block_groups,
-            dense_share * float(blocks),
-            SUMS=_SUMS,
-            **tile,
-        )
-        ends = counts.flatten().cumsum(0)  # [(blocks + 1) * token groups]
-        *per_block, whole, alive = torch.cat([counts.sum(1), count[None]]).tolist()
-        pairs, overflow = sum(per_block), False
-        if most_pairs is not None and pairs > most_pairs:
-            overflow, per_block = True, [0] * blocks
-            dense.fill_(1)
-        rows = None if overflow else torch.empty(pairs + whole, dtype=torch.int64, device=device)  # [P + Nd]
-        scale = torch.empty(0 if overflow else pairs, **new) if unbiased else None  # [P]
+        some = count.clamp(min=1)  # []
+        threshold = theta * size.sum() / some  # []
+        masses, sizes = (block_lse, lse, prob, entropy, target_norm), (A, blocks, stride, words)
+        given = (*masses, size, targets, threshold, bits)
+        _mark_kernel[(groups, block_groups)](*given, expected, *sizes, UNBIASED=unbiased, **tile)
+        most = block_groups, dense_share * float(blocks)
+        _count_kernel[list_grid](bits, expected, dense, counts, A, blocks, words, *most, SUMS=_SUMS, **tile)
+        asked = Later(torch.cat([counts.sum(1), count[None]]))
         del expected
-        by_token = torch.empty(2, list_grid[1], A, **new)  # [2, block groups, A]
-        by_block = torch.empty(blocks, groups, **new)  # [blocks, token groups]
-        _list_kernel[list_grid](
-            *given, dense, ends, longest, reach.contiguous(), rows, scale, by_token, by_block, A, blocks, stride, words,
-            UNBIASED=unbiased, **tile,
-        )  # fmt: skip
-    everything = torch.arange(A, device=device) if overflow else rows[pairs:]  # [Nd]
-    kept = everything[:0] if overflow else rows[:pairs]  # [P]
-    lost, error = by_token.sum(1)  # [A], [A]
-    mass = torch.where(active, lost / size, 0.0)  # [A]
-    return Routing(kept, scale, per_block, everything), Dropped(alive, mass, error, by_block.sum(1))
+
+        def left_out() -> Bound:
+            by_token = torch.empty(2, block_groups, A, **new)  # [2, block groups, A]
+            by_block = torch.empty(blocks, groups, **new)  # [blocks, token groups]
+            _drop_kernel[(groups, block_groups)](
+                *given, dense, longest, reach, by_token, by_block, *sizes, UNBIASED=unbiased, **tile
+            )
+            lost, error = by_token.sum(1)  # [A], [A]
+            return bound(Dropped(some, torch.where(active, lost / size, 0.0), error, by_block.sum(1)))
+
+        ends = counts.flatten().cumsum(0)  # [(blocks + 1) * token groups]
+        longest, reach = (x.contiguous() for x in lengths())  # [blocks], [A]
+        found = left_out()
+        *per_block, whole, alive = asked.read().tolist()
+        pairs = sum(per_block)
+        if most_pairs is not None and pairs > most_pairs:
+            dense.fill_(1)
+            everything = torch.arange(A, device=device)  # [A]
+            return Routing(everything[:0], lse[:0] if unbiased else None, [0] * blocks, everything), alive, left_out()
+        rows = torch.empty(pairs + whole, dtype=torch.int64, device=device)  # [P + Nd]
+        scale = torch.empty(pairs, **new) if unbiased else None  # [P]
+        _list_kernel[list_grid](*masses, targets, threshold, bits, dense, ends, rows, scale, *sizes, **tile)
+    return Routing(rows[:pairs], scale, per_block, rows[pairs:]), alive, found

@@ -11,9 +11,9 @@ Left out: an order of blocks that balances their loads.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -78,10 +78,14 @@ class Work:
     @classmethod
     def plan(cls, counts: list[int], block_n: int, device: torch.device) -> Work:
         """One small copy to the device, where the items are listed."""
-        pair_offsets = list(accumulate(counts, initial=0))
-        item_offsets = list(accumulate((-(-count // block_n) for count in counts), initial=0))
-        both = torch.frombuffer(array("i", pair_offsets + item_offsets), dtype=torch.int32)  # [2 (blocks + 1)]
-        pair_table, item_table = both.view(2, -1).to(device, non_blocking=True)  # [blocks + 1] each
+        pairs = torch.frombuffer(array("q", counts), dtype=torch.int64)  # [blocks]
+        ends = torch.zeros(2, len(counts) + 1, dtype=torch.int64, device="cpu")  # [2, blocks + 1]
+        torch.cumsum(pairs, 0, out=ends[0, 1:])
+        torch.cumsum((pairs + (block_n - 1)) // block_n, 0, out=ends[1, 1:])
+        pair_offsets, item_offsets = ends.tolist()  # [blocks + 1] each
+        if pair_offsets[-1] >= 2**31:
+            raise ValueError(f"routing: expected fewer than 2^31 pairs, got {pair_offsets[-1]}; pass fewer tokens")
+        pair_table, item_table = ends.to(torch.int32).to(device, non_blocking=True)  # [blocks + 1] each
         items = torch.empty(item_offsets[-1], 3, dtype=torch.int32, device=device)  # [items, 3]
         if len(items):
             with tile_table.current(device):
@@ -92,9 +96,8 @@ class Work:
         """Cut `blocks` into runs of at most `capacity` pairs, a multiple of block_n."""
         block = blocks.start
         while block < blocks.stop:
-            start, stop = self.pair_offsets[block], block + 1
-            while stop < blocks.stop and self.pair_offsets[stop + 1] - start <= capacity:
-                stop += 1
+            start = self.pair_offsets[block]
+            stop = bisect_right(self.pair_offsets, start + capacity, block + 2, blocks.stop + 1) - 1
             end = self.pair_offsets[stop]
             for pair in range(start, max(end, start + 1), capacity):
                 last = pair + capacity >= end

@@ -165,8 +165,8 @@ def routed(work: Work, pairs: float, dense_tokens: int = 0, active: float | None
     tokens = work.tokens if active is None else math.ceil(active)
     weight = work.itemsize * work.vocab_size * D  # bytes
     moved = work.need_weight * weight
-    if work.triton:  # products read W, and dH is zeroed, added to and rounded
-        moved += weight + work.need_hidden * (weight + 18 * tokens * D)
+    if work.triton and tokens:  # products read W
+        moved += weight + work.need_hidden * (weight + tokens * _row_bytes(work, tokens, pairs, dense_tokens))
     products, rows = _of_a_pair(work)
     padding = (s.item - 1) / 2 * min(pairs, work.blocks)  # places of each block's last item that stay empty
     gathered = products * (pairs + padding) + rows * pairs
@@ -174,6 +174,16 @@ def routed(work: Work, pairs: float, dense_tokens: int = 0, active: float | None
     chunks = _chunk_sums(work, tokens, pairs=int(pairs), dense=dense_tokens)
     choosing = s.pair * work.tokens * work.blocks + (max(s.waiting, weight / s.bytes) if work.triton else 0.0)
     return choosing + gathered + whole + moved / s.bytes + chunks + s.block * work.blocks
+
+
+def _row_bytes(work: Work, tokens: int, pairs: float, dense_tokens: int) -> int:
+    """Bytes moved of a token's row of dH: rounded once if a run has all pairs, else zeroed, added to by each, rounded.
+
+    Pairs of a run: their dR and, beside it, 128 columns of dR W fit the workspace.
+    """
+    rows, workspace = work.token_chunk(tokens, dense=dense_tokens, pairs=int(pairs))
+    runs = max(1, math.ceil(pairs * rows / tokens * (work.itemsize + 4) * BLOCK / workspace))
+    return (2 if rows == tokens and runs == 1 else 10 + 8 * runs) * work.hidden_size
 
 
 def dense_share(work: Work) -> float:

@@ -85,11 +85,11 @@ def compile_choice(arch: str) -> None:
     from lad_kernels.head.kernels.routed import route
     from lad_kernels.head.records import LogitGradient
 
-    numbers, tolist = torch.ones(256), torch.Tensor.tolist
+    numbers, longest, tolist = torch.ones(256), torch.ones(1187), torch.Tensor.tolist
     torch.Tensor.tolist = lambda self: [1] * len(self)  # of counts that no kernel has written
     for entropy, unbiased in itertools.product((False, True), repeat=2):
         gradient, masses = LogitGradient(numbers, numbers, numbers if entropy else None), torch.ones(1187, 256)
-        targets, longest = torch.zeros(256, dtype=torch.int64), torch.ones(1187)
+        targets = torch.zeros(256, dtype=torch.int64)
         given = (targets, numbers, numbers, masses, gradient, 0.1, lambda: (longest, numbers), lambda lost: lost)
         with compiling(arch) as compiled:
             route.choose(*given, dense_share=0.3, unbiased=unbiased, most_pairs=None)

@@ -247,6 +247,7 @@ ROUTED_KERNELS = {
     "a token's first pair left out": ("kernels.py", "for place in range(start, stop, _READ):",
                                        "for place in range(start + 1, stop, _READ):"),
     "a token's last pair left out": ("kernels.py", "there = place + i < stop", "there = place + i < stop - 1"),
+    "zeros left out": ("kernels.py", "if (start < stop) | WHOLE:", "if start < stop:"),
     "an item short": ("kernels.py", "tl.minimum(stop - pair, BLOCK_N)", "tl.minimum(stop - pair - 1, BLOCK_N)"),
     "a whole token left out of dW": ("kernels.py", "for row in range(0, wholes, BLOCK_N):",
                                      "for row in range(1, wholes, BLOCK_N):"),

@@ -243,26 +243,33 @@ def token_kernel(
     parts,  # [pairs of the run, D] a slice of the columns
     order,  # [P] pairs by token, then ascending
     bounds,  # [N, >= 2] places in order where the token's pairs of the run begin and end
-    dh,  # [N, D] the same slice, added to
+    down,  # [] factor, or None
+    dh,  # [N, D] the same slice, written; unless WHOLE added to
     D,
     pair0,
     parts_stride,
     bounds_stride,
     dh_stride,
+    WHOLE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     tiles_d = tl.cdiv(D, BLOCK_D)
     token, tile_d = tl.program_id(0) // tiles_d, tl.program_id(0) % tiles_d
     bounds += token.to(tl.int64) * bounds_stride
     start, stop = tl.load(bounds), tl.load(bounds + 1)
-    if start < stop:
+    if (start < stop) | WHOLE:
         columns = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
         mask = columns < D  # [BLOCK_D]
         at = dh + token.to(tl.int64) * dh_stride + columns  # [BLOCK_D]
-        acc = tl.load(at, mask=mask, other=0.0)  # [BLOCK_D]
+        if WHOLE:
+            acc = tl.zeros((BLOCK_D,), tl.float32)  # [BLOCK_D]
+        else:
+            acc = tl.load(at, mask=mask, other=0.0)
         for place in range(start, stop, _READ):  # read together, added one by one
             for i in tl.static_range(_READ):
                 there = place + i < stop
                 pair = (tl.load(order + place + i, mask=there, other=pair0) - pair0).to(tl.int64)
                 acc += tl.load(parts + pair * parts_stride + columns, mask=mask & there, other=0.0)
-        tl.store(at, acc, mask=mask)
+        if down is not None:
+            acc *= tl.load(down)
+        tl.store(at, acc.to(dh.dtype.element_ty), mask=mask)

@@ -13,9 +13,9 @@ sorted by block. A work item is up to block_n pairs of one block; items are list
    blocks. With `atomics` it is added to dH [N, D] in memory: no workspace, but not bitwise reproducible.
 
 Memory: pairs are processed in runs of whole blocks, one run if all their dR and a slice of dR W fit workspace_bytes; a
-block with more pairs takes several runs, with its dW in float32 in between. In addition: float32 dH [N, D]. Pairs are
-sorted by token in about 40 bytes a pair, of which 4 are kept: before all that if there are several runs, else in the
-room of dR W.
+block with more pairs takes several runs, with its dW in float32 in between, and with a float32 dH [N, D]; of one run dH
+is summed up in registers, and that room is the workspace's too. Pairs are sorted by token in about 40 bytes a pair, of
+which 4 are kept: before all that if there are several runs, else in the room of dR W.
 Tokens of `routing.dense` take all blocks in dense.backward, slab by slab. Up to JOINT of them are multiplied in
 weight_kernel with the slab's pairs, and dW leaves it rounded. The library multiplies more of them faster; its float32
 is then what weight_kernel begins with. The dense part may use what dR of one run leaves, or half of the workspace.
@@ -24,8 +24,9 @@ Exact: every kept pair. Without `atomics` two runs agree bitwise, and dH of rout
 workspace. A token without pairs gets a dH of exactly 0. Precision is lost where it is in dense.py: dR is rounded to the
 dtype of the inputs, outputs are cast once from float32. float16 is scaled as there, each part by its own power of two.
 Left out: TMA (rows are gathered), and an order of blocks that balances their loads.
-Cost: 6 * 128 D flops a pair; 2 D elements of H and, without atomics, 8 D bytes of dR W a pair; 8 N D bytes a run. A
-call of one run launches some thirty kernels and two for each slice of D; dense tokens add ten and four a slab.
+Cost: 6 * 128 D flops a pair; 2 D elements of H and, without atomics, 8 D bytes of dR W a pair; 8 N D bytes for each of
+several runs. A call of one run launches some thirty kernels and two for each slice of D; dense tokens add ten and four
+a slab.
 """
 
 from __future__ import annotations
@@ -94,19 +95,19 @@ def backward(
     runs, room, dense_room = call.plan(len(routing.dense) > 0)
     if len(routing.dense):
         db = torch.zeros(len(weight), dtype=torch.float32, device=device) if needs.bias else None  # [V]
-        pairs = _Pairs(call, runs, room, db)
+        pairs = _Pairs(call, runs, room, db, sums is not None)
         if not needs.weight:
             pairs.finish()
         whole = _dense(pairs, gradient, routing.dense, dense_room, sums)
         dw, db = whole.weight, whole.bias  # [V, D], [V]
     else:
         dw, db = dense.accumulators(weight, needs, sums)  # [V, D], [V]
-        pairs = _Pairs(call, runs, room, db)
+        pairs = _Pairs(call, runs, room, db, sums is not None)
         if needs.weight:
             pairs.weight(slice(0, len(weight)), dw, None if sums is None else dw)
     pairs.finish()
     dh = pairs.dh  # [N, D]
-    if dh is not None:
+    if dh is not None and not pairs.whole:
         dh = dh if down is None else dh.mul_(down)  # [N, D]
         dh = dh if sums is not None else dh.to(hidden.dtype)  # [N, D]
     if dh is not None and whole is not None:
@@ -155,14 +156,18 @@ def _dense(
 class _Pairs:
     """Contribution of the routed pairs to the gradients, run after run."""
 
-    def __init__(self, call: Call, runs: list[Run], room: int, db: Tensor | None):
+    def __init__(self, call: Call, runs: list[Run], room: int, db: Tensor | None, wide: bool):
         self.call, self.room = call, room
-        self.ordered, self.dh, self.db = None, None, db  # dH [N, D] scaled, db [V]; float32, both added to
-        if call.need_hidden:
-            N, D = call.hidden.shape
+        self.ordered, self.dh, self.db = None, None, db  # db [V] float32, added to
+        self.whole = len(runs) == 1 and len(call.tokens) > 0 and not call.atomics and not wide  # dH leaves rounded
+        (N, D), item = call.hidden.shape, call.hidden.element_size()
+        if call.need_hidden and self.whole:
+            self.dh = call.hidden.new_empty(N, D)  # [N, D]
+            self.room += 4 * N * D if item == 2 else 0  # what it would take in float32
+        elif call.need_hidden:
             if len(runs) > 1 and not call.atomics:
                 self.ordered = by_token(call.tokens, N, runs)
-            self.dh = torch.zeros(N, D, dtype=torch.float32, device=call.hidden.device)
+            self.dh = torch.zeros(N, D, dtype=torch.float32, device=call.hidden.device)  # scaled, added to
         self.runs = iter(enumerate(runs))
         self.number, self.run, self.dr = -1, None, None  # of the current run, dR [pairs, BLOCK]
         self.total = None  # [BLOCK, D] float32, dW of a block with several runs
@@ -174,7 +179,7 @@ class _Pairs:
             hidden_rows(call, self.run, self.dr, slice(0, dh.shape[1]), dh)
         elif dh is not None and self.dr is not None:  # of a single run the device has dR to make meanwhile
             ordered = self.ordered or by_token(call.tokens, len(dh), [self.run])
-            add_hidden(call, self.run, self.dr, dh, ordered, self.number, self.room)
+            add_hidden(call, self.run, self.dr, dh, ordered, self.number, self.room, self.whole)
         self.dr = None
         self.number, self.run = next(self.runs, (-1, None))
         if self.run is None:

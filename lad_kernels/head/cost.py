@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 
 from lad_kernels.head.memory import Work
-from lad_kernels.head.records import BLOCK, JOINT
+from lad_kernels.head.records import BLOCK, JOINT, MANY
 
 CPU_SPEEDS = "LAD_KERNELS_CPU_SPEEDS"  # environment: speeds of this CPU, read when the package is imported
 CPU_FIELDS = ("flops", "bytes", "element", "gathered", "block")
+_SQUARE = 1.5  # rate of tiles of 128 by 128 over those of 64 by 128, which read half as much again for a flop
 _HBM3E = 100 << 30  # bytes: a Hopper with more has an H200's faster memory
 
 
@@ -35,7 +36,7 @@ class Speeds:
     flops: float  # of a large product
     bytes: float  # copied
     element: float  # seconds per logit outside the products (exponential, sums), each time it is made
-    gathered: float  # rate of the routed products over that of large ones
+    gathered: float  # rate of the routed products over that of large ones; in Triton with tiles of 64 by 128
     block: float  # seconds per vocabulary block of the routed backward
     pair: float = 0.0  # seconds per (token, block) pair that is looked at when pairs are chosen
     waiting: float = 0.0  # seconds that the host takes from the number of pairs to their products; W is read meanwhile
@@ -47,8 +48,8 @@ class Speeds:
 # In bfloat16 (benchmarks/results), ("sm_90", 2) on an H100 80GB HBM3: head products 600 to 741 Tflop/s, a copy 3.03
 # TB/s, the tiles' epilogues 2e-13 to 4e-13 s a logit. "h200" on an H200: 638 to 728 Tflop/s, 4.27 TB/s, and at
 # N = 8,192 12.3 to 13.4 ms a kernel where the library's products took 12.4 to 12.9. Routing, for both, on the H200:
-# pairs_kernel 0.33 ms for 57,000 pairs (twice those counted at N = 4,096), lists 0.24 ms for 9.7 million that were
-# looked at, 7.4 ms of waiting for the host, of which the host has since been spared 5.8 (worked out on a CPU).
+# pairs_kernel 0.33 ms for 57,000 pairs (twice those counted at N = 4,096) in tiles of 64 by 128, lists 0.24 ms for 9.7
+# million that were looked at, 7.4 ms of waiting for the host, since shortened by 5.8 (worked out on a CPU).
 _EPYC = Speeds(8e10, 8e9, 1.2e-9, 0.4, 3.5e-4)
 _XEON = Speeds(1.29e11, 1.35e10, 1.25e-9, 0.8, 1.5e-4)
 _H100 = Speeds(7e14, 3.0e12, 3e-13, 0.37, 1e-7, 2.5e-11, 1.6e-3, item=64)
@@ -167,9 +168,11 @@ def routed(work: Work, pairs: float, dense_tokens: int = 0, active: float | None
     moved = work.need_weight * weight
     if work.triton and tokens:  # products read W
         moved += weight + work.need_hidden * (weight + tokens * _row_bytes(work, tokens, pairs, dense_tokens))
-    products, rows = _of_a_pair(work)
-    padding = (s.item - 1) / 2 * min(pairs, work.blocks)  # places of each block's last item that stay empty
-    gathered = products * (pairs + padding) + rows * pairs
+    many = pairs >= MANY * work.blocks and _squares(work)
+    logits, products, rows = _of_a_pair(work, many)
+    empty = min(pairs, work.blocks) / 2  # in each block's last item half of the places, on average
+    gathered = logits * (pairs + empty * (s.item * (1 + many) - 1)) + products * (pairs + empty * (s.item - 1))
+    gathered += rows * pairs
     whole = dense(work, dense_tokens, joint=dense_tokens <= JOINT)
     chunks = _chunk_sums(work, tokens, pairs=int(pairs), dense=dense_tokens)
     choosing = s.pair * work.tokens * work.blocks + (max(s.waiting, weight / s.bytes) if work.triton else 0.0)
@@ -191,15 +194,21 @@ def dense_share(work: Work) -> float:
     return 2 * (1 + work.products) * work.hidden_size * BLOCK / speeds(work).flops / sum(_of_a_pair(work))
 
 
-def _of_a_pair(work: Work) -> tuple[float, float]:
-    """Seconds of a pair's products, and of its float32 row of dH, which kernels write and read.
+def _squares(work: Work) -> bool:
+    """Whether products of routed pairs have tiles of 128 by 128: that of dW, and with many pairs that of the logits."""
+    return work.triton and work.itemsize == 2
+
+
+def _of_a_pair(work: Work, many: bool = False) -> tuple[float, float, float]:
+    """Seconds of a pair's logits, of its gradient products, and of its float32 row of dH, which kernels write and read.
 
     With 16-bit inputs the product of that row is hidden behind it.
     """
-    s, D = speeds(work), work.hidden_size
-    products = 1 + work.products - (work.need_hidden and work.triton and work.itemsize == 2)
+    s, D, squares = speeds(work), work.hidden_size, _squares(work)
+    product = 2 * D * BLOCK / (s.flops * s.gathered)
+    products = work.products - (work.need_hidden and squares)
     rows = 8 * D * work.need_hidden * work.triton / s.bytes
-    return 2 * products * D * BLOCK / (s.flops * s.gathered), rows
+    return product / (_SQUARE if many else 1.0), product * products / (_SQUARE if squares else 1.0), rows
 
 
 def one_pass(work: Work, active: float | None = None) -> float:

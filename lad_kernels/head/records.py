@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 128  # vocabulary columns of a block: the unit of probability mass that the forward reports
+MANY = 96  # pairs of a block, on average, from which 16-bit kernels multiply 128 of them together rather than 64
 JOINT = 768  # dense tokens of a routing, at most, that kernels multiply with its pairs; the library is faster with more
 SLACK = 32  # rounding steps by which 1 - p_y may be wrong: added to the norm of the target's block
 

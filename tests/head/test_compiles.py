@@ -47,7 +47,7 @@ def compile_all(arch: str, cases: list[tuple[str, str, str]]) -> None:
 
     from lad_kernels.head.kernels import dense, forward
     from lad_kernels.head.kernels.routed import launch as routed
-    from lad_kernels.head.records import BLOCK, LogitGradient, LogitTransform, Needs, Routing
+    from lad_kernels.head.records import BLOCK, MANY, LogitGradient, LogitTransform, Needs, Routing
 
     dense.accumulate = lambda *arguments, **options: None  # the library's product of what was never computed
     for dtype, layout, features in cases:
@@ -71,8 +71,9 @@ def compile_all(arch: str, cases: list[tuple[str, str, str]]) -> None:
                 routed.JOINT, counts = joint, [n - whole] + [0] * ((v - 1) // BLOCK)
                 scale = numbers[whole:] if entropy else None  # [P]
                 routing = Routing(torch.arange(whole, n), scale, counts, torch.arange(whole))
-                for atomics, workspace in ((False, 512 << 20), (True, 1)):  # and a block in pieces
-                    routed.backward(*arguments, routing, needs=needs, atomics=atomics, workspace_bytes=workspace)
+                for tiles in {routed.tiles_for(hidden, weight, pairs, transform) for pairs in (0, MANY)}:
+                    routed.backward(*arguments, routing, needs=needs, tiles=tiles)
+                routed.backward(*arguments, routing, needs=needs, atomics=True, workspace_bytes=1)  # a block in pieces
         for name, kernel in compiled.values():
             found = vars(resources(name, kernel, arch))
             print(json.dumps({"dtype": dtype, "layout": layout, "features": features, **found}), flush=True)

@@ -14,7 +14,7 @@ from lad_kernels.head.dispatch import Shares, Sparsity
 from lad_kernels.head.kernels import tile_table
 from lad_kernels.head.kernels.routed.work import tiles_for
 from lad_kernels.head.memory import Work
-from lad_kernels.head.records import BLOCK
+from lad_kernels.head.records import BLOCK, MANY, LogitTransform
 
 SHAPES = [(512, 896, 151_936), (4096, 4096, 131_072), (16_384, 4096, 151_936), (64, 64, 50_257), (2048, 896, 151_936)]
 
@@ -199,10 +199,11 @@ def test_a_token_is_whole_from_where_its_pairs_cost_as_much(arch, itemsize):
 
 def test_pairs_cost_whole_items():
     """Few pairs a block waste most of an item's places; a CPU has none to waste."""
-    item = cost.SPEEDS["sm_90", 2].item
-    assert (
-        item == tiles_for(torch.empty(16, 64, dtype=torch.bfloat16), torch.empty(128, 64, dtype=torch.bfloat16)).block_n
-    )
+    item, hidden, weight = cost.SPEEDS["sm_90", 2].item, *(torch.empty(128, 64, dtype=torch.bfloat16) for _ in "hw")
+    plain, capped = LogitTransform(), LogitTransform(softcap=30.0)
+    sizes = [tiles_for(hidden, weight, pairs, plain).block_n for pairs in (1, MANY - 1, MANY, 999)]
+    assert sizes == [item, item, 2 * item, 2 * item]
+    assert tiles_for(hidden, weight, 999, capped).block_n == item
     work = dataclasses.replace(Work(2048, 4096, 151_936, 2, "sm_90"), need_hidden=False)
     nothing, few, many = (cost.routed(work, pairs) for pairs in (0, 8 * work.blocks, 1000 * work.blocks))
     assert (few - nothing) / 8 > 4 * (many - nothing) / 1000

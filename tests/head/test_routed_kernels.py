@@ -31,8 +31,8 @@ from torch import Tensor
 from lad_kernels.head import flops
 from lad_kernels.head.kernels import dense
 from lad_kernels.head.kernels.routed import launch as routed
-from lad_kernels.head.kernels.routed.work import RoutedTiles, Schedule, Work
-from lad_kernels.head.records import BLOCK, GradientSums, HeadGradients, LogitGradient, Needs, Routing
+from lad_kernels.head.kernels.routed.work import RoutedTiles, Schedule, Work, tiles_for
+from lad_kernels.head.records import BLOCK, MANY, GradientSums, HeadGradients, LogitGradient, Needs, Routing
 
 N, D, V = 70, 48, 521
 UNALIGNED, ALIGNED = 67, 144  # other hidden sizes: 16-bit rows read element by element, and 16 bytes at a time
@@ -229,6 +229,17 @@ def test_a_run_goes_on_in_the_next_slab(device, monkeypatch):
         for total, x, whole in zip(sums, others, expected[1:], strict=True):
             assert error(total - x, whole.double()) < 2e-3
         assert torch.equal(found.hidden.half(), expected.hidden)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_many_pairs_a_block(device, dtype):
+    """Items of 128 pairs, full ones and rests of blocks, in one run and in several; dH has the bits of items of 64."""
+    inputs = inputs_of(device, dtype, ("bias", "scale", "temperature"), n=150, d=64, v=300)
+    routing = route(inputs, 0.95, scaled=True)
+    assert len(routing.rows) >= MANY * len(routing.counts)
+    expected = run(inputs, routing, tiles=tiles_for(inputs.hidden, inputs.weight, 0, inputs.transform))
+    for workspace in (512 << 20, 1 + 256 * BLOCK * 8, 1):
+        assert torch.equal(check(inputs, routing, workspace_bytes=workspace).hidden, expected.hidden)
 
 
 def test_more_pairs_than_tables_count(device):

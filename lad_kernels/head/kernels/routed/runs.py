@@ -20,7 +20,7 @@ from lad_kernels.head.kernels.routed.kernels import (
     token_kernel,
     weight_kernel,
 )
-from lad_kernels.head.kernels.routed.work import ByToken, RoutedTiles, Run, Work
+from lad_kernels.head.kernels.routed.work import STEP, ByToken, RoutedTiles, Run, Work
 from lad_kernels.head.records import BLOCK, LogitGradient, LogitTransform
 
 _SLICE = 128  # the workspace holds slices of D's columns that are multiples of this wide
@@ -169,7 +169,7 @@ def weight_gradient(
             run.pairs.stop,
             call.hidden.stride(0),
             0 if whole_dr is None else whole_dr.stride(0),
-            BLOCK_N=call.tiles.block_n,
+            BLOCK_N=min(call.tiles.block_n, STEP),
             BLOCK_D=schedule.block_d,
             num_warps=schedule.warps,
             num_stages=schedule.stages,

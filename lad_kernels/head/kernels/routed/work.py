@@ -2,9 +2,10 @@
 
 A `Work` holds where the pairs and items of every vocabulary block begin, twice: on the host, which sizes launches, and
 on the device, where kernels read it. The counts are on the host already, so nothing waits for the device.
-Tiles have 64 pairs, because a block has about a hundred. They compile without spills and within 64 KiB (AMD) or 96 KiB
-(NVIDIA) of shared memory, so one row serves every architecture. Operands that miss 16-byte alignment are read element
-by element, hence the smaller tiles of `_UNALIGNED`; float32 is multiplied without tensor cores, in short steps.
+Tiles have 64 pairs, or 128 where blocks have so many that few places stay empty: a flop then reads two thirds as much.
+They compile without spills and within 64 KiB (AMD) or 96 KiB (NVIDIA) of shared memory, so a row serves every
+architecture. Operands that miss 16-byte alignment are read element by element, hence the smaller tiles of `_UNALIGNED`;
+float32 is multiplied without tensor cores, in short steps.
 Left out: an order of blocks that balances their loads.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from lad_kernels.head.kernels import tile_table
 from lad_kernels.head.kernels.routed.kernels import items_kernel
+from lad_kernels.head.records import MANY, LogitTransform
 
 
 class Schedule(NamedTuple):
@@ -37,21 +39,28 @@ class RoutedTiles:
 
     block_n: int  # pairs of an item at most
     pairs: Schedule  # z [block_n, BLOCK], in steps of block_d columns of D
-    weight: Schedule  # dW [BLOCK, block_d], in steps of block_n pairs
+    weight: Schedule  # dW [BLOCK, block_d], in steps of block_n pairs, at most STEP
     hidden: Schedule  # dR W [block_n, block_d], in steps of block_d vocabulary entries
 
 
+STEP = 64
+_MANY = RoutedTiles(128, Schedule(64, 8, 3), Schedule(128, 8, 3), Schedule(128, 8, 1))
 _ALIGNED = RoutedTiles(64, Schedule(64, 4, 3), Schedule(128, 8, 3), Schedule(128, 4, 1))
 _UNALIGNED = RoutedTiles(64, Schedule(32, 8, 2), Schedule(64, 8, 2), Schedule(64, 8, 2))
 _FLOAT32 = RoutedTiles(64, Schedule(32, 8, 2), Schedule(32, 8, 1), Schedule(32, 8, 1))
 
 
-def tiles_for(hidden: Tensor, weight: Tensor) -> RoutedTiles:
-    """Tiles for hidden [N, D] and weight [V, D], by their alignment in memory; the same for every architecture."""
+def tiles_for(hidden: Tensor, weight: Tensor, pairs: float, transform: LogitTransform) -> RoutedTiles:
+    """Tiles for hidden [N, D] and weight [V, D], by their alignment in memory and the mean `pairs` of a block.
+
+    With a softcap and an entropy 128 pairs spill on sm_80, and a Hopper's processor has room for one tile, not for two.
+    """
     if hidden.dtype == torch.float32:
         return _FLOAT32
     pointers = tile_table.select(hidden.device, hidden.dtype, aligned=False)
-    return _ALIGNED if tile_table.fits(hidden, pointers) and tile_table.fits(weight, pointers) else _UNALIGNED
+    if not (tile_table.fits(hidden, pointers) and tile_table.fits(weight, pointers)):
+        return _UNALIGNED
+    return _MANY if pairs >= MANY and transform.softcap is None else _ALIGNED
 
 
 class Run(NamedTuple):

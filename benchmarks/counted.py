@@ -24,16 +24,17 @@ import torch
 from benchmarks.harness import machine, predicted
 from benchmarks.harness.aot import compiling, resources, sass
 from benchmarks.harness.results import RESULTS, Results
-from lad_kernels.head.records import BLOCK, LogitGradient, LogitTransform, Needs, Routing
+from lad_kernels.head.records import BLOCK, MANY, LogitGradient, LogitTransform, Needs, Routing
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCH = "sm_90"
 N, D, V = 256, 2048, 151_936
-KERNELS = {
+KERNELS = {  # those of one name in the order of their first launch
     "score": "_partials_kernel",
     "gradient": "_logit_gradient_kernel",
     "exponentials": "_exponentials_kernel",
     "pairs": "pairs_kernel",
+    "pairs, 128 an item": "pairs_kernel",
     "weight": "weight_kernel",
 }
 FILE = RESULTS / "compiled" / "tiles.json"
@@ -65,7 +66,9 @@ def launch_all() -> None:
     )
     counts = [N] + [0] * ((V - 1) // BLOCK)
     routing = Routing(torch.arange(N), numbers, counts, torch.arange(0))
-    routed.backward(*given, numbers, gradient, routing, needs=needs)
+    for pairs in (0, MANY):
+        tiles = routed.tiles_for(hidden, weight, pairs, transform)
+        routed.backward(*given, numbers, gradient, routing, needs=needs, tiles=tiles)
 
 
 def parts(code: list[str], jumps: list[tuple[int, int]]) -> tuple[list[str], list[str]]:
@@ -95,9 +98,9 @@ def count() -> dict[str, dict[str, int]]:
     """{kernel: {what: count}}: registers, bytes of shared memory, a warp's instructions in step and epilogue."""
     with compiling(ARCH) as compiled:
         launch_all()
-    found = {}
+    found, of = {}, {name: iter([k for called, k in compiled.values() if called == name]) for name in KERNELS.values()}
     for kind, name in KERNELS.items():
-        (kernel,) = (kernel for called, kernel in compiled.values() if called == name)
+        kernel = next(of[name])
         used = resources(name, kernel, ARCH)
         step, epilogue = parts(*sass(kernel))
         pipes = by_pipe(epilogue)

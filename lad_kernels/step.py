@@ -269,7 +269,8 @@ class _LinearLoss(torch.autograd.Function):
     """Gives the loss its gradient with respect to (hidden, weight, bias), from coefficients already known.
 
     The loss keeps whatever graph it has of its own: parameters of an objective get their gradients through it. All
-    tensors are saved by autograd, so that hooks on saved tensors see them. Gradients that one pass has computed are
+    tensors are saved by autograd, so that hooks on saved tensors see them. Routed gradients of an accelerator are made
+    in the forward: its kernels wait for the host, which would go through autograd first. Gradients that are ready are
     given away; a second backward computes them again.
     """
 
@@ -284,6 +285,8 @@ class _LinearLoss(torch.autograd.Function):
         layout: Layout,
         plan: BackwardPlan,
     ) -> Tensor:
+        if layout.triton and plan.routing is not None:
+            plan = plan.made(layout.head(hidden, weight, bias, targets))
         tensors = plan.tensors()
         ctx.save_for_backward(hidden, weight, bias, targets, *layout.tensors(), *tensors)
         ctx.layout, ctx.plan = layout.holding(None, None), plan.holding([None] * len(tensors))

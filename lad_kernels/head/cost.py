@@ -48,12 +48,13 @@ class Speeds:
 # In bfloat16 (benchmarks/results), ("sm_90", 2) on an H100 80GB HBM3: head products 600 to 741 Tflop/s, a copy 3.03
 # TB/s, the tiles' epilogues 2e-13 to 4e-13 s a logit. "h200" on an H200: 638 to 728 Tflop/s, 4.27 TB/s, and at
 # N = 8,192 12.3 to 13.4 ms a kernel where the library's products took 12.4 to 12.9. Routing, for both, on the H200:
-# pairs_kernel 0.33 ms for 57,000 pairs (twice those counted at N = 4,096) in tiles of 64 by 128, lists 0.24 ms for 9.7
-# million that were looked at, 7.4 ms of waiting for the host, since shortened by 5.8 (worked out on a CPU).
+# pairs_kernel 0.33 ms, of which reading W takes 0.29, for 57,000 pairs (twice those counted at N = 4,096) in tiles
+# of 64 by 128; lists 0.24 ms for 9.7 million pairs that were looked at; 7.4 ms of waiting for the host, since shortened
+# by 6.2 (worked out on a CPU).
 _EPYC = Speeds(8e10, 8e9, 1.2e-9, 0.4, 3.5e-4)
 _XEON = Speeds(1.29e11, 1.35e10, 1.25e-9, 0.8, 1.5e-4)
-_H100 = Speeds(7e14, 3.0e12, 3e-13, 0.37, 1e-7, 2.5e-11, 1.6e-3, item=64)
-_H200 = Speeds(6.8e14, 4.27e12, 2e-13, 0.37, 1e-7, 2.5e-11, 1.6e-3, item=64)
+_H100 = Speeds(7e14, 3.0e12, 3e-13, 0.37, 1e-7, 2.5e-11, 1.2e-3, item=64)
+_H200 = Speeds(6.8e14, 4.27e12, 2e-13, 0.37, 1e-7, 2.5e-11, 1.2e-3, item=64)
 
 
 def _scaled(flops: float, bytes: float, exponentials: float) -> Speeds:
@@ -162,21 +163,24 @@ def dense(work: Work, active: float, *, joint: bool = False) -> float:
 
 def routed(work: Work, pairs: float, dense_tokens: int = 0, active: float | None = None) -> float:
     """Seconds of the routed backward of `pairs` pairs and `dense_tokens` whole tokens, of `active` (None: all)."""
-    s, D = speeds(work), work.hidden_size
+    s = speeds(work)
     tokens = work.tokens if active is None else math.ceil(active)
-    weight = work.itemsize * work.vocab_size * D  # bytes
-    moved = work.need_weight * weight
-    if work.triton and tokens:  # products read W
-        moved += weight + work.need_hidden * (weight + tokens * _row_bytes(work, tokens, pairs, dense_tokens))
+    read = work.itemsize * work.vocab_size * work.hidden_size / s.bytes  # seconds for W, or for writing dW
     many = pairs >= MANY * work.blocks and _squares(work)
-    logits, products, rows = _of_a_pair(work, many)
+    of_logits, of_gradients, of_row = _of_a_pair(work, many)
     empty = min(pairs, work.blocks) / 2  # in each block's last item half of the places, on average
-    gathered = logits * (pairs + empty * (s.item * (1 + many) - 1)) + products * (pairs + empty * (s.item - 1))
-    gathered += rows * pairs
+    logits = of_logits * (pairs + empty * (s.item * (1 + many) - 1))
+    gradients = of_gradients * (pairs + empty * (s.item - 1))
+    if work.triton:  # a product and its W or dW go together, but dR W is bound by memory
+        logits, gradients = max(logits, read), max(gradients, read * work.need_weight)
+        rows = tokens * _row_bytes(work, tokens, pairs, dense_tokens) / s.bytes if tokens else 0.0
+        gradients += work.need_hidden * (read + of_row * pairs + rows)
+        choosing = s.pair * work.tokens * work.blocks + max(s.waiting, read)
+    else:
+        gradients, choosing = gradients + read * work.need_weight, s.pair * work.tokens * work.blocks
     whole = dense(work, dense_tokens, joint=dense_tokens <= JOINT)
     chunks = _chunk_sums(work, tokens, pairs=int(pairs), dense=dense_tokens)
-    choosing = s.pair * work.tokens * work.blocks + (max(s.waiting, weight / s.bytes) if work.triton else 0.0)
-    return choosing + gathered + whole + moved / s.bytes + chunks + s.block * work.blocks
+    return choosing + logits + gradients + whole + chunks + s.block * work.blocks
 
 
 def _row_bytes(work: Work, tokens: int, pairs: float, dense_tokens: int) -> int:

@@ -9,7 +9,7 @@ counts towards the budget from the start, so block masses (freed before the back
 | hidden states, weight, bias | bfloat16, float16 or float32; float64 in PyTorch only |
 | logits, lse, log-probs, entropy | float32, never rounded to 16 bits before the softmax |
 | dZ | rounded once to the input dtype for the matrix units (Triton); float32 (PyTorch) |
-| dH, dW, dbias | accumulated in float32, rounded once; twice if one pass made them and the loss is scaled afterwards |
+| dH, dW, dbias | accumulated in float32, rounded once; twice if made in the forward and the loss is scaled afterwards |
 | tf32 | only if PyTorch is told to use it |
 | torch.autocast | casts hidden states and weight at the public function; off inside, forward and backward |
 

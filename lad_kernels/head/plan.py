@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lad_kernels.autocast import without_autocast
 from lad_kernels.head import cost, dispatch, memory
 from lad_kernels.head.dispatch import Shares, Sparsity
 from lad_kernels.head.head import Head
@@ -34,7 +35,7 @@ class BackwardPlan:
     metrics: dict[str, Tensor]  # 0-d: density and error bounds
     flops: int  # of the products that the backward will launch
     mean_logit: Tensor | None = None  # [A] d loss / d (the mean of a token's logits); None: the loss has no such part
-    ready: HeadGradients | None = None  # gradients that one pass has computed, for an upstream gradient of 1
+    ready: HeadGradients | None = None  # gradients that are computed already, for an upstream gradient of 1
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All that it holds, for autograd to save."""
@@ -53,10 +54,16 @@ class BackwardPlan:
             self, active=active, lse=lse, gradient=gradient, routing=routing, mean_logit=mean_logit, ready=ready
         )
 
+    @without_autocast
+    def made(self, head: Head) -> BackwardPlan:
+        """The same with its gradients computed; `head` has all M tokens."""
+        part = head.select(self.active)
+        return replace(self, ready=part.backward(self.lse, self.gradient, self.routing, self.needs))
+
     def run(self, head: Head, upstream: Tensor, *, wide: bool = False) -> HeadGradients:
         """Gradients of the hidden states [N, D], weight and bias, times `upstream` []; `head` has all M tokens.
 
-        `wide`: not rounded to 16 bits, where one pass has not done that already.
+        `wide`: not rounded to 16 bits, unless they are ready.
         """
         gradients = self.ready
         part = head.select(self.active)

@@ -6,6 +6,7 @@ docs/numerics.md and docs/when_it_helps.md quote these numbers.
 from __future__ import annotations
 
 import gc
+import weakref
 from collections import Counter
 
 import pytest
@@ -13,14 +14,14 @@ import torch
 from cuda_device import LOG
 
 from lad_kernels import LADConfig, linear_grpo_loss, linear_lad_loss, linear_logprobs
-from lad_kernels.head import dispatch, memory
+from lad_kernels.head import BackwardPlan, Head, dispatch, memory
 from lad_kernels.testing import make_inputs
 
 N, D, V = 150, 64, 600
 TAIL = LADConfig(tail_mass=1e-3)
 LOGPROBS = Counter(_partials_kernel=1, _target_kernel=1, _finalize_kernel=1)  # two passes and routed: the forward
 CHOICE = Counter(_token_kernel=1, _mark_kernel=1, _count_kernel=1, _drop_kernel=1, _list_kernel=1)
-PAIRS = Counter(items_kernel=1, pairs_kernel=1, weight_kernel=1, hidden_kernel=1, token_kernel=1)
+PAIRS = Counter(items_kernel=1, pairs_kernel=1, weight_kernel=1, hidden_kernel=1, token_kernel=1, _scale_kernel=2)
 ONE_PASS = Counter(_target_kernel=1, _exponentials_kernel=1, _finalize_kernel=1, _scale_kernel=2)
 DENSE = Counter(_logit_gradient_kernel=1)  # of routed: tokens that are taken whole
 POLICY, FINISH = Counter(_policy_kernel=1), Counter(_finish_kernel=1)
@@ -90,6 +91,25 @@ def test_launches_and_syncs_of_a_step(path, on_policy, launches, waits):
     assert sum(LOG.operations.values()) <= OPERATIONS[path, on_policy]
     assert syncs() == waits
     assert sorted(line.split()[-1] for line in LOG.copies) == (["by_token", "plan"] if path == "routed" else [])
+
+
+def test_block_masses_are_gone_when_gradients_are_made(monkeypatch):
+    """The budget counts them once: masses have the room of gradients that do not exist yet."""
+    masses, alive, make, score = [], [], BackwardPlan.made, Head.forward
+
+    def forward(self, **wanted):
+        out = score(self, **wanted)
+        masses.extend(weakref.ref(x.inner) for x in [out.block_lse] if x is not None)
+        return out
+
+    def made(self, head):
+        alive.extend(ref() is not None for ref in masses)
+        return make(self, head)
+
+    monkeypatch.setattr(Head, "forward", forward)
+    monkeypatch.setattr(BackwardPlan, "made", made)
+    step("routed", on_policy=False)
+    assert alive == [False]
 
 
 def test_without_a_mask_nothing_is_read_for_it():

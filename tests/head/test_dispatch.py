@@ -187,24 +187,28 @@ def test_every_card_has_its_own_speeds(monkeypatch):
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("arch", ["sm_90", "h200", "sm_80", "gfx942", "cpu"])
-def test_a_token_is_whole_from_where_its_pairs_cost_as_much(arch, itemsize):
-    """By difference of the modelled times of whole calls."""
-    work = Work(16_384, 4096, 151_936, itemsize, arch)
-    pairs = 40 * work.blocks
+def test_a_token_is_whole_from_where_its_pairs_cost_as_much(arch, itemsize, monkeypatch):
+    """By difference of the modelled times of whole calls, one run each, where products take longer than reading W."""
+    monkeypatch.setattr(cost, "MANY", 1 << 40)
+    work = Work(2048, 4096, 151_936, itemsize, arch)
+    pairs = 180 * work.blocks
     as_pairs = cost.routed(work, 2 * pairs) - cost.routed(work, pairs)
     products = 3 * 2 * work.hidden_size * BLOCK / cost.speeds(work).flops  # of a pair in dense products
     assert pairs * products / as_pairs == pytest.approx(cost.dense_share(work))
     assert 0.1 < cost.dense_share(work) < 0.6
 
 
-def test_pairs_cost_whole_items():
-    """Few pairs a block waste most of an item's places; a CPU has none to waste."""
+def test_pairs_cost_whole_items(monkeypatch):
+    """Few pairs a block waste most of an item's places, unless reading W takes longer; a CPU has none to waste."""
     item, hidden, weight = cost.SPEEDS["sm_90", 2].item, *(torch.empty(128, 64, dtype=torch.bfloat16) for _ in "hw")
     plain, capped = LogitTransform(), LogitTransform(softcap=30.0)
     sizes = [tiles_for(hidden, weight, pairs, plain).block_n for pairs in (1, MANY - 1, MANY, 999)]
     assert sizes == [item, item, 2 * item, 2 * item]
     assert tiles_for(hidden, weight, 999, capped).block_n == item
     work = dataclasses.replace(Work(2048, 4096, 151_936, 2, "sm_90"), need_hidden=False)
+    nothing, few, many = (cost.routed(work, pairs) for pairs in (0, 8 * work.blocks, 1000 * work.blocks))
+    assert few == nothing
+    monkeypatch.setitem(cost.SPEEDS, ("sm_90", 2), dataclasses.replace(cost.SPEEDS["sm_90", 2], bytes=1e18))
     nothing, few, many = (cost.routed(work, pairs) for pairs in (0, 8 * work.blocks, 1000 * work.blocks))
     assert (few - nothing) / 8 > 4 * (many - nothing) / 1000
     work = dataclasses.replace(work, architecture="cpu")

@@ -50,11 +50,11 @@ class Speeds:
 # N = 8,192 12.3 to 13.4 ms a kernel where the library's products took 12.4 to 12.9. Routing, for both, on the H200:
 # pairs_kernel 0.33 ms, of which reading W takes 0.29, for 57,000 pairs (twice those counted at N = 4,096) in tiles
 # of 64 by 128; lists 0.24 ms for 9.7 million pairs that were looked at; 7.4 ms of waiting for the host, since shortened
-# by 6.2 (worked out on a CPU).
+# by 6.3 (worked out on a CPU).
 _EPYC = Speeds(8e10, 8e9, 1.2e-9, 0.4, 3.5e-4)
 _XEON = Speeds(1.29e11, 1.35e10, 1.25e-9, 0.8, 1.5e-4)
-_H100 = Speeds(7e14, 3.0e12, 3e-13, 0.37, 1e-7, 2.5e-11, 1.2e-3, item=64)
-_H200 = Speeds(6.8e14, 4.27e12, 2e-13, 0.37, 1e-7, 2.5e-11, 1.2e-3, item=64)
+_H100 = Speeds(7e14, 3.0e12, 3e-13, 0.37, 1e-7, 2.5e-11, 1.1e-3, item=64)
+_H200 = Speeds(6.8e14, 4.27e12, 2e-13, 0.37, 1e-7, 2.5e-11, 1.1e-3, item=64)
 
 
 def _scaled(flops: float, bytes: float, exponentials: float) -> Speeds:
@@ -186,10 +186,10 @@ def routed(work: Work, pairs: float, dense_tokens: int = 0, active: float | None
 def _row_bytes(work: Work, tokens: int, pairs: float, dense_tokens: int) -> int:
     """Bytes moved of a token's row of dH: rounded once if a run has all pairs, else zeroed, added to by each, rounded.
 
-    Pairs of a run: their dR and, beside it, 128 columns of dR W fit the workspace.
+    Pairs of a run: their dR and, beside it, 128 columns of dR W fit the workspace; both have the size of the inputs.
     """
     rows, workspace = work.token_chunk(tokens, dense=dense_tokens, pairs=int(pairs))
-    runs = max(1, math.ceil(pairs * rows / tokens * (work.itemsize + 4) * BLOCK / workspace))
+    runs = max(1, math.ceil(pairs * rows / tokens * 2 * work.itemsize * BLOCK / workspace))
     return (2 if rows == tokens and runs == 1 else 10 + 8 * runs) * work.hidden_size
 
 
@@ -204,14 +204,14 @@ def _squares(work: Work) -> bool:
 
 
 def _of_a_pair(work: Work, many: bool = False) -> tuple[float, float, float]:
-    """Seconds of a pair's logits, of its gradient products, and of its float32 row of dH, which kernels write and read.
+    """Seconds of a pair's logits, of its gradient products, and of its row of dH, which kernels write and read.
 
     With 16-bit inputs the product of that row is hidden behind it.
     """
     s, D, squares = speeds(work), work.hidden_size, _squares(work)
     product = 2 * D * BLOCK / (s.flops * s.gathered)
     products = work.products - (work.need_hidden and squares)
-    rows = 8 * D * work.need_hidden * work.triton / s.bytes
+    rows = 2 * work.itemsize * D * work.need_hidden * work.triton / s.bytes
     return product / (_SQUARE if many else 1.0), product * products / (_SQUARE if squares else 1.0), rows
 
 

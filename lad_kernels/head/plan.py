@@ -32,7 +32,7 @@ class BackwardPlan:
     lse: Tensor  # [A]
     gradient: LogitGradient  # [A]
     routing: Routing | None
-    metrics: dict[str, Tensor]  # 0-d: density and error bounds
+    metrics: dict[str, Tensor | float]  # density and error bounds, 0-d or not yet on the device
     flops: int  # of the products that the backward will launch
     mean_logit: Tensor | None = None  # [A] d loss / d (the mean of a token's logits); None: the loss has no such part
     ready: HeadGradients | None = None  # gradients that are computed already, for an upstream gradient of 1
@@ -57,8 +57,8 @@ class BackwardPlan:
     @without_autocast
     def made(self, head: Head) -> BackwardPlan:
         """The same with its gradients computed; `head` has all M tokens."""
-        part = head.select(self.active)
-        return replace(self, ready=part.backward(self.lse, self.gradient, self.routing, self.needs))
+        gradients = head.select(self.active).backward(self.lse, self.gradient, self.routing, self.needs)
+        return replace(self, ready=gradients)
 
     def run(self, head: Head, upstream: Tensor, *, wide: bool = False) -> HeadGradients:
         """Gradients of the hidden states [N, D], weight and bias, times `upstream` []; `head` has all M tokens.
@@ -183,10 +183,9 @@ def plan_backward(
             unbiased=sparsity.unbiased, most_pairs=memory.most_pairs(work) if sparsity.backward == "auto" else None,
             triton=part.triton,
         )  # fmt: skip
-        dense = len(chosen.dense)
-        pairs = sum(chosen.counts) + dense * work.blocks
-        alive = error_bound.active
-        if dispatch.takes_routed(work, alive, pairs, dense, backward=sparsity.backward) and dense < alive:
+        dense, alive = len(chosen.dense), error_bound.active
+        taken = dispatch.takes_routed(work, alive, error_bound.pairs, dense, backward=sparsity.backward)
+        if taken and dense < alive:
             routing, bound = chosen, error_bound
     if all_given and routing is None:
         active = gradient.active()  # [A]
@@ -196,9 +195,9 @@ def plan_backward(
     if bound is None:
         zero = out.lse.new_zeros(())  # []
         bound = ErrorBound(tokens, tokens * work.blocks, zero, zero, zero, zero)  # nothing is left out
-    metrics = {
-        "kept_share": out.lse.new_full((), bound.pairs / max(work.tokens * work.blocks, 1)),  # []
-        "routed_share": out.lse.new_full((), float(routing is not None)),  # []
+    metrics: dict[str, Tensor | float] = {
+        "kept_share": bound.pairs / max(work.tokens * work.blocks, 1),
+        "routed_share": float(routing is not None),
         "dropped_mass_mean": bound.dropped_mass_mean,
         "dropped_mass_max": bound.dropped_mass_max,
         "dhidden_bound": bound.dhidden_bound,
@@ -213,7 +212,6 @@ def _flops(head: Head, tokens: int, routing: Routing | None, needs: Needs) -> in
     vocab, hidden_size = head.weight.shape
     logits = tokens * vocab
     if routing is not None:
-        *whole, last = routing.counts  # the last block may be narrower
-        columns = vocab - len(whole) * BLOCK
-        logits = sum(whole) * BLOCK + last * columns + len(routing.dense) * vocab
+        last, columns = routing.counts[-1], vocab - (len(routing.counts) - 1) * BLOCK  # of a block that may be narrower
+        logits = (len(routing.rows) - last) * BLOCK + last * columns + len(routing.dense) * vocab
     return 2 * hidden_size * logits * (1 + needs.hidden + needs.weight)

@@ -192,7 +192,7 @@ def route(
         unbiased=unbiased,
         most_pairs=most_pairs,
     )
-    pairs = sum(routing.counts) + len(routing.dense) * len(block_lse)
+    pairs = len(routing.rows) + len(routing.dense) * len(block_lse)
     return routing, ErrorBound(active, pairs, *bounds)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -248,6 +249,8 @@ ROUTED_KERNELS = {
                                        "for place in range(start + 1, stop, _READ):"),
     "a token's last pair left out": ("kernels.py", "there = place + i < stop", "there = place + i < stop - 1"),
     "zeros left out": ("kernels.py", "if (start < stop) | WHOLE:", "if start < stop:"),
+    "a tile's power of two": ("kernels.py", "((exponent - 14) << 23)", "((exponent - 13) << 23)"),
+    "one power of two a row": ("kernels.py", "* all_tiles + tiles,", "* all_tiles + 0 * tiles,"),
     "an item short": ("kernels.py", "tl.minimum(stop - pair, BLOCK_N)", "tl.minimum(stop - pair - 1, BLOCK_N)"),
     "a whole token left out of dW": ("kernels.py", "for row in range(0, wholes, BLOCK_N):",
                                      "for row in range(1, wholes, BLOCK_N):"),
@@ -261,6 +264,10 @@ def test_bug_in_the_routed_kernels_is_caught(bug, monkeypatch, tmp_path, device)
             inputs = test_routed_kernels.inputs_of(device, features=features)
             routing = test_routed_kernels.route(inputs, keep=0.4, dense=0.2, scaled=True)
             test_routed_kernels.check(inputs, routing)
+        packed = test_routed_kernels.inputs_of(device, "bfloat16", d=144)  # two tiles, of unlike sizes
+        weight = packed.weight * torch.where(torch.arange(144, device=device) < 128, 64.0, 1.0).bfloat16()
+        packed = dataclasses.replace(packed, weight=weight, hidden=packed.hidden / 64)
+        test_routed_kernels.check(packed, test_routed_kernels.route(packed, keep=0.6))
 
     if bug is None:
         check_all()

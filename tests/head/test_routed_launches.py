@@ -45,8 +45,8 @@ class Operations(TorchDispatchMode):
 
 LAUNCHES = {  # workspace, share of dense tokens, JOINT: launches by kernel, torch operations, six of them on the host
     "one run": (1 << 30, 0.0, 0, {}, 16),
-    "one run, two slices of D": (150_000, 0.0, 0, dict(hidden=2, token=2), 16),
-    "three runs": (70_000, 0.0, 0, dict(pairs=3, weight=3, hidden=5, token=5), 18),
+    "one run, two slices of D": (101_000, 0.0, 0, dict(hidden=2, token=2), 16),
+    "three runs": (60_000, 0.0, 0, dict(pairs=3, weight=3, hidden=6, token=6), 18),
     "dense tokens": (1 << 30, 0.2, 99, dict(_logit_gradient=1, library=1), 23),
     "dense tokens in two slabs": (60_000, 0.9, 99, dict(weight=2, _logit_gradient=2, library=2), 23),
     "many dense tokens": (1 << 30, 0.2, 0, dict(_logit_gradient=1, library=2), 23),
@@ -57,7 +57,7 @@ LAUNCHES = {  # workspace, share of dense tokens, JOINT: launches by kernel, tor
 def test_launches(device, case, monkeypatch):
     workspace, dense_share, joint, kernels, operations = LAUNCHES[case]
     monkeypatch.setattr(routed, "JOINT", joint)
-    inputs = dataclasses.replace(inputs_of(device, "bfloat16", n=48, d=256, v=1100), bias=None)
+    inputs = dataclasses.replace(inputs_of(device, "bfloat16", n=48, d=512, v=1100), bias=None)
     routing, (lse, gradient) = route(inputs, 0.4, dense_share, scaled=True), coefficients(inputs)
     gradient = dataclasses.replace(gradient, entropy=None)
     with Operations(monkeypatch) as met:

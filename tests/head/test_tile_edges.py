@@ -87,7 +87,7 @@ def test_cases_of_the_routed_backward(d, arch):
     tiles = []
     for dtype in ("bfloat16", "float32"):
         x = routed.inputs_of("cpu", dtype, d=d)
-        tiles.append(work.tiles_for(x.hidden, x.weight))
+        tiles.append(work.tiles_for(x.hidden, x.weight, routed.N, PLAIN))
     features = [s.block_d for t in tiles for s in (t.pairs, t.weight, t.hidden)]
     edges = dict(N=crossed(routed.N, *(t.block_n for t in tiles)), D=crossed(d, *features), V=crossed(routed.V, BLOCK))
     compare(edges, routed.CROSSES[d], arch)

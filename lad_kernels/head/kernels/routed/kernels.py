@@ -207,6 +207,7 @@ def hidden_kernel(
     items,  # [items, 3] block, first pair, pairs
     tokens,  # [P] of each pair, or None
     out,  # [pairs of the run, D] out; with tokens [N, D], added to
+    scales,  # [pairs of the run, tiles of D] out: what a tile of out is to be multiplied by; None: out is float32
     V,
     D,
     pair0,
@@ -231,7 +232,15 @@ def hidden_kernel(
         b = tl.load(w + words[:, None] * w_stride, mask=mask, other=0.0)  # [BLOCK_D, BLOCK_D]
         part = tl.dot(a, b, part, input_precision="ieee")
     mask = inside[:, None] & (columns[None, :] < D)  # [BLOCK_N, BLOCK_D]
+    if scales is not None:  # a power of two takes the largest of a row's tile to 2^14, float16 keeps 11 bits of each
+        size = tl.abs(part)  # [BLOCK_N, BLOCK_D]
+        largest = tl.max(tl.where(size < float("inf"), size, 0.0), axis=1)  # [BLOCK_N]
+        exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 15)  # [BLOCK_N] its own + 127
+        part *= ((268 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+        down = ((exponent - 14) << 23).to(tl.float32, bitcast=True)  # [BLOCK_N]
+        tl.store(scales + (pairs - pair0).to(tl.int64) * tiles_d + tile_d, down, mask=inside)
     if tokens is None:
+        part = part.to(out.dtype.element_ty)
         tl.store(out + (pairs - pair0)[:, None].to(tl.int64) * out_stride + columns[None, :], part, mask=mask)
     else:
         rows = tl.load(tokens + pairs, mask=inside, other=0)  # [BLOCK_N]
@@ -241,6 +250,7 @@ def hidden_kernel(
 @triton.jit(do_not_specialize=["pair0", "bounds_stride"], do_not_specialize_on_alignment=["bounds"])
 def token_kernel(
     parts,  # [pairs of the run, D] a slice of the columns
+    scales,  # [pairs of the run, tiles of D] factors on its tiles, or None
     order,  # [P] pairs by token, then ascending
     bounds,  # [N, >= 2] places in order where the token's pairs of the run begin and end
     down,  # [] factor, or None
@@ -252,24 +262,30 @@ def token_kernel(
     dh_stride,
     WHOLE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,  # columns of a tile
 ):
     tiles_d = tl.cdiv(D, BLOCK_D)
     token, tile_d = tl.program_id(0) // tiles_d, tl.program_id(0) % tiles_d
+    TILES: tl.constexpr = BLOCK_D // TILE
     bounds += token.to(tl.int64) * bounds_stride
     start, stop = tl.load(bounds), tl.load(bounds + 1)
     if (start < stop) | WHOLE:
-        columns = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
-        mask = columns < D  # [BLOCK_D]
-        at = dh + token.to(tl.int64) * dh_stride + columns  # [BLOCK_D]
+        tiles = tile_d * TILES + tl.arange(0, TILES)[:, None]  # [TILES, 1]
+        columns = tiles * TILE + tl.arange(0, TILE)[None, :]  # [TILES, TILE]
+        mask, all_tiles = columns < D, tl.cdiv(D, TILE)  # [TILES, TILE]
+        at = dh + token.to(tl.int64) * dh_stride + columns  # [TILES, TILE]
         if WHOLE:
-            acc = tl.zeros((BLOCK_D,), tl.float32)  # [BLOCK_D]
+            acc = tl.zeros((TILES, TILE), tl.float32)  # [TILES, TILE]
         else:
             acc = tl.load(at, mask=mask, other=0.0)
         for place in range(start, stop, _READ):  # read together, added one by one
             for i in tl.static_range(_READ):
                 there = place + i < stop
                 pair = (tl.load(order + place + i, mask=there, other=pair0) - pair0).to(tl.int64)
-                acc += tl.load(parts + pair * parts_stride + columns, mask=mask & there, other=0.0)
+                part = tl.load(parts + pair * parts_stride + columns, mask=mask & there, other=0.0).to(tl.float32)
+                if scales is not None:
+                    part *= tl.load(scales + pair * all_tiles + tiles, mask=(tiles < all_tiles) & there, other=0.0)
+                acc += part
         if down is not None:
             acc *= tl.load(down)
         tl.store(at, acc.to(dh.dtype.element_ty), mask=mask)

@@ -8,9 +8,9 @@ sorted by block. A work item is up to block_n pairs of one block; items are list
 1. `pairs_kernel`, a program per item: gathers the tokens' hidden rows, recomputes z, writes dR [pairs, 128].
 2. `weight_kernel`, a program per (block, columns of D): dW of the block over all its pairs, in fp32, written once. A
    block without pairs writes zeros. `bias_kernel` sums the items' column sums of the un-rounded dR.
-3. `hidden_kernel`, a program per (item, columns of D): the pair's row of dR W_b. By default it goes to a float32
-   workspace, for a slice of D's columns at a time, and `token_kernel` adds each token's rows in ascending order of
-   blocks. With `atomics` it is added to dH [N, D] in memory: no workspace, but not bitwise reproducible.
+3. `hidden_kernel`, a program per (item, columns of D): the pair's row of dR W_b. By default it goes to a workspace, for
+   a slice of D's columns at a time, and `token_kernel` adds each token's rows in float32, in ascending order of blocks.
+   With `atomics` it is added to dH [N, D] in memory: no workspace, but not bitwise reproducible.
 
 Memory: pairs are processed in runs of whole blocks, one run if all their dR and a slice of dR W fit workspace_bytes; a
 block with more pairs takes several runs, with its dW in float32 in between, and with a float32 dH [N, D]; of one run dH
@@ -23,8 +23,9 @@ is then what weight_kernel begins with. The dense part may use what dR of one ru
 Exact: every kept pair. Without `atomics` two runs agree bitwise, and dH of routed tokens does not depend on the
 workspace. A token without pairs gets a dH of exactly 0. Precision is lost where it is in dense.py: dR is rounded to the
 dtype of the inputs, outputs are cast once from float32. float16 is scaled as there, each part by its own power of two.
+With bfloat16 inputs rows of dR W are float16 with a power of two for each tile: 3 bits more than dH will have.
 Left out: TMA (rows are gathered), and an order of blocks that balances their loads.
-Cost: 6 * 128 D flops a pair; 2 D elements of H and, without atomics, 8 D bytes of dR W a pair; 8 N D bytes for each of
+Cost: 6 * 128 D flops a pair; 2 D elements of H and, without atomics, 4 to 8 D bytes of dR W a pair; 8 N D for each of
 several runs. A call of one run launches some thirty kernels and two for each slice of D; dense tokens add ten and four
 a slab.
 """

@@ -62,10 +62,20 @@ class Call:
         size = BLOCK * self.hidden.element_size() if self.need_hidden or self.need_weight else 0
         return size + 4 * BLOCK // self.tiles.block_n
 
+    @property
+    def packed(self) -> bool:
+        """Whether rows of dR W are float16 with a factor for each tile: their 11 bits are 3 more than dH will have."""
+        return self.hidden.dtype == torch.bfloat16
+
+    @property
+    def part_bytes(self) -> int:
+        """Memory of a pair's row of dR W in a slice of D's columns: float16 with a factor a tile, or float32."""
+        return 2 * _SLICE + 4 * (_SLICE // self.tiles.hidden.block_d) if self.packed else 4 * _SLICE
+
     def plan(self, dense_tokens: bool) -> tuple[list[Run], int, int]:
         """(runs, bytes that pairs may take, bytes that the dense tokens may take meanwhile)."""
         pairs, all_blocks = len(self.tokens), slice(0, len(self.work.pair_offsets) - 1)
-        slices = 4 * _SLICE if self.need_hidden and not self.atomics else 0
+        slices = self.part_bytes if self.need_hidden and not self.atomics else 0
         room, held = self.workspace_bytes, self.pair_bytes * pairs
         if dense_tokens and (held + slices * pairs > room or held > room // 2):
             room, held = room // 2, room // 2  # else dR W comes when the dense tokens are done
@@ -190,18 +200,21 @@ def add_hidden(
     pairs, (N, D), bounds = len(dr), dh.shape, ordered.bounds
     if not pairs:
         return
-    columns = max((room - dr.nbytes - bounds.nbytes) // (4 * pairs) // _SLICE, 1) * _SLICE  # that fit
+    columns = max((room - dr.nbytes - bounds.nbytes) // (call.part_bytes * pairs), 1) * _SLICE  # that fit
     slices = -(-D // columns)
     width = -(-D // (slices * _SLICE)) * _SLICE  # of about one size
-    parts = torch.empty(pairs, width, dtype=torch.float32, device=dh.device)  # [pairs, width]
+    tile, new = call.tiles.hidden.block_d, {"device": dh.device}
+    parts = torch.empty(pairs, width, dtype=torch.float16 if call.packed else torch.float32, **new)  # [pairs, width]
+    scales = torch.empty(pairs, width // tile, dtype=torch.float32, **new) if call.packed else None  # [pairs, tiles]
     block_d = min(1 << (width - 1).bit_length(), _TOKEN_COLUMNS)
     for d0 in range(0, D, width):
         columns = slice(d0, min(d0 + width, D))
-        hidden_rows(call, run, dr, columns, parts)
+        hidden_rows(call, run, dr, columns, parts, scales)
         grid = (N * -(-(columns.stop - d0) // block_d),)
         with tile_table.current(dh.device):
             token_kernel[grid](
                 parts,
+                scales,
                 ordered.order,
                 bounds[:, number:],
                 call.down if whole else None,
@@ -213,12 +226,13 @@ def add_hidden(
                 dh.stride(0),
                 WHOLE=whole,
                 BLOCK_D=block_d,
+                TILE=tile,
                 num_warps=max(block_d // 128, 1),
             )
 
 
-def hidden_rows(call: Call, run: Run, dr: Tensor, columns: slice, out: Tensor) -> None:
-    """dR W[:, columns]: to out [pairs, >= columns], or with atomics added to out [N, D]."""
+def hidden_rows(call: Call, run: Run, dr: Tensor, columns: slice, out: Tensor, scales: Tensor | None = None) -> None:
+    """dR W[:, columns]: to out [pairs, >= columns] over scales [pairs, tiles], or with atomics added to out [N, D]."""
     D, schedule, items = columns.stop - columns.start, call.tiles.hidden, call.work.items[run.items]
     if not len(items):
         return
@@ -230,6 +244,7 @@ def hidden_rows(call: Call, run: Run, dr: Tensor, columns: slice, out: Tensor) -
             items,
             call.tokens if call.atomics else None,
             out,
+            scales,
             len(call.weight),
             D,
             run.pairs.start,

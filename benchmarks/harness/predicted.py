@@ -15,11 +15,12 @@ CARD = "h200"  # of cost.SPEEDS
 KEPT = (0.01, 0.052)  # share of the pairs; the second is what the peaked data of 0.4 nats keep
 NOTE = """## A GPU, predicted, **not measured**
 
-The cost model of `lad_kernels/head/cost.py` with the constants that an H200 gave: {flops:.0f} Tflop/s, {bytes:.1f}
-TB/s, {element:.0e} s a logit beside the products, routed products in items of {item} pairs at {gathered} of the dense
-rate, {waiting:.1f} ms of waiting for the host. bfloat16; times are shares of the three bare products of a dense step.
-The constants were fitted to its runs, so agreement with them is no test. A policy's pairs are cheaper than the same
-share spread evenly over tokens, as here: most belong to a few tokens, which are multiplied whole.
+The cost model of `lad_kernels/head/cost.py` with constants that an H200 gave: {flops:.0f} Tflop/s, {bytes:.1f} TB/s,
+{element:.0e} s a logit beside the products, routed products in tiles of {item} by 128 at {gathered} of the dense rate.
+Worked out, not measured: {square} times that rate for tiles of 128 by 128, by what they read, and {waiting:.1f} ms of
+waiting for the host, by the host's own time on a CPU. bfloat16; times are shares of the three bare products of a dense
+step. No GPU has run the routed kernels as they are now. A policy's pairs are cheaper than the same share spread evenly
+over tokens, as here: most belong to a few tokens, which are multiplied whole.
 
 Memory is what a step takes at its peak beyond inputs and gradients, and beyond one float32 dW where that is named, in
 MiB. `tests/head/test_memory.py` holds the same paths to a small budget by counting their allocations.
@@ -86,6 +87,7 @@ def lines() -> list[str]:
         bytes=speeds.bytes / 1e12,
         gathered=speeds.gathered,
         item=speeds.item,
+        square=cost.SQUARE,
         element=speeds.element,
         waiting=1e3 * speeds.waiting,
     )

@@ -25,7 +25,7 @@ from lad_kernels.head.records import BLOCK, JOINT, MANY
 
 CPU_SPEEDS = "LAD_KERNELS_CPU_SPEEDS"  # environment: speeds of this CPU, read when the package is imported
 CPU_FIELDS = ("flops", "bytes", "element", "gathered", "block")
-_SQUARE = 1.5  # rate of tiles of 128 by 128 over those of 64 by 128, which read half as much again for a flop
+SQUARE = 1.5  # rate of tiles of 128 by 128 over those of 64 by 128, which read half as much again for a flop
 _HBM3E = 100 << 30  # bytes: a Hopper with more has an H200's faster memory
 
 
@@ -212,7 +212,7 @@ def _of_a_pair(work: Work, many: bool = False) -> tuple[float, float, float]:
     product = 2 * D * BLOCK / (s.flops * s.gathered)
     products = work.products - (work.need_hidden and squares)
     rows = 2 * work.itemsize * D * work.need_hidden * work.triton / s.bytes
-    return product / (_SQUARE if many else 1.0), product * products / (_SQUARE if squares else 1.0), rows
+    return product / (SQUARE if many else 1.0), product * products / (SQUARE if squares else 1.0), rows
 
 
 def one_pass(work: Work, active: float | None = None) -> float:

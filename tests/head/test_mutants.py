@@ -248,7 +248,7 @@ ROUTED_KERNELS = {
     "a token's first pair left out": ("kernels.py", "for place in range(start, stop, _READ):",
                                        "for place in range(start + 1, stop, _READ):"),
     "a token's last pair left out": ("kernels.py", "there = place + i < stop", "there = place + i < stop - 1"),
-    "zeros left out": ("kernels.py", "if (start < stop) | WHOLE:", "if start < stop:"),
+    "zeros left out": ("kernels.py", "if (start < stop) | ALONE:", "if start < stop:"),
     "a tile's power of two": ("kernels.py", "((exponent - 14) << 23)", "((exponent - 13) << 23)"),
     "one power of two a row": ("kernels.py", "* all_tiles + tiles,", "* all_tiles + 0 * tiles,"),
     "an item short": ("kernels.py", "tl.minimum(stop - pair, BLOCK_N)", "tl.minimum(stop - pair - 1, BLOCK_N)"),

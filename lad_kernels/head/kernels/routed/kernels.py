@@ -254,13 +254,13 @@ def token_kernel(
     order,  # [P] pairs by token, then ascending
     bounds,  # [N, >= 2] places in order where the token's pairs of the run begin and end
     down,  # [] factor, or None
-    dh,  # [N, D] the same slice, written; unless WHOLE added to
+    dh,  # [N, D] the same slice, written; unless ALONE added to
     D,
     pair0,
     parts_stride,
     bounds_stride,
     dh_stride,
-    WHOLE: tl.constexpr,
+    ALONE: tl.constexpr,  # the run has all pairs
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,  # columns of a tile
 ):
@@ -269,12 +269,12 @@ def token_kernel(
     TILES: tl.constexpr = BLOCK_D // TILE
     bounds += token.to(tl.int64) * bounds_stride
     start, stop = tl.load(bounds), tl.load(bounds + 1)
-    if (start < stop) | WHOLE:
+    if (start < stop) | ALONE:
         tiles = tile_d * TILES + tl.arange(0, TILES)[:, None]  # [TILES, 1]
         columns = tiles * TILE + tl.arange(0, TILE)[None, :]  # [TILES, TILE]
         mask, all_tiles = columns < D, tl.cdiv(D, TILE)  # [TILES, TILE]
         at = dh + token.to(tl.int64) * dh_stride + columns  # [TILES, TILE]
-        if WHOLE:
+        if ALONE:
             acc = tl.zeros((TILES, TILE), tl.float32)  # [TILES, TILE]
         else:
             acc = tl.load(at, mask=mask, other=0.0)

@@ -108,7 +108,7 @@ def backward(
             pairs.weight(slice(0, len(weight)), dw, None if sums is None else dw)
     pairs.finish()
     dh = pairs.dh  # [N, D]
-    if dh is not None and not pairs.whole:
+    if dh is not None and not pairs.alone:
         dh = dh if down is None else dh.mul_(down)  # [N, D]
         dh = dh if sums is not None else dh.to(hidden.dtype)  # [N, D]
     if dh is not None and whole is not None:
@@ -160,9 +160,9 @@ class _Pairs:
     def __init__(self, call: Call, runs: list[Run], room: int, db: Tensor | None, wide: bool):
         self.call, self.room = call, room
         self.ordered, self.dh, self.db = None, None, db  # db [V] float32, added to
-        self.whole = len(runs) == 1 and len(call.tokens) > 0 and not call.atomics and not wide  # dH leaves rounded
+        self.alone = len(runs) == 1 and len(call.tokens) > 0 and not call.atomics and not wide  # dH leaves rounded
         (N, D), item = call.hidden.shape, call.hidden.element_size()
-        if call.need_hidden and self.whole:
+        if call.need_hidden and self.alone:
             self.dh = call.hidden.new_empty(N, D)  # [N, D]
             self.room += 4 * N * D if item == 2 else 0  # what it would take in float32
         elif call.need_hidden:
@@ -180,7 +180,7 @@ class _Pairs:
             hidden_rows(call, self.run, self.dr, slice(0, dh.shape[1]), dh)
         elif dh is not None and self.dr is not None:  # of a single run the device has dR to make meanwhile
             ordered = self.ordered or by_token(call.tokens, len(dh), [self.run])
-            add_hidden(call, self.run, self.dr, dh, ordered, self.number, self.room, self.whole)
+            add_hidden(call, self.run, self.dr, dh, ordered, self.number, self.room, self.alone)
         self.dr = None
         self.number, self.run = next(self.runs, (-1, None))
         if self.run is None:

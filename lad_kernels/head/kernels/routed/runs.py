@@ -194,9 +194,9 @@ def add_hidden(
     ordered: ByToken,
     number: int,  # of the run
     room: int,  # bytes for dR and for the workspace allocated here
-    whole: bool,  # the run has all pairs, and dh still holds anything
+    alone: bool,  # the run has all pairs, and dh still holds anything
 ) -> None:
-    """Add each pair's row of dR W to its token's row of dh, in ascending order of blocks; `whole`: dh is their sum."""
+    """Add each pair's row of dR W to its token's row of dh, in ascending order of blocks; `alone`: dh is their sum."""
     pairs, (N, D), bounds = len(dr), dh.shape, ordered.bounds
     if not pairs:
         return
@@ -217,14 +217,14 @@ def add_hidden(
                 scales,
                 ordered.order,
                 bounds[:, number:],
-                call.down if whole else None,
+                call.down if alone else None,
                 dh[:, columns],
                 columns.stop - d0,
                 run.pairs.start,
                 width,
                 bounds.stride(0),
                 dh.stride(0),
-                WHOLE=whole,
+                ALONE=alone,
                 BLOCK_D=block_d,
                 TILE=tile,
                 num_warps=max(block_d // 128, 1),

@@ -43,7 +43,7 @@ class RoutedTiles:
     hidden: Schedule  # dR W [block_n, block_d], in steps of block_d vocabulary entries
 
 
-STEP = 64
+STEP = 64  # pairs that weight_kernel multiplies at a time, at most
 _MANY = RoutedTiles(128, Schedule(64, 8, 3), Schedule(128, 8, 3), Schedule(128, 8, 1))
 _ALIGNED = RoutedTiles(64, Schedule(64, 4, 3), Schedule(128, 8, 3), Schedule(128, 4, 1))
 _UNALIGNED = RoutedTiles(64, Schedule(32, 8, 2), Schedule(64, 8, 2), Schedule(64, 8, 2))

@@ -259,8 +259,10 @@ def all_metrics(result: StepResult, flops: int) -> dict[str, Tensor]:
     """Those of the loss and of the head; `flops` were launched so far."""
     plan, metrics, loss = result.plan, dict(result.terms.metrics), result.terms.loss
     if plan is not None:
-        new = result.logprobs.new_full
-        metrics |= {name: x if isinstance(x, Tensor) else new((), x) for name, x in plan.metrics.items()}
+        for name, x in plan.metrics.items():
+            if isinstance(x, float):
+                x = torch.full((), x, dtype=result.logprobs.dtype, device=loss.device)  # []
+            metrics[name] = x
     count = flops + (0 if plan is None else plan.flops)
     metrics["head_flops"] = torch.full((), count, dtype=widest(loss.device), device=loss.device)  # []
     return metrics

@@ -59,11 +59,11 @@ def syncs() -> list[tuple[str, str]]:
 # Of PyTorch, most of them one kernel each; metrics of the objective and of the head included.
 OPERATIONS = {
     ("one_pass", False): 53,
-    ("one_pass", True): 63,
-    ("two_pass", False): 38,
-    ("two_pass", True): 47,
+    ("one_pass", True): 65,
+    ("two_pass", False): 41,
+    ("two_pass", True): 51,
     ("routed", False): 68,
-    ("routed", True): 83,
+    ("routed", True): 86,
 }
 MASK, ACTIVE = ("nonzero", "pack"), ("nonzero", "active")
 LATER = ("copy to the host", "__init__")
@@ -86,11 +86,11 @@ LATER = ("copy to the host", "__init__")
     ],
 )
 def test_launches_and_syncs_of_a_step(path, on_policy, launches, waits):
-    """On-policy, tokens with c = 0 get log-probs from a forward of their own; routing sends two lists of work."""
+    """On-policy, tokens with c = 0 get log-probs from a forward of their own; routing sends one list of work."""
     assert step(path, on_policy=on_policy) == launches
     assert sum(LOG.operations.values()) <= OPERATIONS[path, on_policy]
     assert syncs() == waits
-    assert sorted(line.split()[-1] for line in LOG.copies) == (["by_token", "plan"] if path == "routed" else [])
+    assert sorted(line.split()[-1] for line in LOG.copies) == (["plan"] if path == "routed" else [])
 
 
 def test_block_masses_are_gone_when_gradients_are_made(monkeypatch):

@@ -250,10 +250,9 @@ def one_pass(
         given = gradient(rows, outputs)  # [C]
         # F_ny cannot hold a / b for b = 0; b = 2^-24 a is below its rounding.
         prob = torch.where(given.prob == 0, given.onehot * 2.0**-24, given.prob)  # [C]
-        r = prob / row_sums[rows]  # [C]
-        if transform.softcap is None:
-            r, slope = r * slope, torch.ones_like(slope)  # [C], [C]
-        _fill_targets(f, part.targets, slope, given.onehot, prob, row_sums[rows], outputs.logprobs[rows])
+        sums, capped = row_sums[rows], transform.softcap is not None  # [C]
+        r = prob / sums if capped else prob / sums * slope  # [C]
+        _fill_targets(f, part.targets, given.onehot, prob, sums * slope if capped else sums, outputs.logprobs[rows])
         if needs.hidden:
             dh_chunk = torch.empty(len(f), D, **new)  # [C, D]
             dense.accumulate(dh_chunk, f, weight, first=True)
@@ -332,19 +331,18 @@ def _exponentials(
 def _fill_targets(
     f: Tensor,  # [C, V]
     targets: Tensor,  # [C]
-    slope: Tensor,  # [C] dz / draw of the targets
     onehot: Tensor,  # [C] a
     prob: Tensor,  # [C] b
-    row_sums: Tensor,  # [C]
+    sums: Tensor,  # [C] S, times z'_y if r is without it
     logprobs: Tensor,  # [C]
 ) -> None:
     """S (p_y + a / b) z'_y: where F is float32, from the tile's own E_y, whose error S shares; else from logp."""
     column = targets.clamp(0, f.shape[1] - 1)[:, None]  # [C, 1]
     ratio = torch.where(prob == 0, -1.0, onehot / prob)  # [C]; b = 0 here where a = 0
     if f.dtype == torch.float32:
-        at_target = f.gather(1, column)[:, 0] + ratio * (row_sums * slope)  # [C]
+        at_target = f.gather(1, column)[:, 0] + ratio * sums  # [C]
     else:
-        at_target = row_sums * (torch.expm1(logprobs) + (1 + ratio)) * slope  # [C]
+        at_target = sums * (torch.expm1(logprobs) + (1 + ratio))  # [C]
     f.scatter_(1, column, at_target.to(f.dtype)[:, None])
 
 

@@ -20,7 +20,7 @@ class Log:
         self.syncs: Counter[tuple[str, str]] = Counter()  # (operation, line)
         self.copies: Counter[str] = Counter()  # host to device, by line
         self.launches: Counter[str] = Counter()  # by kernel of Triton's
-        self.operations: Counter[str] = Counter()  # of PyTorch that compute something: one kernel each, or a few
+        self.operations: Counter[str] = Counter()  # of PyTorch that compute, fill or cast: one kernel each, or a few
         self.allocated = self.peak = 0
         self._tensors: Counter[int] = Counter()  # that show a storage, by its address
 

@@ -174,18 +174,18 @@ def _run(func, args: tuple, kwargs: dict) -> Any:
         _check_devices(name, tensors, args)
     if name == "_local_scalar_dense" and there:
         return there[0].inner.item()
+    device = kwargs.get("device")
+    on_device = bool(there) if device is None else torch.device(device).type == "cuda"
+    if on_device and not _only_names(func):
+        LOG.operations[name] += 1
     if name == "copy_":
         return _copy(args[0], args[1])
     if name == "_to_copy":
         return _to_copy(args[0], kwargs)
     plain_args, plain_kwargs = tree_map(unwrap, (args, kwargs))
-    if there and not _only_names(func):
-        LOG.operations[name] += 1
     if func in PRODUCTS:
         out = PRODUCTS[func](*plain_args, **plain_kwargs)
         return kwargs["out"] if "out" in kwargs else CudaTensor(out)
-    device = plain_kwargs.get("device")
-    on_device = bool(there) if device is None else torch.device(device).type == "cuda"
     if device is not None:
         plain_kwargs["device"] = torch.device("cpu")
     if "pin_memory" in plain_kwargs:

@@ -126,9 +126,13 @@ class ByToken(NamedTuple):
 def by_token(tokens: Tensor, N: int, runs: list[Run]) -> ByToken:
     """One sort of all pairs `tokens` [P] by their token, in about 40 bytes a pair, and one search for all runs."""
     pairs, device = len(tokens), tokens.device
+    keys, order = torch.sort(tokens.to(torch.int32), stable=True)  # [P], [P]
+    if len(runs) == 1:
+        every = torch.arange(N + 1, dtype=torch.int32, device=device)  # [N + 1]
+        bounds = torch.searchsorted(keys, every, out_int32=True).unfold(0, 2, 1)  # [N, 2]
+        return ByToken(order.to(torch.int32), bounds)
     begins = torch.tensor([run.pairs.start for run in runs] + [pairs]).to(device, non_blocking=True)  # [runs + 1]
-    tokens, order = torch.sort(tokens.to(torch.int32), stable=True)  # [P], [P]
-    keys = tokens.long().mul_(pairs).add_(order)  # [P] ascending
+    keys = keys.long().mul_(pairs).add_(order)  # [P] ascending
     order = order.to(torch.int32)
     at = torch.arange(N, device=device).mul_(pairs)[:, None] + begins  # [N, runs + 1]
     return ByToken(order, torch.searchsorted(keys, at, out_int32=True))

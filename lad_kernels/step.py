@@ -273,8 +273,9 @@ class _LinearLoss(torch.autograd.Function):
 
     The loss keeps whatever graph it has of its own: parameters of an objective get their gradients through it. All
     tensors are saved by autograd, so that hooks on saved tensors see them. Routed gradients of an accelerator are made
-    in the forward: its kernels wait for the host, which would go through autograd first. Gradients that are ready are
-    given away; a second backward computes them again.
+    in the forward: its kernels wait for the host, which would go through autograd first. Not in float16, where they
+    would underflow before a loss scaler's factor. Gradients that are ready are given away; a second backward computes
+    them again.
     """
 
     @staticmethod
@@ -288,7 +289,8 @@ class _LinearLoss(torch.autograd.Function):
         layout: Layout,
         plan: BackwardPlan,
     ) -> Tensor:
-        if layout.triton and plan.routing is not None:
+        scaled_later = torch.float16 in [x.dtype for x in (hidden, weight, bias) if x is not None]
+        if layout.triton and plan.routing is not None and not scaled_later:
             plan = plan.made(layout.head(hidden, weight, bias, targets))
         tensors = plan.tensors()
         ctx.save_for_backward(hidden, weight, bias, targets, *layout.tensors(), *tensors)

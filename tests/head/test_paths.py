@@ -220,6 +220,22 @@ def test_a_policy_is_routed_within_its_bound(dtype, device, monkeypatch):
         assert error <= metrics[bound].cpu() + 2 * rounding
 
 
+@pytest.mark.parametrize("path", ["two_pass", "routed"])
+def test_a_loss_scaler_comes_before_float16(path, device):
+    """Gradients of about 1e-8: rounded before the factor of a loss scaler they would be gone."""
+    inputs = batch(0.4) | {"bias": None}
+    _, truth = run(reference.linear_lad_loss, inputs, normalizer=1e8)
+    cast = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    leaves = {k: cast[k].half().requires_grad_() for k in ("hidden_states", "lm_head_weight")}
+    with dispatch.force(path):
+        config = LADConfig(tail_mass=1e-4, backward="routed" if path == "routed" else "auto")
+        out = linear_lad_loss(**cast | leaves, impl="triton", config=config, normalizer=1e8)
+    (out.loss * 2.0**24).backward()
+    assert out.metrics["routed_share"] == (path == "routed")
+    for name, leaf in leaves.items():
+        assert relative_error(leaf.grad.double().cpu() / 2**24, truth[name]) < 2e-2
+
+
 def test_no_tail_mass_is_dense_bit_for_bit():
     inputs = batch()
     results = [

@@ -72,6 +72,7 @@ test-launch: $(VENV)/.test
 	RECORD=build/records PYTHONPATH=tests/support:tests/launch OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 \
 	    -p cuda_device.plugin -p record tests/device/test_counts.py -k step
 	TRITON_CACHE_DIR=build/compiled $(ON_STUB) $(BIN)/python tests/launch/ahead.py build/records
+	$(ON_STUB) $(BIN)/python tests/launch/host.py
 
 # Random legal calls against the specification: `make fuzz CASES=20000 SEED=1`. Both have defaults.
 fuzz: $(VENV)/.test

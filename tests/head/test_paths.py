@@ -222,7 +222,7 @@ def test_a_policy_is_routed_within_its_bound(dtype, device, monkeypatch):
 
 @pytest.mark.parametrize("path", ["two_pass", "routed"])
 def test_a_loss_scaler_comes_before_float16(path, device):
-    """Gradients of about 1e-8: rounded before the factor of a loss scaler they would be gone."""
+    """Gradients of about 1e-8: rounded before the factor of a loss scaler they would be gone. Measured: 5.5e-3."""
     inputs = batch(0.4) | {"bias": None}
     _, truth = run(reference.linear_lad_loss, inputs, normalizer=1e8)
     cast = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
@@ -233,7 +233,7 @@ def test_a_loss_scaler_comes_before_float16(path, device):
     (out.loss * 2.0**24).backward()
     assert out.metrics["routed_share"] == (path == "routed")
     for name, leaf in leaves.items():
-        assert relative_error(leaf.grad.double().cpu() / 2**24, truth[name]) < 2e-2
+        assert relative_error(leaf.grad.double().cpu() / 2**24, truth[name]) < 1.1e-2
 
 
 def test_no_tail_mass_is_dense_bit_for_bit():

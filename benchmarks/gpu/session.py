@@ -1,16 +1,17 @@
 """Run the GPU experiments, each in a process of its own, within a deadline: `benchmarks/gpu.sh [A] [B] [C]`.
 
-    A   375 s: is every kernel right: tests, errors against float64, the memory and the race checker; then the time and
-               memory of the head's step beside the library's products and peers, and of LAD beside GRPO
-    B   184 s: what routing saves, where the time goes by kernel, peers by shape, a TRL step, hardware counters
-    C   rarely needed: tiles, workspaces, planted routings, providers that compile for long
+    A   372 s: is every kernel right: tests, errors against float64; then the time and memory of LAD beside GRPO, of the
+               head's step beside the library's products and peers, what routing saves, where the time goes by kernel
+    B   185 s: peers by shape, a TRL step, the memory and the race checker, hardware counters
+    C   rarely needed: workspaces, planted routings, providers that compile for long
 
-Without arguments A runs, then B. An experiment (`benchmarks/gpu/experiments.py`) adds rows to a file as it goes: a
-crash, a hang or a cut loses at most the row in progress. Experiments run in the order of `plan.py`, those that
-time nothing run together; each stage has its limit, and a part's limits add up to its deadline. The next stage's
-processes import their libraries while the present one runs, and wait. Each part writes `PART-TIME.json` (all tables)
-and `PART-TIME.log` (the end of every experiment's output), B also `PART-TIME-counters.txt`: a second call never
-overwrites the first. A path that fails the smoke test is named, and later experiments leave it out.
+Without arguments A runs, then B. `--only test_suite --deadline 300` runs one experiment for as long as that allows.
+An experiment (`benchmarks/gpu/experiments.py`) adds rows to a file as it goes: a crash, a hang or a cut loses at most
+the row in progress. Experiments run in the order of `plan.py`, those that time nothing run together; each stage has its
+limit, and a part's limits add up to its deadline. The next stage's processes import their libraries while the present
+one runs, and wait. Each part writes `PART-TIME.json` (all tables) and `PART-TIME.log` (the end of every experiment's
+output), B also `PART-TIME-counters.txt`: a second call never overwrites the first. A path that fails the smoke test is
+named, and later experiments leave it out.
 This process never touches the GPU.
 
 --dry-run runs the same code on CPU tensors, tiny shapes and Triton's interpreter: its numbers mean nothing.
@@ -30,7 +31,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu.plan import CLOSING, DEADLINE, GRACE, PLAN, SLOW, Experiment, stages
+from benchmarks.gpu.plan import CLOSING, DEADLINE, GRACE, PLAN, SLOW, Experiment, filled, stages
 
 ROOT = Path(__file__).resolve().parents[2]
 DRY_FACTOR = 5  # more time for the interpreter
@@ -219,7 +220,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--only", nargs="*", choices=[e.name for e in PLAN], default=[], help="these, of any part")
     parser.add_argument("--states", metavar="FOLDER", help="packed states of a policy; default .carry/states")
-    parser.add_argument("--deadline", type=int, help="seconds of each part")
+    parser.add_argument("--deadline", type=int, help="seconds of each part; any to spare go to its longest stage")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(DEADLINE):
         parser.error(f"PART: expected {', '.join(DEADLINE)}, got {', '.join(sorted(unknown))}")
@@ -232,6 +233,7 @@ def main() -> int:
     for part in parts:
         plan = [e for e in PLAN if e.part == part and (not options.only or e.name in options.only)]
         if plan:
+            plan = filled(plan, options.deadline) if options.deadline else plan
             good &= run_part(part, plan, options.deadline or DEADLINE[part] * factor, out, options)
     return 0 if good else 1
 

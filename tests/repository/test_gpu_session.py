@@ -15,7 +15,7 @@ from tiny_policy import make_policy
 
 from benchmarks import states
 from benchmarks.gpu import checks, experiments, session
-from benchmarks.gpu.plan import CLOSING, DEADLINE, PLAN, Experiment, longest
+from benchmarks.gpu.plan import CLOSING, DEADLINE, PLAN, Experiment, filled, longest
 from benchmarks.gpu.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +27,14 @@ def test_limits_add_up_to_the_deadline(part):
     assert plan
     assert longest(plan) <= DEADLINE[part]
     assert all(e.lost for e in plan)
+
+
+def test_what_a_deadline_leaves_over_goes_to_the_longest_stage():
+    plan = [e for e in PLAN if e.name in ("smoke", "correctness", "test_suite")]
+    longer = filled(plan, 300)
+    assert longest(longer) == 300
+    assert [e.seconds for e in longer] == [36, 300 - CLOSING - 36 - 6, 300 - CLOSING - 36 - 6]
+    assert filled(plan, 60) == plan  # too short for the limits as they are: the deadline cuts
 
 
 def test_every_experiment_of_the_plan_exists_and_is_explained():

@@ -64,8 +64,7 @@ def launch_all() -> None:
     one_pass.one_pass(
         *given, numbers, lambda rows, _: gradient.select(rows), chunks=[slice(0, N)], want_entropy=False, needs=needs
     )
-    counts = [N] + [0] * ((V - 1) // BLOCK)
-    routing = Routing(torch.arange(N), numbers, counts, torch.arange(0))
+    routing = Routing(torch.arange(N), numbers, [0] + [N] * -(-V // BLOCK), torch.arange(0))
     for pairs in (0, MANY):
         tiles = routed.tiles_for(hidden, weight, pairs, transform)
         routed.backward(*given, numbers, gradient, routing, needs=needs, tiles=tiles)

@@ -145,7 +145,7 @@ def zipf_routing(shape: Shape, share: float, device: str) -> Routing:
     load = (frequency * high).clamp(max=1)[torch.randperm(blocks, generator=gen, device=device)]  # [blocks]
     keep = torch.rand(blocks, shape.tokens, generator=gen, device=device) < load[:, None]  # [blocks, N]
     empty = torch.empty(0, dtype=torch.int64, device=device)  # [0]
-    return Routing(keep.nonzero()[:, 1], None, keep.sum(1).tolist(), empty)
+    return Routing(keep.nonzero()[:, 1], None, [0, *keep.sum(1).cumsum(0).tolist()], empty)
 
 
 class RoutedBench:
@@ -162,7 +162,7 @@ class RoutedBench:
 
     def add(self, table: str, routing: Routing, options: dict, **labels: object) -> None:
         """Time and rate; `of_library_rate` is what `gathered` of cost.SPEEDS stands for."""
-        pairs = sum(routing.counts)
+        pairs = routing.offsets[-1]
         products = 1 + sum(options["needs"])
         try:
             ms = self.run.time(lambda i: self.backward(i, routing, options))
@@ -330,8 +330,8 @@ def step_parts(run: Run) -> None:
 
     gradient = objective(0)
     routing = choose(0)
-    blocks = len(routing.counts)
-    kept = (sum(routing.counts) + len(routing.dense) * blocks) / (shape.tokens * blocks)
+    blocks = routing.blocks
+    kept = (routing.offsets[-1] + len(routing.dense) * blocks) / (shape.tokens * blocks)
     parts: dict[str, Callable[[int], object]] = {
         "whole call": partial(whole, of=batches),
         "forward with block masses": lambda i: forward(batches[i % len(batches)], want_block_lse=True),

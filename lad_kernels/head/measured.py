@@ -30,7 +30,7 @@ def measure(seconds: float = 2.0, clock: Callable[[], float] = time.perf_counter
     def routed(tokens: int, *, weight_gradient: bool) -> Callable[[], object]:
         """The routed backward with so many tokens in each block."""
         rows = torch.cat([torch.randperm(n, generator=generator)[:tokens].sort().values for _ in range(BLOCKS)])
-        routing = Routing(rows, torch.ones(len(rows)), [tokens] * BLOCKS, rows.new_empty(0))
+        routing = Routing(rows, torch.ones(len(rows)), list(range(0, len(rows) + 1, tokens)), rows.new_empty(0))
         part = gradient.select(slice(0, n))
         arguments = (hidden, weight, targets[:n], None, LogitTransform(), lse[:n], part, routing)
         return lambda: pytorch.backward(*arguments, needs=Needs(True, weight_gradient, False))

@@ -47,7 +47,7 @@ class BackwardPlan:
     def holding(self, tensors: Sequence[Tensor | None]) -> BackwardPlan:
         """The same with these tensors; autograd does not notice changes to gradients that are ready."""
         active, lse, onehot, prob, entropy, mean_logit, rows, scale, dense, *gradients = tensors
-        routing = None if self.routing is None else Routing(rows, scale, self.routing.counts, dense)
+        routing = None if self.routing is None else self.routing._replace(rows=rows, scale=scale, dense=dense)
         ready = None if self.ready is None else HeadGradients(*(None if x is None else x.data for x in gradients))
         gradient = LogitGradient(onehot, prob, entropy)
         return replace(
@@ -212,6 +212,6 @@ def _flops(head: Head, tokens: int, routing: Routing | None, needs: Needs) -> in
     vocab, hidden_size = head.weight.shape
     logits = tokens * vocab
     if routing is not None:
-        last, columns = routing.counts[-1], vocab - (len(routing.counts) - 1) * BLOCK  # of a block that may be narrower
+        last, columns = len(routing.rows) - routing.offsets[-2], (vocab - 1) % BLOCK + 1  # of the last block
         logits = (len(routing.rows) - last) * BLOCK + last * columns + len(routing.dense) * vocab
     return 2 * hidden_size * logits * (1 + needs.hidden + needs.weight)

@@ -7,7 +7,7 @@ gathered once a run, and only the products are made block by block.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -39,15 +39,14 @@ class Runs:
         most_bytes: int,  # of the hidden states that a run of pairs gathers
         few_dense: int,  # dense tokens that do not pay for products of their own
     ):
-        if routing is not None and 0 < len(routing.dense) <= few_dense and len(routing.rows) >= len(routing.counts):
+        if routing is not None and 0 < len(routing.dense) <= few_dense and len(routing.rows) >= routing.blocks:
             routing = _all_as_pairs(routing)
         self.hidden, self.routing = hidden, routing
         self.dense: list[tuple[slice | Tensor, int]] = [(c, c.stop - c.start) for c in chunks]  # tokens [c], c
         if routing is not None:
             self.dense = [(rows, len(rows)) for rows in routing.dense.split(most) if len(rows)]
-            self.starts = [0, *accumulate(routing.counts)]  # [blocks + 1]
-            first = torch.arange(len(routing.counts)) * BLOCK  # [blocks]
-            self.first = first.repeat_interleave(torch.tensor(routing.counts)).to(hidden.device)  # [P]
+            blocks = torch.repeat_interleave(torch.tensor(routing.offsets).diff())  # [P]
+            self.first = (blocks * BLOCK).to(hidden.device)  # [P]
             self.most = max(1, min(most, most_bytes // hidden[0].nbytes, len(routing.rows)))  # pairs of a run
             longest = max([self.most, *(size for _, size in self.dense)])
             self._gathered, self._products = hidden.new_empty(2, longest, hidden.shape[1])  # [R, D] each
@@ -58,10 +57,11 @@ class Runs:
             yield Run(rows, slab.start, None, [size], [slab], [i > 0])
         if self.routing is None:
             return
-        begin = end = self.starts[slab.start // BLOCK]
+        starts = self.routing.offsets  # [blocks + 1]
+        begin = end = starts[slab.start // BLOCK]
         parts: list[tuple[int, slice, bool]] = []  # size, columns, written
         for first in range(slab.start, slab.stop, BLOCK):
-            columns, stop = slice(first, min(first + BLOCK, slab.stop)), self.starts[first // BLOCK + 1]
+            columns, stop = slice(first, min(first + BLOCK, slab.stop)), starts[first // BLOCK + 1]
             for i, start in enumerate(range(end, stop, self.most)):
                 end = min(start + self.most, stop)
                 if parts and (end - begin > self.most or columns.stop - first < BLOCK):
@@ -79,8 +79,8 @@ class Runs:
         """Columns in no run, counted from the slab's first."""
         if self.dense:
             return []
-        blocks = self.routing.counts[slab.start // BLOCK : -(-slab.stop // BLOCK)]
-        return [slice(i * BLOCK, (i + 1) * BLOCK) for i, count in enumerate(blocks) if count == 0]
+        starts = self.routing.offsets[slab.start // BLOCK : -(-slab.stop // BLOCK) + 1]
+        return [slice(i * BLOCK, (i + 1) * BLOCK) for i, (a, b) in enumerate(pairwise(starts)) if a == b]
 
     def hidden_states(self, rows: slice | Tensor) -> Tensor:
         """Of a run [R, D], valid until the next."""
@@ -102,15 +102,15 @@ class Runs:
 
 def _all_as_pairs(routing: Routing) -> Routing:
     """The same with each dense token [Nd] in the pairs of every block, before the others."""
-    rows, scale, counts, dense = routing
-    of_blocks = torch.tensor(counts, device=rows.device)  # [blocks]
-    index = torch.arange(len(counts), device=rows.device)  # [blocks]
+    rows, scale, offsets, dense, _ = routing
+    of_blocks = torch.tensor(offsets, device=rows.device).diff()  # [blocks]
+    index = torch.arange(len(of_blocks), device=rows.device)  # [blocks]
     pairs = torch.arange(len(rows), device=rows.device)  # [P]
     pairs += len(dense) * (1 + index.repeat_interleave(of_blocks, output_size=len(rows)))  # where they are in the new
-    every = rows.new_empty(len(rows) + len(counts) * len(dense))  # [P + blocks Nd]
+    every = rows.new_empty(len(rows) + len(index) * len(dense))  # [P + blocks Nd]
     starts = of_blocks.cumsum(0) - of_blocks + len(dense) * index  # [blocks]
     every[starts[:, None] + torch.arange(len(dense), device=rows.device)] = dense
     every[pairs] = rows
     if scale is not None:
         scale = scale.new_ones(len(every)).index_copy_(0, pairs, scale)
-    return Routing(every, scale, [count + len(dense) for count in counts], dense[:0])
+    return Routing(every, scale, [offset + b * len(dense) for b, offset in enumerate(offsets)], dense[:0])

@@ -162,19 +162,23 @@ class Routing(NamedTuple):
 
     rows: Tensor  # [P] int64: the token of each kept pair, by block, then ascending
     scale: Tensor | None  # [P] float32: factor on the pair's block of dZ; None stands for ones
-    counts: list[int]  # [blocks] pairs of each block; block b holds rows[sum(counts[:b]) :][: counts[b]]
+    offsets: list[int]  # [blocks + 1] first pair of each block, and P: block b has rows[offsets[b] : offsets[b + 1]]
     dense: Tensor  # [Nd] int64, ascending
+    table: Tensor | None = None  # [blocks + 1] int64: offsets on the device, if they are there
+
+    @property
+    def blocks(self) -> int:
+        return len(self.offsets) - 1
 
     def part(self, tokens: slice) -> Routing:
         """The routing of some consecutive tokens, numbered from the first of them; four host syncs on a GPU."""
         inside = ((self.rows >= tokens.start) & (self.rows < tokens.stop)).nonzero()[:, 0]  # [p] indices into rows
-        ends = torch.tensor(self.counts, device=inside.device).cumsum(0)  # [blocks]
-        block = torch.bucketize(inside, ends, right=True)  # [p]
+        offsets = torch.tensor(self.offsets, device=inside.device)  # [blocks + 1]
         dense = self.dense[(self.dense >= tokens.start) & (self.dense < tokens.stop)]
         return Routing(
             self.rows[inside] - tokens.start,
             None if self.scale is None else self.scale[inside],
-            torch.bincount(block, minlength=len(ends)).tolist(),
+            torch.searchsorted(inside, offsets).tolist(),
             dense - tokens.start,
         )
 

@@ -224,9 +224,9 @@ def choose(
     dense = many.nonzero()[:, 0]  # [Nd]
     aside = many | ~active  # [A] tokens without pairs
     keep &= ~aside
-    counts = keep.sum(1).tolist()  # [blocks]
-    if most_pairs is not None and sum(counts) > most_pairs:
-        dense, aside, counts = torch.arange(len(lse), device=lse.device), torch.ones_like(many), [0] * len(counts)
+    offsets = [0, *keep.sum(1).cumsum(0).tolist()]  # [blocks + 1]
+    if most_pairs is not None and offsets[-1] > most_pairs:
+        dense, aside, offsets = torch.arange(len(lse), device=lse.device), torch.ones_like(many), [0] * len(offsets)
         keep.zero_()
 
     lost, error, by_block = torch.zeros_like(lse), torch.zeros_like(lse), lse.new_empty(len(keep))  # [A] x 2, [blocks]
@@ -244,4 +244,4 @@ def choose(
     blocks, rows = (x.contiguous() for x in keep.nonzero().unbind(1))  # [P], [P]
     scale = (threshold / pieces.at(blocks, rows)).clamp_(min=1.0) if unbiased else None  # [P]
     mass = torch.where(active, lost / pieces.size, 0.0)  # [A]
-    return Routing(rows, scale, counts, dense), int(active.sum()), bound(Dropped(some, mass, error, by_block))
+    return Routing(rows, scale, offsets, dense), int(active.sum()), bound(Dropped(some, mass, error, by_block))

@@ -68,9 +68,9 @@ def compile_all(arch: str, cases: list[tuple[str, str, str]]) -> None:
             dense.backward(*arguments, needs=needs)
             needs = needs._replace(weight=True)
             for whole, joint in ((0, 0), (64, 64), (64, 0)):  # dense tokens: none, with the pairs, by the library
-                routed.JOINT, counts = joint, [n - whole] + [0] * ((v - 1) // BLOCK)
+                routed.JOINT, offsets = joint, [0] + [n - whole] * -(-v // BLOCK)
                 scale = numbers[whole:] if entropy else None  # [P]
-                routing = Routing(torch.arange(whole, n), scale, counts, torch.arange(whole))
+                routing = Routing(torch.arange(whole, n), scale, offsets, torch.arange(whole))
                 for tiles in {routed.tiles_for(hidden, weight, pairs, transform) for pairs in (0, MANY)}:
                     routed.backward(*arguments, routing, needs=needs, tiles=tiles)
                 routed.backward(*arguments, routing, needs=needs, atomics=True, workspace_bytes=1)  # a block in pieces

@@ -67,8 +67,8 @@ def coefficients(inputs: Inputs) -> tuple[Tensor, LogitGradient]:
 
 def factors(routing: Routing, n: int, v: int) -> Tensor:
     """What each element of dZ is multiplied by, [N, V] float64: a pair's scale, 1 for dense tokens, else 0."""
-    blocks = torch.arange(len(routing.counts)).repeat_interleave(torch.tensor(routing.counts)).to(routing.rows.device)
-    out = torch.zeros(n, len(routing.counts), dtype=torch.float64, device=routing.rows.device)  # [N, blocks]
+    blocks = torch.repeat_interleave(torch.tensor(routing.offsets).diff()).to(routing.rows.device)  # [P]
+    out = torch.zeros(n, routing.blocks, dtype=torch.float64, device=routing.rows.device)  # [N, blocks]
     out[routing.rows, blocks] = 1.0 if routing.scale is None else routing.scale.double()
     out[routing.dense] = 1.0
     return out.repeat_interleave(BLOCK, 1)[:, :v]
@@ -98,7 +98,7 @@ def route(inputs: Inputs, keep=1.0, dense=0.0, scaled=False, seed=1) -> Routing:
     rows = kept.T.nonzero()[:, 1]  # [P]
     scale = (torch.rand(len(rows), generator=generator) + 0.5).to(inputs.hidden.device) if scaled else None
     device = inputs.hidden.device
-    return Routing(rows.to(device), scale, kept.sum(0).tolist(), whole.nonzero()[:, 0].to(device))
+    return Routing(rows.to(device), scale, [0, *kept.sum(0).cumsum(0).tolist()], whole.nonzero()[:, 0].to(device))
 
 
 def run(inputs: Inputs, routing: Routing, needs=(True, True, True), gradient=None, **options) -> HeadGradients:
@@ -235,7 +235,7 @@ def test_many_pairs_a_block(device, dtype):
     """Items of 128 pairs, full ones and rests of blocks, in one run and in several; dH has the bits of items of 64."""
     inputs = inputs_of(device, dtype, ("bias", "scale", "temperature"), n=150, d=64, v=300)
     routing = route(inputs, 0.95, scaled=True)
-    assert len(routing.rows) >= MANY * len(routing.counts)
+    assert len(routing.rows) >= MANY * routing.blocks
     dh = run(inputs, routing, tiles=tiles_for(inputs.hidden, inputs.weight, 0, inputs.transform)).hidden
     for workspace in (512 << 20, 1 + 256 * BLOCK * 8, 1):
         assert torch.equal(check(inputs, routing, workspace_bytes=workspace).hidden, dh)
@@ -243,26 +243,26 @@ def test_many_pairs_a_block(device, dtype):
 
 def test_more_pairs_than_tables_count(device):
     with pytest.raises(ValueError, match=r"fewer than 2\^31 pairs, got 2147483648; pass fewer tokens"):
-        Work.plan([2**31 - 1, 1], 64, torch.device(device))
+        Work.plan(Routing(torch.empty(0, device=device), None, [0, 2**31 - 1, 2**31], torch.empty(0)), 64)
 
 
-@pytest.mark.parametrize("counts", [[0, 0, 0], [5], [0, 40, 0, 3, 100, 16, 0], [32, 32, 1]])
-def test_runs_cover_every_pair_once(counts, device):
-    work = Work.plan(counts, 16, torch.device(device))
-    assert work.items[:, 2].sum() == sum(counts)
-    for capacity, start in itertools.product((16, 32, 48, 160), range(len(counts))):
-        runs = list(work.runs(slice(start, len(counts)), capacity))
+@pytest.mark.parametrize("offsets", [[0, 0, 0, 0], [0, 5], [0, 0, 40, 40, 43, 143, 159, 159], [0, 32, 64, 65]])
+def test_runs_cover_every_pair_once(offsets, device):
+    (*_, pairs), blocks = offsets, len(offsets) - 1
+    work = Work.plan(Routing(torch.empty(pairs, device=device), None, offsets, torch.empty(0)), 16)
+    assert work.items[:, 2].sum() == pairs
+    for capacity, start in itertools.product((16, 32, 48, 160), range(blocks)):
+        runs = list(work.runs(slice(start, blocks), capacity))
         bounds = [(r.blocks.start, r.blocks.stop) for r in runs if r.first]
-        assert [a for a, _ in bounds] == [start, *(b for _, b in bounds)][:-1]
-        assert bounds[-1][1] == len(counts)
+        assert [*(a for a, _ in bounds), blocks] == [start, *(b for _, b in bounds)]
         for r, following in itertools.zip_longest(runs, runs[1:]):
             items = work.items[r.items].tolist()
             assert sum(item[2] for item in items) == r.pairs.stop - r.pairs.start <= capacity
             assert [item[1] for item in items[:1]] in ([], [r.pairs.start])
-            assert all(r.blocks.start <= item[0] < r.blocks.stop and 1 <= item[2] <= 16 for item in items)
+            assert all(r.blocks.start <= item[0] < r.blocks.stop and 0 <= item[2] <= 16 for item in items)
             assert following is None or (following.first == r.last and following.pairs.start == r.pairs.stop)
         assert runs[-1].last
-        assert runs[-1].pairs.stop == sum(counts)
+        assert runs[-1].pairs.stop == pairs
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

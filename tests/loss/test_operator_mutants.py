@@ -112,8 +112,8 @@ BUGS = {
     "head/plan.py": {
         "scales of pairs": (
             "routed",
-            "Routing(rows, scale, self.routing.counts, dense)",
-            "Routing(rows, None, self.routing.counts, dense)",
+            "_replace(rows=rows, scale=scale, dense=dense)",
+            "_replace(rows=rows, scale=None, dense=dense)",
         ),
         "gradients that autograd watches": (
             "twice",

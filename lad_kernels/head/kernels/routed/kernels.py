@@ -1,7 +1,8 @@
 """Kernels of the routed backward; launch.py says how they fit together.
 
 A pair is a token and a vocabulary block of 128 columns; pairs are numbered by block, then token. `items` cuts the pairs
-of each block into tiles of up to BLOCK_N. dR of the pairs that pass together starts at `pair0`.
+of each block into tiles of up to BLOCK_N; a block's last item may have none. dR of the pairs that pass together starts
+at `pair0`.
 Nothing out of bounds is read: places beyond an item repeat its last pair and are not stored; columns beyond V repeat
 the last word, meet zeros in the place of W's rows in dH, and belong to rows of dW and db that are not stored.
 """
@@ -20,18 +21,17 @@ _READ = tl.constexpr(4)  # pairs of a token whose rows token_kernel waits for to
 
 @triton.jit
 def items_kernel(
-    pair_offsets,  # [blocks + 1] first pair of each block
-    item_offsets,  # [blocks + 1] first item of each block
+    offsets,  # [blocks + 1] first pair of each block
     items,  # [items, 3] out: block, first pair, pairs
     BLOCK_N: tl.constexpr,
 ):
     block = tl.program_id(0)
-    stop, item = tl.load(pair_offsets + block + 1), tl.load(item_offsets + block)
-    for pair in range(tl.load(pair_offsets + block), stop, BLOCK_N):
+    pair, stop = tl.load(offsets + block).to(tl.int32), tl.load(offsets + block + 1).to(tl.int32)
+    for item in range(block + pair // BLOCK_N, block + 1 + stop // BLOCK_N):
         tl.store(items + 3 * item, block)
         tl.store(items + 3 * item + 1, pair)
-        tl.store(items + 3 * item + 2, tl.minimum(stop - pair, BLOCK_N))
-        item += 1
+        tl.store(items + 3 * item + 2, tl.maximum(tl.minimum(stop - pair, BLOCK_N), 0))
+        pair += BLOCK_N
 
 
 @triton.jit(do_not_specialize=["N", "pair0"], do_not_specialize_on_alignment=["items"])
@@ -47,7 +47,7 @@ def pairs_kernel(
     entropy,  # [N] or None
     tokens,  # [P] of each pair
     pair_scale,  # [P] or None
-    items,  # [items, 3] block, first pair, pairs (at least 1)
+    items,  # [items, 3] block, first pair, pairs
     dr,  # [pairs of the run, BLOCK] out, or None
     column_sums,  # [items, BLOCK] out, or None
     N,
@@ -66,6 +66,8 @@ def pairs_kernel(
 ):
     item = tl.program_id(0)
     block, first, count = tl.load(items + 3 * item), tl.load(items + 3 * item + 1), tl.load(items + 3 * item + 2)
+    if count == 0:
+        return
     column = block * _BLOCK
     places = tl.arange(0, BLOCK_N)  # [BLOCK_N] in the item
     columns = tl.arange(0, _BLOCK)  # [BLOCK] in the block
@@ -141,8 +143,8 @@ def weight_kernel(
 ):
     tiles_d = tl.cdiv(D, BLOCK_D)
     block, tile_d = tl.program_id(0) // tiles_d, tl.program_id(0) % tiles_d
-    start = tl.maximum(tl.load(offsets + block), pair0)
-    stop = tl.minimum(tl.load(offsets + block + 1), pair1)
+    start = tl.maximum(tl.load(offsets + block).to(tl.int32), pair0)
+    stop = tl.minimum(tl.load(offsets + block + 1).to(tl.int32), pair1)
     words = tl.arange(0, _BLOCK)  # [BLOCK] in the block
     columns = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     acc = tl.zeros((_BLOCK, BLOCK_D), tl.float32)  # [BLOCK, BLOCK_D]
@@ -176,19 +178,23 @@ def weight_kernel(
     tl.store(dw + at, acc.to(dw.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["V", "item0", "item1"], do_not_specialize_on_alignment=["offsets"])
+@triton.jit(do_not_specialize=["V", "block0", "item0", "item1"])
 def bias_kernel(
     column_sums,  # [items of the run, BLOCK]
-    offsets,  # [blocks + 1] first item of each block
+    offsets,  # [all blocks + 1] first pair of each block
     down,  # [] factor, or None
     db,  # [V] of the run's blocks, added to
     V,
+    block0,  # the run's first
     item0,
     item1,
+    BLOCK_N: tl.constexpr,
 ):
     block = tl.program_id(0)
-    start = tl.maximum(tl.load(offsets + block), item0)
-    stop = tl.minimum(tl.load(offsets + block + 1), item1)
+    offsets += block0 + block
+    pair, pairs = tl.load(offsets).to(tl.int32), (tl.load(offsets + 1) - tl.load(offsets)).to(tl.int32)
+    first = block0 + block + pair // BLOCK_N
+    start, stop = tl.maximum(first, item0), tl.minimum(first + tl.cdiv(pairs, BLOCK_N), item1)
     columns = tl.arange(0, _BLOCK)  # [BLOCK]
     acc = tl.zeros((_BLOCK,), tl.float32)  # [BLOCK]
     for item in range(start, stop):
@@ -219,6 +225,8 @@ def hidden_kernel(
     tiles_d = tl.cdiv(D, BLOCK_D)
     item, tile_d = tl.program_id(0) // tiles_d, tl.program_id(0) % tiles_d
     block, first, count = tl.load(items + 3 * item), tl.load(items + 3 * item + 1), tl.load(items + 3 * item + 2)
+    if count == 0:
+        return
     pairs = first + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     inside = pairs < first + count  # [BLOCK_N]
     columns = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]

@@ -88,10 +88,10 @@ def backward(
     hidden, weight = tile_table.by_rows(hidden), tile_table.by_rows(weight)
     targets, lse, bias = (None if x is None else x.contiguous() for x in (targets, lse, bias))
     scaled, down = dense.scaled(gradient, transform, hidden.dtype)
-    tiles = tiles or tiles_for(hidden, weight, len(routing.rows) / len(routing.counts), transform)
+    tiles = tiles or tiles_for(hidden, weight, len(routing.rows) / routing.blocks, transform)
     call = Call(
         hidden, weight, targets, bias, transform, lse, scaled, down, routing.rows, routing.scale,
-        Work.plan(routing.counts, tiles.block_n, device), tiles, needs.hidden, needs.weight, atomics, workspace_bytes,
+        Work.plan(routing, tiles.block_n), tiles, needs.hidden, needs.weight, atomics, workspace_bytes,
     )  # fmt: skip
     runs, room, dense_room = call.plan(len(routing.dense) > 0)
     if len(routing.dense):

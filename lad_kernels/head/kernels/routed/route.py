@@ -11,17 +11,15 @@ A token whose coefficients are all 0 has no pairs and no part in any sum, whatev
 2. `_mark_kernel`, a program for (TOKENS tokens, BLOCKS blocks): a bit for each kept pair; how many pairs of each token
    are expected, in these blocks.
 3. `_count_kernel`: tokens with too many expected pairs are dense; how many tokens each row of the lists takes from each
-   group of tokens. Row b < blocks of the lists holds the pairs of block b, and one more row the dense tokens.
-   The rows' lengths are read on the host, once: the only sync.
+   group of tokens. Row b < blocks holds the pairs of block b, the last one the dense tokens. Where rows begin, by a
+   prefix sum, is read on the host, once: the only sync.
 4. `_drop_kernel` sums up the norms e of what is left out,
 
        of a token   sum_b E of what is dropped,   sum_b e w_b         (w_b: the longest row of W in the block)
        of a block   sum_n e r_n                                       (r_n: |dz/draw| times the length of h_n)
 
-   e = E of a dropped pair, threshold - E of one that is kept by its draw, 0 in dense tokens. The device does that, and
-   reads W for w_b, while the host has the lists' lengths and makes room for them.
-5. `_list_kernel`: writes tokens, and scales threshold / E, at their places: the groups' ends, a prefix sum of the
-   lengths, less those that follow within the group.
+   e = E of a dropped pair, threshold - E of one that its draw keeps, 0 in dense tokens. The host makes room meanwhile.
+5. `_list_kernel`: writes tokens, and scales threshold / E, at their places.
 
 Memory layout: bits are int32 [blocks, words] with TOKENS / 32 words for each group of tokens; sums are kept for each
 token by groups of blocks, for each block by groups of tokens. 0.56 bytes a pair with the lists' ends, 12 a kept pair.
@@ -373,7 +371,9 @@ def choose(
         _mark_kernel[(groups, block_groups)](*given, expected, *sizes, UNBIASED=unbiased, **tile)
         most = block_groups, dense_share * float(blocks)
         _count_kernel[list_grid](bits, expected, dense, counts, A, blocks, words, *most, SUMS=_SUMS, **tile)
-        asked = Later(torch.cat([counts.sum(1), count[None]]))
+        ends = counts.flatten().cumsum(0)  # [(blocks + 1) * token groups]
+        table = torch.cat([ends.new_zeros(1), ends[groups - 1 :: groups], count[None]])  # [blocks + 3] starts of rows
+        asked = Later(table)
         del expected
 
         def left_out() -> Bound:
@@ -385,16 +385,16 @@ def choose(
             lost, error = by_token.sum(1)  # [A], [A]
             return bound(Dropped(some, torch.where(active, lost / size, 0.0), error, by_block.sum(1)))
 
-        ends = counts.flatten().cumsum(0)  # [(blocks + 1) * token groups]
         longest, reach = (x.contiguous() for x in lengths())  # [blocks], [A]
         found = left_out()
-        *per_block, whole, alive = asked.read().tolist()
-        pairs = sum(per_block)
+        *offsets, listed, alive = asked.read().tolist()
+        pairs = offsets[-1]
         if most_pairs is not None and pairs > most_pairs:
             dense.fill_(1)
             everything = torch.arange(A, device=device)  # [A]
-            return Routing(everything[:0], lse[:0] if unbiased else None, [0] * blocks, everything), alive, left_out()
-        rows = torch.empty(pairs + whole, dtype=torch.int64, device=device)  # [P + Nd]
+            nothing = Routing(everything[:0], lse[:0] if unbiased else None, [0] * len(offsets), everything)
+            return nothing, alive, left_out()
+        rows = torch.empty(listed, dtype=torch.int64, device=device)  # [P + Nd]
         scale = torch.empty(pairs, **new) if unbiased else None  # [P]
         _list_kernel[list_grid](*masses, targets, threshold, bits, dense, ends, rows, scale, *sizes, **tile)
-    return Routing(rows[:pairs], scale, per_block, rows[pairs:]), alive, found
+    return Routing(rows[:pairs], scale, offsets, rows[pairs:], table[: blocks + 1]), alive, found

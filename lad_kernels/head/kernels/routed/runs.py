@@ -74,7 +74,7 @@ class Call:
 
     def plan(self, dense_tokens: bool) -> tuple[list[Run], int, int]:
         """(runs, bytes that pairs may take, bytes that the dense tokens may take meanwhile)."""
-        pairs, all_blocks = len(self.tokens), slice(0, len(self.work.pair_offsets) - 1)
+        pairs, all_blocks = len(self.tokens), slice(0, len(self.work.offsets) - 1)
         slices = self.part_bytes if self.need_hidden and not self.atomics else 0
         room, held = self.workspace_bytes, self.pair_bytes * pairs
         if dense_tokens and (held + slices * pairs > room or held > room // 2):
@@ -85,20 +85,20 @@ class Call:
     def count(self, pairs: slice, blocks: slice, D: int) -> None:
         """A product of each pair of `blocks` with D columns; the vocabulary's last block may be partial."""
         width = min(BLOCK, len(self.weight) - (blocks.stop - 1) * BLOCK)
-        last = pairs.stop - max(pairs.start, self.work.pair_offsets[blocks.stop - 1])
+        last = pairs.stop - max(pairs.start, self.work.offsets[blocks.stop - 1])
         flops.product(pairs.stop - pairs.start - last, D, BLOCK)
         flops.product(last, D, width)
 
 
 def pair_gradients(call: Call, run: Run, need_dr: bool, need_sums: bool) -> tuple[Tensor | None, Tensor | None]:
     """dR [pairs, BLOCK] of the run and, by item, its column sums [items, BLOCK]."""
-    (N, D), (pairs, items), device = call.hidden.shape, (run.pairs, call.work.items[run.items]), call.hidden.device
+    (N, D), pairs, items, device = call.hidden.shape, run.pairs, call.work.items[run.items], call.hidden.device
     dr = sums = None
     if need_dr:
         dr = torch.empty(pairs.stop - pairs.start, BLOCK, dtype=call.hidden.dtype, device=device)
     if need_sums:
         sums = torch.empty(len(items), BLOCK, dtype=torch.float32, device=device)
-    if not len(items):
+    if pairs.start == pairs.stop:
         return dr, sums
     call.count(pairs, run.blocks, D)
     schedule, transform = call.tiles.pairs, call.transform
@@ -140,10 +140,13 @@ def pair_gradients(call: Call, run: Run, need_dr: bool, need_sums: bool) -> tupl
 
 def add_bias(call: Call, run: Run, column_sums: Tensor, db: Tensor) -> None:
     """Add the items' sums [items, BLOCK] to db [V]."""
-    offsets, blocks = call.work.item_table[run.blocks.start :], run.blocks.stop - run.blocks.start
+    blocks = run.blocks.stop - run.blocks.start
     db = db[run.blocks.start * BLOCK : run.blocks.stop * BLOCK]  # [V of the run]
     with tile_table.current(db.device):
-        bias_kernel[(blocks,)](column_sums, offsets, call.down, db, len(db), run.items.start, run.items.stop)
+        bias_kernel[(blocks,)](
+            column_sums, call.work.table, call.down, db, len(db), run.blocks.start, run.items.start, run.items.stop,
+            BLOCK_N=call.tiles.block_n,
+        )  # fmt: skip
 
 
 def weight_gradient(
@@ -156,7 +159,7 @@ def weight_gradient(
     whole: Whole | None,  # in `blocks`
 ) -> None:
     """out = base + products of the dense tokens + products of the run's pairs."""
-    D, schedule, offsets = call.hidden.shape[1], call.tiles.weight, call.work.pair_offsets
+    D, schedule, offsets = call.hidden.shape[1], call.tiles.weight, call.work.offsets
     pairs = slice(max(offsets[blocks.start], run.pairs.start), min(offsets[blocks.stop], run.pairs.stop))
     call.count(pairs, blocks, D)
     hidden, whole_dr, ratio = whole or (None, None, None)  # [Nd, D], [Nd, V of `blocks`], []
@@ -165,7 +168,7 @@ def weight_gradient(
             call.hidden,
             dr,
             call.tokens,
-            call.work.pair_table[blocks.start :],
+            call.work.table[blocks.start :],
             hidden,
             whole_dr,
             ratio,
@@ -234,7 +237,7 @@ def add_hidden(
 def hidden_rows(call: Call, run: Run, dr: Tensor, columns: slice, out: Tensor, scales: Tensor | None = None) -> None:
     """dR W[:, columns]: to out [pairs, >= columns] over scales [pairs, tiles], or with atomics added to out [N, D]."""
     D, schedule, items = columns.stop - columns.start, call.tiles.hidden, call.work.items[run.items]
-    if not len(items):
+    if run.pairs.start == run.pairs.stop:
         return
     call.count(run.pairs, run.blocks, D)
     with tile_table.current(out.device):

@@ -1,7 +1,7 @@
 """How the routed backward is divided: tile shapes, work items of up to block_n pairs, runs that fit the workspace.
 
-A `Work` holds where the pairs and items of every vocabulary block begin, twice: on the host, which sizes launches, and
-on the device, where kernels read it. The counts are on the host already, so nothing waits for the device.
+A `Work` holds where the pairs of every vocabulary block begin, twice: on the host, which sizes launches, and on the
+device, where kernels read it. Items of block b begin at b + offsets[b] // block_n, on either side.
 Tiles have 64 pairs, or 128 where blocks have so many that few places stay empty: a flop then reads two thirds as much.
 They compile without spills and within 64 KiB (AMD) or 96 KiB (NVIDIA) of shared memory, so a row serves every
 architecture. Operands that miss 16-byte alignment are read element by element, hence the smaller tiles of `_UNALIGNED`;
@@ -11,7 +11,6 @@ Left out: an order of blocks that balances their loads.
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from lad_kernels.head.kernels import tile_table
 from lad_kernels.head.kernels.routed.kernels import items_kernel
-from lad_kernels.head.records import MANY, LogitTransform
+from lad_kernels.head.records import MANY, LogitTransform, Routing
 
 
 class Schedule(NamedTuple):
@@ -78,40 +77,38 @@ class Work:
     """Where the pairs and items of each block lie."""
 
     block_n: int  # pairs of an item at most
-    pair_offsets: list[int]  # [blocks + 1] first pair of each block
-    item_offsets: list[int]  # [blocks + 1] first item of each block
-    pair_table: Tensor  # [blocks + 1] int32
-    item_table: Tensor  # [blocks + 1] int32
-    items: Tensor  # [items, 3] int32: block, first pair, pairs (at least 1)
+    offsets: list[int]  # [blocks + 1] first pair of each block
+    table: Tensor  # [blocks + 1] int64, the same on the device
+    items: Tensor  # [items, 3] int32: block, first pair, pairs; none in some blocks' last
 
     @classmethod
-    def plan(cls, counts: list[int], block_n: int, device: torch.device) -> Work:
-        """One small copy to the device, where the items are listed."""
-        pairs = torch.frombuffer(array("q", counts), dtype=torch.int64)  # [blocks]
-        ends = torch.zeros(2, len(counts) + 1, dtype=torch.int64, device="cpu")  # [2, blocks + 1]
-        torch.cumsum(pairs, 0, out=ends[0, 1:])
-        torch.cumsum((pairs + (block_n - 1)) // block_n, 0, out=ends[1, 1:])
-        pair_offsets, item_offsets = ends.tolist()  # [blocks + 1] each
-        if pair_offsets[-1] >= 2**31:
-            raise ValueError(f"routing: expected fewer than 2^31 pairs, got {pair_offsets[-1]}; pass fewer tokens")
-        pair_table, item_table = ends.to(torch.int32).to(device, non_blocking=True)  # [blocks + 1] each
-        items = torch.empty(item_offsets[-1], 3, dtype=torch.int32, device=device)  # [items, 3]
-        if len(items):
-            with tile_table.current(device):
-                items_kernel[(len(counts),)](pair_table, item_table, items, BLOCK_N=block_n)
-        return cls(block_n, pair_offsets, item_offsets, pair_table, item_table, items)
+    def plan(cls, routing: Routing, block_n: int) -> Work:
+        """The items are listed on the device."""
+        offsets, table, device = routing.offsets, routing.table, routing.rows.device
+        if offsets[-1] >= 2**31:
+            raise ValueError(f"routing: expected fewer than 2^31 pairs, got {offsets[-1]}; pass fewer tokens")
+        if table is None:
+            table = torch.tensor(offsets).to(device, non_blocking=True)  # [blocks + 1]
+        items = torch.empty(routing.blocks + offsets[-1] // block_n, 3, dtype=torch.int32, device=device)  # [items, 3]
+        with tile_table.current(device):
+            items_kernel[(routing.blocks,)](table, items, BLOCK_N=block_n)
+        return cls(block_n, offsets, table, items)
+
+    def item(self, block: int) -> int:
+        """The block's first item: known without a sum over blocks, and never too few for its pairs."""
+        return block + self.offsets[block] // self.block_n
 
     def runs(self, blocks: slice, capacity: int) -> Iterator[Run]:
         """Cut `blocks` into runs of at most `capacity` pairs, a multiple of block_n."""
         block = blocks.start
         while block < blocks.stop:
-            start = self.pair_offsets[block]
-            stop = bisect_right(self.pair_offsets, start + capacity, block + 2, blocks.stop + 1) - 1
-            end = self.pair_offsets[stop]
+            start = self.offsets[block]
+            stop = bisect_right(self.offsets, start + capacity, block + 2, blocks.stop + 1) - 1
+            end = self.offsets[stop]
             for pair in range(start, max(end, start + 1), capacity):
                 last = pair + capacity >= end
-                item = self.item_offsets[block] + (pair - start) // self.block_n
-                items = slice(item, self.item_offsets[stop] if last else item + capacity // self.block_n)
+                item = self.item(block) + (pair - start) // self.block_n
+                items = slice(item, self.item(stop) if last else item + capacity // self.block_n)
                 yield Run(slice(block, stop), slice(pair, min(pair + capacity, end)), items, pair == start, last)
             block = stop
 

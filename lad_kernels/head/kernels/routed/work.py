@@ -45,6 +45,7 @@ class RoutedTiles:
 STEP = 64  # pairs that weight_kernel multiplies at a time, at most
 _MANY = RoutedTiles(128, Schedule(64, 8, 3), Schedule(128, 8, 3), Schedule(128, 8, 1))
 _ALIGNED = RoutedTiles(64, Schedule(64, 4, 3), Schedule(128, 8, 3), Schedule(128, 4, 1))
+_SOFTCAP = RoutedTiles(64, Schedule(64, 8, 3), Schedule(128, 8, 3), Schedule(128, 4, 1))
 _UNALIGNED = RoutedTiles(64, Schedule(32, 8, 2), Schedule(64, 8, 2), Schedule(64, 8, 2))
 _FLOAT32 = RoutedTiles(64, Schedule(32, 8, 2), Schedule(32, 8, 1), Schedule(32, 8, 1))
 
@@ -52,14 +53,16 @@ _FLOAT32 = RoutedTiles(64, Schedule(32, 8, 2), Schedule(32, 8, 1), Schedule(32, 
 def tiles_for(hidden: Tensor, weight: Tensor, pairs: float, transform: LogitTransform) -> RoutedTiles:
     """Tiles for hidden [N, D] and weight [V, D], by their alignment in memory and the mean `pairs` of a block.
 
-    With a softcap and an entropy 128 pairs spill on sm_80, and a Hopper's processor has room for one tile, not for two.
+    A softcap's slope takes registers: with 4 warps, or with 128 pairs, its kernels would spill on sm_80.
     """
     if hidden.dtype == torch.float32:
         return _FLOAT32
     pointers = tile_table.select(hidden.device, hidden.dtype, aligned=False)
     if not (tile_table.fits(hidden, pointers) and tile_table.fits(weight, pointers)):
         return _UNALIGNED
-    return _MANY if pairs >= MANY and transform.softcap is None else _ALIGNED
+    if transform.softcap is not None:
+        return _SOFTCAP
+    return _MANY if pairs >= MANY else _ALIGNED
 
 
 class Run(NamedTuple):

@@ -50,11 +50,11 @@ class Speeds:
 # N = 8,192 12.3 to 13.4 ms a kernel where the library's products took 12.4 to 12.9. Routing, for both, on the H200:
 # pairs_kernel 0.33 ms, of which reading W takes 0.29, for 57,000 pairs (twice those counted at N = 4,096) in tiles
 # of 64 by 128; lists 0.24 ms for 9.7 million pairs that were looked at; 7.4 ms of waiting for the host, since shortened
-# by 6.3 (worked out on a CPU).
+# to 0.8 (worked out on a CPU).
 _EPYC = Speeds(8e10, 8e9, 1.2e-9, 0.4, 3.5e-4)
 _XEON = Speeds(1.29e11, 1.35e10, 1.25e-9, 0.8, 1.5e-4)
-_H100 = Speeds(7e14, 3.0e12, 3e-13, 0.37, 1e-7, 2.5e-11, 1.1e-3, item=64)
-_H200 = Speeds(6.8e14, 4.27e12, 2e-13, 0.37, 1e-7, 2.5e-11, 1.1e-3, item=64)
+_H100 = Speeds(7e14, 3.0e12, 3e-13, 0.37, 1e-7, 2.5e-11, 8e-4, item=64)
+_H200 = Speeds(6.8e14, 4.27e12, 2e-13, 0.37, 1e-7, 2.5e-11, 8e-4, item=64)
 
 
 def _scaled(flops: float, bytes: float, exponentials: float) -> Speeds:

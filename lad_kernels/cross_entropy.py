@@ -268,7 +268,7 @@ class _CrossEntropy:
     def gradient(self, rows: slice, out: HeadForward) -> LogitGradient:  # [C]
         return _gradient(self.weights[rows], out.lse[rows], self.smoothing, self.z_loss)
 
-    def gradient_of(self, chosen: Tensor, out: HeadForward) -> LogitGradient:  # [S]
+    def gradient_of(self, chosen: Tensor, out: HeadForward, scored: bool) -> LogitGradient:  # [S]
         return _gradient(self.weights[chosen], out.lse, self.smoothing, self.z_loss)
 
     @without_autocast

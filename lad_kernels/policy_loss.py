@@ -161,7 +161,7 @@ class _OwnLoss:
         if self.spans == "token" and checks.reads_all_values() and self._grad and len(joint):
             for part in (slice(0, None, 2), slice(1, None, 2)):
                 chosen = torch.arange(len(joint), device=joint.device)[part]
-                self._chunks.append((part, self.gradient_of(chosen, _rows(out, part)).onehot))
+                self._chunks.append((part, self.gradient_of(chosen, _rows(out, part), True).onehot))
         for rows, alone in self._chunks:
             refuse_joint(joint, rows, alone, self._tokens.positions)
         self._chunks.clear()
@@ -172,7 +172,9 @@ class _OwnLoss:
         self._chunks.append((rows, gradient.onehot))
         return gradient
 
-    def gradient_of(self, chosen: Tensor, out: HeadForward) -> LogitGradient:  # [S]
+    def gradient_of(self, chosen: Tensor, out: HeadForward, scored: bool) -> LogitGradient:  # [S]
+        if not scored:
+            return LogitGradient.of_logprobs(torch.ones_like(out.logprobs))
         return self._evaluate(out, self._tokens.select(chosen))[2]
 
     def _evaluate(

@@ -69,11 +69,12 @@ class _PolicyLoss:
     def gradient(self, rows: slice, out: HeadForward) -> LogitGradient:  # [C]
         return LogitGradient.of_logprobs(self._objective.coefficients(rows, out.logprobs[rows]))
 
-    def gradient_of(self, chosen: Tensor, out: HeadForward) -> LogitGradient:  # [S]
-        """With ratio 1 (or 0 nats) for all other tokens."""
+    def gradient_of(self, chosen: Tensor, out: HeadForward, scored: bool) -> LogitGradient:  # [S]
+        """With ratio 1 (or 0 nats) for all other tokens, and for all that are not scored."""
         count, prior = self._packing.tokens, self.prior
         every = out.logprobs.new_zeros(count) if prior is None else prior  # [M]
-        every.index_copy_(0, chosen, out.logprobs)
+        if scored:
+            every.index_copy_(0, chosen, out.logprobs)
         return LogitGradient.of_logprobs(self._objective.coefficients(slice(0, count), every)[chosen])
 
 

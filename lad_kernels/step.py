@@ -80,8 +80,11 @@ class TokenLoss(Protocol):
     def gradient(self, rows: slice, out: HeadForward) -> LogitGradient:  # [C]
         """Of the tokens `rows` alone, without a part by the entropy; `out` [M] is filled up to rows.stop."""
 
-    def gradient_of(self, chosen: Tensor, out: HeadForward) -> LogitGradient:  # [S]
-        """Of a few tokens, for an estimate; `out` [S] is theirs. Not asked for where it spans all tokens."""
+    def gradient_of(self, chosen: Tensor, out: HeadForward, scored: bool) -> LogitGradient:  # [S]
+        """Of a few tokens, for an estimate; `out` [S] is theirs, but unless `scored` its log-probs are not.
+
+        Not asked for where it spans all tokens.
+        """
 
 
 class StepResult(NamedTuple):
@@ -184,7 +187,7 @@ class Step:
         chunks = one_pass_chunks(part, self.needs, loss.cu_seqlens if spans == "sequence" else None)
         if chunks is None or (spans == "all" and len(chunks) > 1):
             return None
-        of_few = loss.gradient_of if known is None else lambda chosen, _: known.select(chosen)
+        of_few = loss.gradient_of if known is None else lambda chosen, *_: known.select(chosen)
         sampled = None if spans == "all" else of_few
         if not takes_one_pass(part, self.needs, loss.sparsity, sampled, all_active=known is not None):
             return None

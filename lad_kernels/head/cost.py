@@ -142,10 +142,10 @@ def score(work: Work) -> float:
     return _product(work, work.tokens) + speeds(work).element * work.tokens * work.vocab_size
 
 
-def sample(work: Work) -> float:
-    """Seconds of the forward of `work.sample` tokens, which reads W for a few tokens."""
-    read = work.itemsize * work.vocab_size * work.hidden_size / speeds(work).bytes
-    return _product(work, work.sample) + speeds(work).element * work.sample * work.vocab_size + read
+def sample(work: Work, step: int = 1) -> float:
+    """Seconds of the forward of `step` times `work.sample` tokens with every step-th word, bound by reading those."""
+    read = work.itemsize * work.vocab_size * work.hidden_size / speeds(work).bytes / step
+    return max(_product(work, work.sample) + speeds(work).element * work.sample * work.vocab_size, read)
 
 
 def dense(work: Work, active: float, *, joint: bool = False) -> float:

@@ -2,9 +2,11 @@
 
 The density (the share of pairs that a routing keeps) decides between two passes and routed, and is known only after the
 forward; the one pass has to be chosen before. For that choice a few of the call's own tokens, at a fixed stride, are
-scored first, where it can matter and costs at most SAMPLE_COST of the one pass; else DENSITY is assumed. So the path is
-a function of the arguments and the device: the same call takes it, and gives the same bits, every time. There is no
-autotuning, and nothing is remembered. `force` and `backward=` settle it beforehand.
+scored first, where it can matter and costs at most SAMPLE_COST of the one pass; else DENSITY is assumed. Where reading
+W would cost more than WHOLE, twice the tokens are scored with every second word, and those count whose target is among
+them: half of a distribution, renormalised, has nearly the shape of the whole (docs/LOG.md). So the path is a function
+of the arguments and the device: the same call takes it, and gives the same bits, every time. There is no autotuning,
+and nothing is remembered. `force` and `backward=` settle it beforehand.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from lad_kernels.head.memory import Work
 PATHS = ("one_pass", "two_pass", "routed")
 DEFAULT_TAIL_MASS = 3e-4  # for 16-bit inputs; float32 and float64 are exact unless a number is given
 DENSITY = 0.02  # what a policy under reinforcement learning has; assumed where no tokens are scored first
-SAMPLE_COST = 0.03  # of the one pass, in time, that scoring a sample may take: most is reading W; 1 % from N = 8,192
+SAMPLE_COST = 0.03  # of the one pass, in time, that scoring a sample may take: most is reading W
+WHOLE = 0.01  # of the one pass, in time, up to which a sample reads all of W
 
 
 class Sparsity(NamedTuple):
@@ -94,7 +97,12 @@ def needs_sample(work: Work, sparsity: Sparsity, *, all_active: bool) -> bool:
     routable = sparsity.threshold > 0 and sparsity.backward == "auto"
     if not routable and (all_active or not work.triton):
         return False  # where no token is routed, PyTorch's one pass drops what its two passes drop
-    return cost.sample(work) <= SAMPLE_COST * cost.one_pass(work)
+    return cost.sample(work, sample_step(work)) <= SAMPLE_COST * cost.one_pass(work)
+
+
+def sample_step(work: Work) -> int:
+    """Every how manieth word a sample is scored with: all of them, or every second."""
+    return 1 if cost.sample(work) <= WHOLE * cost.one_pass(work) else 2
 
 
 def takes_one_pass(work: Work, sparsity: Sparsity, shares: Shares = Shares()) -> bool:

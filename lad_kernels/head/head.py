@@ -66,6 +66,11 @@ class Head:
             tokens = chosen
         return replace(self, hidden=hidden, tokens=tokens, targets=targets, transform=transform)
 
+    def words(self, step: int) -> Head:
+        """The head on every step-th word; a target that is not among them stands for the one before."""
+        bias = None if self.bias is None else self.bias[::step].contiguous()
+        return replace(self, weight=self.weight[::step], bias=bias, targets=self.targets // step)
+
     def work(self, needs: Needs) -> memory.Work:
         """Shapes and dtype, as far as time and memory depend on them."""
         vocab, hidden_size = self.weight.shape

@@ -80,7 +80,7 @@ def takes_one_pass(
     part: Head,  # [A]
     needs: Needs,
     sparsity: Sparsity,
-    gradient: Callable[[Tensor, HeadForward], LogitGradient] | None,
+    gradient: Callable[[Tensor, HeadForward, bool], LogitGradient] | None,
     *,
     all_active: bool,
 ) -> bool:
@@ -90,23 +90,27 @@ def takes_one_pass(
     sync).
 
     Args:
-        gradient: (indices [S] into the A tokens, what the head computed of these [S]) -> their gradient [S]; None: not
-            known of a few tokens, so none are scored.
+        gradient: (indices [S] into the A tokens, what the head computed of these [S], whether it has their log-probs)
+            -> their gradient [S]; None: not known of a few tokens, so none are scored.
         all_active: every token has one.
     """
     work, shares = part.work(needs), Shares()
     if gradient is not None and dispatch.needs_sample(work, sparsity, all_active=all_active):
-        chosen = torch.arange(work.sample, device=part.targets.device) * work.tokens // work.sample  # [S]
-        few = part.select(chosen)
+        step = dispatch.sample_step(work)
+        size = min(step * work.sample, work.tokens)
+        chosen = torch.arange(size, device=part.targets.device) * work.tokens // size  # [S]
+        few, known = part.select(chosen), None
+        if step > 1:
+            few, known = few.words(step), few.targets % step == 0  # [S]
         out = few.forward(want_entropy=False, want_block_lse=True)
-        of_few = gradient(chosen, out)  # [S]
+        of_few = gradient(chosen, out, known is None)  # [S]
         kept = out.lse.new_ones(2)  # [2] pairs, tokens that are whole
         if sparsity.threshold > 0:
             kept = kept_share(
                 out,
                 few.targets,
-                of_few,
-                sparsity.threshold,
+                of_few if known is None else of_few.where(known),
+                sparsity.threshold * step**0.5,  # masses of half the words are larger, those of single words are not
                 dense_share=cost.dense_share(work),
                 unbiased=sparsity.unbiased,
             ).nan_to_num(0.0)  # [2]

@@ -104,6 +104,10 @@ class LogitGradient:
         """The gradient of some tokens; None stands for all."""
         return LogitGradient(select(self.onehot, tokens), select(self.prob, tokens), select(self.entropy, tokens))
 
+    def where(self, mask: Tensor) -> LogitGradient:  # [N] bool
+        """The gradient of the tokens in `mask`, and zeros."""
+        return LogitGradient(*(None if x is None else x.where(mask, 0.0) for x in vars(self).values()))
+
     def scaled(self, factor: Tensor) -> LogitGradient:  # []
         """Multiplied by `factor`."""
         return LogitGradient(*(None if x is None else factor * x for x in (self.onehot, self.prob, self.entropy)))

@@ -64,10 +64,14 @@ def test_the_call_looks_where_it_matters_and_costs_little():
         for d, v in ((896, 151_936), (4096, 131_072), (1152, 262_144)):
             work = Work(tokens, d, v, 2, "sm_90")
             assert looks(work)
-            assert cost.sample(work) <= dispatch.SAMPLE_COST * cost.one_pass(work)
+    for name, itemsize in cost.SPEEDS:
+        for tokens in (4096, 8192, 32_768):
+            work = Work(tokens, 4096, 151_936, itemsize, name)
+            assert cost.sample(work, dispatch.sample_step(work)) <= 0.01 * cost.one_pass(work)
     work = Work(8192, 4096, 151_936, 2, "sm_90")
     assert looks(work)
-    assert cost.sample(work) < 0.012 * cost.one_pass(work)
+    assert dispatch.sample_step(work) == 1
+    assert dispatch.sample_step(dataclasses.replace(work, tokens=4096)) == 2
     assert looks(work, 0.0, known=False)  # how many tokens have a gradient
     assert not looks(work, 0.0)
     assert not looks(work, 3e-4, "dense")

@@ -26,6 +26,7 @@ def test_a_call_looks_at_its_own_tokens(impl, device, monkeypatch):
     dear = lambda work, pairs, dense=0, active=None: 9.0 * most(work, pairs, dense)  # noqa: E731
     monkeypatch.setattr(cost, "routed", dear)
     monkeypatch.setattr(dispatch, "SAMPLE_COST", 1.0)
+    monkeypatch.setattr(dispatch, "WHOLE", 1.0)
     config, look = LADConfig(tail_mass=1e-3), 2 * 8 / (M - 3)
     for entropy in (None, 0.1, 0.1, None, None, 0.1):
         inputs = batch(entropy) | {"advantages": torch.ones(B, dtype=torch.float64)}
@@ -45,6 +46,7 @@ def test_looking_tells_what_routing_keeps(impl, tail, device, monkeypatch):
     monkeypatch.setattr(memory.Work, "sample", property(lambda work: work.tokens))
     monkeypatch.setattr(cost, "dense_share", lambda work: 0.9)
     monkeypatch.setattr(dispatch, "needs_sample", lambda *arguments, **options: True)
+    monkeypatch.setattr(dispatch, "sample_step", lambda work: 1)
     monkeypatch.setattr(dispatch, "takes_one_pass", lambda work, sparsity, shares: told.append(shares))
     run(linear_grpo_loss, inputs, torch.float32, config=config, impl=impl)
     (shares,) = told
@@ -56,11 +58,44 @@ def test_looking_tells_what_routing_keeps(impl, tail, device, monkeypatch):
     assert shares.density * live == pytest.approx(routed.item(), rel=0.1)
 
 
+@pytest.mark.parametrize(("entropy", "tail"), [(0.3, "drop"), (0.3, "unbiased"), (1.0, "drop"), (3.0, "unbiased")])
+def test_half_of_the_words_tell_nearly_the_same(entropy, tail, monkeypatch):
+    """All tokens, those with even targets by the even words: 1.00 to 1.07 times the density that all words tell."""
+    given = 1024, 16_384, entropy, tail
+    whole, half = (told_by_all_tokens(*given, step, "torch", "cpu", monkeypatch) for step in (1, 2))
+    print(whole, half)
+    assert half.active == whole.active
+    assert half.density == pytest.approx(whole.density, rel=0.12)
+    assert half.dense == pytest.approx(whole.dense, abs=0.12 * whole.density)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_kernels_tell_what_pytorch_tells(step, device, monkeypatch):
+    told = [told_by_all_tokens(256, 4096, 1.0, "drop", step, impl, device, monkeypatch) for impl in ("torch", "triton")]
+    assert told[1] == pytest.approx(told[0], rel=1e-2)
+
+
+def told_by_all_tokens(tokens, vocab, entropy, tail, step, impl, device, monkeypatch) -> dispatch.Shares:
+    """What a sample of all tokens, scored with every step-th word, says; their targets are the policy's own."""
+    x, told = make_inputs(tokens, 16, vocab, entropy=entropy, masked=0.0, device=device), []
+    hidden, weight = (leaf.detach().requires_grad_() for leaf in (x.hidden, x.weight))  # [N, D], [V, D]
+    advantages = (torch.arange(tokens, device=device) % 4 > 0).float()  # [N]
+    monkeypatch.setattr(memory.Work, "sample", property(lambda work: work.tokens))
+    monkeypatch.setattr(cost, "dense_share", lambda work: 0.4)
+    monkeypatch.setattr(dispatch, "needs_sample", lambda *arguments, **options: True)
+    monkeypatch.setattr(dispatch, "sample_step", lambda work: step)
+    monkeypatch.setattr(dispatch, "takes_one_pass", lambda work, sparsity, shares: told.append(shares))
+    config, old = GRPOConfig(policy_loss="reinforce", tail_mass=3e-4, tail=tail), torch.zeros(tokens, device=device)
+    linear_grpo_loss(hidden, weight, x.targets, old, advantages=advantages, config=config, impl=impl)
+    return told[0]
+
+
 def test_the_sample_is_spread_over_the_tokens(monkeypatch):
     """The second half of the tokens has a gradient, and so has half of a sample."""
     inputs, told = batch(0.5), []
     inputs |= {"advantages": (torch.arange(B) >= B // 2).double(), "loss_mask": None}
     monkeypatch.setattr(dispatch, "needs_sample", lambda *arguments, **options: True)
+    monkeypatch.setattr(dispatch, "sample_step", lambda work: 1)
     monkeypatch.setattr(dispatch, "takes_one_pass", lambda work, sparsity, shares: told.append(shares))
     run(linear_grpo_loss, inputs, torch.float32, config=GRPOConfig(tail_mass=0.0, epsilon_low=9, epsilon_high=9))
     assert [shares.active for shares in told] == [0.5]

@@ -26,6 +26,10 @@ def check_looks(patch) -> None:
     test_path_choice.test_looking_tells_what_routing_keeps("torch", "drop", "cpu", patch)
 
 
+def check_half(patch) -> None:
+    test_path_choice.test_half_of_the_words_tell_nearly_the_same(1.0, "drop", patch)
+
+
 def check_flops(_) -> None:
     for path, on_policy in itertools.product(("one_pass", "two_pass", "routed"), (False, True)):
         test_paths.test_flops_are_those_of_the_formula_and_of_torch(path, on_policy)
@@ -57,6 +61,7 @@ CHECKS = {
     "final": lambda _: test_paths.test_metrics_are_final_when_they_are_returned("one_pass", "torch", "cpu"),
     "offset": check_offset,
     "looks": check_looks,
+    "half": check_half,
     "sample": test_path_choice.test_the_sample_is_spread_over_the_tokens,
     "smoothed": lambda _: test_cross_entropy.test_float64("smoothing 0.1, z 0.01, weights", "sum", "routed"),
     "sequences": lambda _: test_path_choice.test_chunks_of_whole_sequences(),
@@ -88,9 +93,11 @@ PLAN = {  # bug: check that shows it, source, mutant
     "mean logit's upstream gradient": ("smoothed", "self.mean_logit * upstream)", "self.mean_logit)"),
     "rest of lse forgotten": ("offset", "gradient.with_rest(out.lse_rest)", "gradient"),
     "upstream gradient forgotten": ("twice, two passes", "self.gradient.scaled(upstream)", "self.gradient"),
-    "share of tokens with a gradient": ("looks", "of_few.is_active().to(kept.dtype)", "(kept == kept).to(kept.dtype)"),
+    "share of tokens with a gradient": ("looks", "of_few.is_active().to(kept.dtype)", "torch.ones_like(of_few.onehot)"),
     "density of a dropped tail": ("looks", "kept]).tolist()", "kept * 0]).tolist()"),
-    "a sample of the first tokens": ("sample", " * work.tokens // work.sample  # [S]", "  # [S]"),
+    "a sample of the first tokens": ("sample", " * work.tokens // size  # [S]", "  # [S]"),
+    "tokens whose target is not among the words": ("half", "of_few.where(known)", "of_few"),
+    "masses of half the words taken for those of all": ("half", "threshold * step**0.5,", "threshold,"),
     "chunks longer than memory": ("sequences", "if bound - start > rows:", "if bound - last > rows:"),
     "a sequence longer than memory": ("sequences", "if bound - last > rows:", "if False:"),
     "a sequence passed twice": ("sequences", "start = last", "start = chunks[-1].start"),
@@ -127,7 +134,7 @@ DISPATCH = {
     "whole tokens as pairs": ("whole tokens", "pairs - dense * work.blocks, dense, active)", "pairs, 0, active)"),
     "a sample that is too dear": (
         "worth",
-        "return cost.sample(work) <= SAMPLE_COST * cost.one_pass(work)",
+        "return cost.sample(work, sample_step(work)) <= SAMPLE_COST * cost.one_pass(work)",
         "return True",
     ),
     "a sample where nothing depends on it": (

@@ -261,6 +261,7 @@ def test_the_sample_is_of_the_tokens_given(monkeypatch):
     """What the choice of a path asks of a few tokens: the objective sees those tokens alone."""
     inputs, seen = batch(), []
     monkeypatch.setattr(dispatch, "needs_sample", lambda *_, **__: True)
+    monkeypatch.setattr(dispatch, "sample_step", lambda work: 1)
     monkeypatch.setattr(memory.Work, "sample", 7)
     objective = ppo(inputs)
 
@@ -272,6 +273,10 @@ def test_the_sample_is_of_the_tokens_given(monkeypatch):
     truth = reference.linear_logprobs(**{k: v for k, v in head_of(inputs).items()}).logprobs
     run(linear_policy_loss, head_of(inputs) | {"objective": spying}, separable=True, tail_mass=1e-3)
     assert len(seen[0]) == 7 and len(seen[-1]) == M
+    seen.clear()
+    monkeypatch.setattr(dispatch, "sample_step", lambda work: 2)  # by half of the words: not asked of an objective
+    run(linear_policy_loss, head_of(inputs) | {"objective": spying}, separable=True, tail_mass=1e-3)
+    assert all(len(positions) == M for positions in seen)
 
 
 WRONG = {

@@ -6,10 +6,9 @@ appends a JSON line per step to its own folder; the progress lines, the plots an
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from rich.console import Console
 
 from integration.policy import build_policy
 from integration.report import Sheet, mean_and_std
-from integration.runs import follow, read_records
+from integration.runs import read_records, side_by_side
 from integration.tasks import Task
 from integration.trainer import TrainConfig, evaluate, load_policy, make_progress, progress_line, train, warm_start
 
@@ -67,16 +66,15 @@ def compare(config: TrainConfig, seeds: int, folder: Path, console: Console) -> 
         for seed in range(seeds)
         for algorithm in ALGORITHMS
     ]
-    workers = min(len(configs), os.cpu_count() or 1)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn) as pool, make_progress(console) as progress:
+    jobs = [partial(run_once, each, start, task) for each in configs]
+    workers = min(len(jobs), os.cpu_count() or 1)
+    with make_progress(console) as progress:
         bars = [progress.add_task(f"{c.algorithm} seed {c.seed}", total=c.steps, text="waiting") for c in configs]
 
         def show(i: int, records: list[dict[str, Any]]) -> None:
             progress.update(bars[i], completed=len(records), text=progress_line(records[-1]))
 
-        futures = [pool.submit(run_once, each, start, task) for each in configs]
-        results = follow(futures, [Path(each.out) for each in configs], show)
+        results = side_by_side(jobs, workers, [Path(each.out) for each in configs], show)
     after = {name: [r for c, r in zip(configs, results) if c.algorithm == name] for name in ALGORITHMS}
     return Comparison(before, after, folder)
 

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import copy
 import json
-import multiprocessing
 import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +41,7 @@ from integration.many_answers import (
     score,
 )
 from integration.report import Sheet
-from integration.runs import LOG, follow, read_records
+from integration.runs import LOG, read_records, side_by_side
 from lad_kernels import GRPOConfig, LADConfig, group_advantages, grpo_loss, lad_loss
 
 Record = dict[str, Any]  # a line of metrics.jsonl
@@ -232,23 +231,19 @@ def run_all(
     workers = 1 if device == "cuda" else min(2, os.cpu_count() or 1, len(runs))
     each = seconds * workers / sum(run.updates for run in runs)  # an update
     places = [out / f"{i}-{'-'.join(run.label.lower().replace(',', '').split())}" for i, run in enumerate(runs)]
-    longest_first = sorted(range(len(runs)), key=lambda i: -runs[i].updates)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [
-            pool.submit(run_once, folder, runs[i], each * runs[i].updates, device, places[i], keep_models)
-            for i in longest_first
-        ]
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn())
-        with Progress(*columns, TextColumn("{task.fields[text]}"), console=console) as progress:
-            bars = [progress.add_task(run.label, total=run.updates, text="waiting") for run in runs]
+    longest_first = sorted(zip(runs, places), key=lambda pair: -pair[0].updates)
+    jobs = [partial(run_once, folder, r, each * r.updates, device, p, keep_models) for r, p in longest_first]
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn())
+    with Progress(*columns, TextColumn("{task.fields[text]}"), console=console) as progress:
+        bars = [progress.add_task(run.label, total=run.updates, text="waiting") for run in runs]
 
-            def show(i: int, records: list[Record]) -> None:
-                last, seen = records[-1], looks_of(records)[-1]
-                measured = f"accuracy {seen['accuracy']:.2f}  entropy {seen['entropy']:.2f} nats"
-                text = f"{measured}  {last['seconds_left']:.0f} s left"
-                progress.update(bars[i], completed=last["update"], total=last["updates"], text=text)
+        def show(i: int, records: list[Record]) -> None:
+            last, seen = records[-1], looks_of(records)[-1]
+            measured = f"accuracy {seen['accuracy']:.2f}  entropy {seen['entropy']:.2f} nats"
+            text = f"{measured}  {last['seconds_left']:.0f} s left"
+            progress.update(bars[i], completed=last["update"], total=last["updates"], text=text)
 
-            follow(futures, places, show)
+        side_by_side(jobs, workers, places, show)
     return [read_records(place) for place in places]
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -85,21 +86,25 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be half written
 
 
-def follow(futures: list[Future], folders: list[Path], show: Callable[[int, list[dict[str, Any]]], None]) -> list[Any]:
+def side_by_side(
+    jobs: list[Callable[[], Any]], workers: int, folders: list[Path], show: Callable[[int, list[dict[str, Any]]], None]
+) -> list[Any]:
     """The results of runs in other processes; until the last has ended, or one has failed, their lines are shown.
 
     Args:
-        futures: of the runs.
+        jobs: the runs, `workers` at a time, in the order of their start.
         folders: of the runs; the i-th one's lines so far go to `show(i, lines)`, once there are any.
     """
     ended = False
-    while not ended:
-        done, others = wait(futures, timeout=0.5, return_when=FIRST_EXCEPTION)
-        ended = not others or any(future.exception() for future in done)
-        for i, folder in enumerate(folders):
-            if records := read_records(folder):
-                show(i, records)
-    return [future.result() for future in futures]
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(job) for job in jobs]
+        while not ended:
+            done, others = wait(futures, timeout=0.5, return_when=FIRST_EXCEPTION)
+            ended = not others or any(future.exception() for future in done)
+            for i, folder in enumerate(folders):
+                if records := read_records(folder):
+                    show(i, records)
+        return [future.result() for future in futures]
 
 
 class Signals:

@@ -19,7 +19,9 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -195,11 +197,7 @@ def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.d
     samples = [prompt + completion for prompt, completion in zip(prompts, completions)]
     lengths = [len(sample) for sample in samples]
     target = [token for sample in samples for token in (*sample[1:], 0)]
-    mask = [
-        len(prompt) - 1 <= i < len(prompt) + len(completion) - 1
-        for prompt, completion in zip(prompts, completions)
-        for i in range(len(prompt) + len(completion))
-    ]
+    mask = [len(prompt) - 1 <= i < length - 1 for prompt, length in zip(prompts, lengths) for i in range(length)]
     return Packed(
         torch.tensor([token for sample in samples for token in sample], device=device),
         torch.tensor([i for length in lengths for i in range(length)], device=device),
@@ -230,11 +228,7 @@ def through_head(policy: Policy, batch: Packed, function: Callable[..., Any]) ->
 def logprobs_of(policy: Policy, batch: Packed, temperature: float, return_entropy: bool = False) -> LinearLogprobs:
     """`linear_logprobs` of a packed batch; [N] fields, 0 where masked."""
     options = {"loss_mask": batch.loss_mask, "temperature": temperature, "return_entropy": return_entropy}
-
-    def score(hidden: Tensor, weight: Tensor, **head: Any) -> LinearLogprobs:  # [N, D], [V, D]
-        return linear_logprobs(hidden, weight, batch.target_ids, **options, **head)
-
-    return through_head(policy, batch, score)
+    return through_head(policy, batch, partial(linear_logprobs, target_ids=batch.target_ids, **options))
 
 
 @contextmanager
@@ -253,16 +247,6 @@ def drawing_from(generator: torch.Generator) -> Iterator[None]:
         module.set_rng_state(before, *where)
 
 
-@contextmanager
-def generating_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Replace the model's own generation configuration, from which `generate` fills in unset options."""
-    own, model.generation_config = model.generation_config, config
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
 @torch.no_grad()
 def sample(
     policy: Policy,
@@ -278,7 +262,8 @@ def sample(
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])  # [P, T], padded on the left
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])  # [P, T]
     model = policy.model.eval()
-    with policy.autocast(), drawing_from(generator), generating_by(model, policy.sampling):
+    own = mock.patch.object(model, "generation_config", policy.sampling)  # from it `generate` fills in unset options
+    with policy.autocast(), drawing_from(generator), own:
         out = model.generate(
             ids.to(policy.device),
             attention_mask=mask.to(policy.device),

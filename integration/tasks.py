@@ -253,7 +253,5 @@ def tagged_answer(text: str) -> str:
 
     As `reasoning_gym.utils.extract_answer`, but in linear time whatever the number of tags left open.
     """
-    opening, closing, answer, position = "<answer>", "</answer>", "", 0
-    while (start := text.find(opening, position)) >= 0 and (end := text.find(closing, start + len(opening))) >= 0:
-        answer, position = text[start + len(opening) : end], end + len(closing)
-    return answer.strip()
+    closed = (part.partition("<answer>") for part in reversed(text.split("</answer>")[:-1]))
+    return next((answer.strip() for _, opening, answer in closed if opening), "")

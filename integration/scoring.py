@@ -179,11 +179,11 @@ class Worker:
         """
         request = pickle.dumps((specification, entry, text, CPU_SECONDS))
         with self._lock:
-            for attempt in (1, 2):
+            for _ in range(2):
                 kind, value, seconds = self._ask(request)
                 if kind in ("died", "wall"):
                     self.close()
-                if kind != "died" or attempt == 2:  # a process killed from outside says nothing about the answer
+                if kind != "died":  # a process killed from outside says nothing about the answer
                     break
         if kind == "unbuildable":
             raise RuntimeError(f"scoring: the worker cannot build the data set {specification!r}")

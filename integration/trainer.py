@@ -164,17 +164,18 @@ def optimizer_step(
         loss_function = linear_lad_loss
     records = []
     for batch, old, advantages in minibatch:
-        options = {
-            "old_logprobs": old,  # [N], or None: the ratio is exactly 1
-            "advantages": advantages,  # [B], one per sample
-            "loss_mask": batch.loss_mask,  # [N]
-            "cu_seqlens": batch.cu_seqlens,  # [B + 1]
-            "temperature": config.temperature,
-            "normalizer": tokens,
-            "return_entropy": True,
-            "config": objective,
-        }
-        loss = partial(loss_function, target_ids=batch.target_ids, **options)
+        loss = partial(
+            loss_function,
+            target_ids=batch.target_ids,  # [N]
+            old_logprobs=old,  # [N], or None: the ratio is exactly 1
+            advantages=advantages,  # [B], one per sample
+            loss_mask=batch.loss_mask,  # [N]
+            cu_seqlens=batch.cu_seqlens,  # [B + 1]
+            temperature=config.temperature,
+            normalizer=tokens,
+            return_entropy=True,
+            config=objective,
+        )
         out = through_head(policy, batch, loss)
         out.loss.backward()
         entropy = out.entropy.sum() / batch.loss_mask.sum()

@@ -110,11 +110,7 @@ class FusedHeadMixin:
         """TRL's method with the model replaced by one that scores labels through the fused head."""
         if self._given is not None:
             return self._given
-        want_entropy = kwargs.get("compute_entropy", False)
-
-        def scored(labels: Tensor, fused_lm_head: bool, **inputs: Any) -> SimpleNamespace:  # labels [B, L]
-            return self._score(model, labels, want_entropy, inputs)
-
+        scored = partial(self._score, model, kwargs.get("compute_entropy", False))
         if trl_has_fused_head:
             return super()._get_per_token_logps_and_entropies(scored, *args, **kwargs)
         return self._score_rows(scored, *args, **kwargs)
@@ -159,7 +155,7 @@ class FusedHeadMixin:
             inputs = {"input_ids": ids, "attention_mask": mask, **images}
             if compute_aux_loss:
                 inputs["output_router_logits"] = True
-            parts.append(scored(labels, True, **inputs))
+            parts.append(scored(labels, **inputs))
         keep = slice(-logits_to_keep, None)
         return (
             torch.cat([part.log_probs[:, keep] for part in parts]),
@@ -167,7 +163,9 @@ class FusedHeadMixin:
             torch.stack([part.aux_loss for part in parts]).mean() if compute_aux_loss else None,
         )
 
-    def _score(self, model: Any, labels: Tensor, want_entropy: bool, inputs: dict[str, Any]) -> SimpleNamespace:
+    def _score(
+        self, model: Any, want_entropy: bool, labels: Tensor, fused_lm_head: bool = True, **inputs: Any
+    ) -> SimpleNamespace:
         """log_probs and entropy [B, L - 1] of the labels [B, L] that are not -100, and the auxiliary loss."""
         targets = labels[:, 1:]
 
@@ -284,6 +282,7 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
         for x in (inputs.get("old_per_token_logps"), inputs.get("ref_per_token_logps"), weights):
             mask = mask if x is None else mask & x.isfinite()
         given = {
+            "old_logprobs": inputs.get("old_per_token_logps"),  # [B, T]
             "advantages": inputs["advantages"],  # [B] or [B, T]
             "loss_mask": mask,
             "config": self.objective,
@@ -291,8 +290,11 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
             "ref_logprobs": inputs.get("ref_per_token_logps"),  # [B, T]
             "rollout_is_weights": None if weights is None else weights.expand_as(mask),
         }
-        loss_of = self._loss_after_logprobs if self.needs_logprobs_first else self._loss_in_one_call
-        out, aux_loss = loss_of(model, inputs, given)
+        if self.needs_logprobs_first:
+            out, aux_loss = self._loss_after_logprobs(model, inputs, given)
+        else:
+            wanted = {"return_entropy": self.args.log_entropy, "return_logprobs": False}
+            out, aux_loss = self._forward(model, inputs, linear_lad_loss, **wanted, **given)
         loss = out.loss
         if aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * aux_loss / self._steps()
@@ -312,20 +314,9 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
         sequences = len(inputs["completion_ids"]) * self._steps()
         return sequences * (self.max_completion_length if self.args.loss_agg_mode.endswith("norm") else 1)
 
-    def _loss_in_one_call(self, model: Any, inputs: dict[str, Any], given: dict) -> tuple[LossOutput, Tensor | None]:
-        return self._forward(
-            model,
-            inputs,
-            linear_lad_loss,
-            old_logprobs=inputs.get("old_per_token_logps"),
-            return_entropy=self.args.log_entropy,
-            return_logprobs=False,
-            **given,
-        )
-
     def _loss_after_logprobs(self, model: Any, inputs: dict[str, Any], given: dict) -> tuple[LossOutput, Tensor | None]:
         """Entropies select tokens or enter the loss, or the ratio weighs the KL term: log-probs come first."""
-        mask, old = given["loss_mask"], inputs.get("old_per_token_logps")  # [B, T]
+        mask = given["loss_mask"]  # [B, T]
         scored, aux_loss = self._forward(model, inputs, linear_logprobs, loss_mask=mask, return_entropy=True)
         logprobs, entropy, _ = scored  # [B, T]
         chosen = mask
@@ -334,10 +325,10 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
             weights = given["rollout_is_weights"]
             weights = torch.ones_like(entropy) if weights is None else weights
             given = {**given, "rollout_is_weights": torch.where(chosen, weights, 0.0)}
-        out = lad_loss(logprobs, old, **given)
+        out = lad_loss(logprobs, **given)
         loss, metrics = out.loss, {**out.metrics, "entropy": _masked_mean(entropy.detach(), mask)}
         if self.corrects_kl:
-            kl = self._corrected_kl(logprobs, old, given["ref_logprobs"], mask)  # [B, T]
+            kl = self._corrected_kl(logprobs, given["old_logprobs"], given["ref_logprobs"], mask)  # [B, T]
             per_sequence = mask.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
             share = per_sequence if self.args.loss_agg_mode == "seq-mean-token-mean" else 1
             loss = loss + self.beta * (kl / share).sum() / given["normalizer"]
@@ -370,14 +361,13 @@ class LADTrainer(FusedHeadMixin, GRPOTrainer):
         tokens, positive, negative = mask.sum(), (signs > 0).sum(), (signs < 0).sum()
         kinds = ("tokens", "positive tokens", "negative tokens", "loss tokens")
         tokens_of = dict(zip(kinds, (tokens, positive, negative, chosen)))
-        counts = {name: tokens_of[how] for name, how in METRICS.items() if how in tokens_of}
         metrics = {**metrics, "nonfinite_share": (chosen - tokens) / chosen.clamp(min=1)}
-        names = [name for name in counts if name in metrics]
+        counts = {name: tokens_of[how] for name, how in METRICS.items() if name in metrics and how in tokens_of}
         above = metrics["loss_above_start"] * self._steps() / self.accelerator.num_processes
-        sums = torch.stack([above, *(metrics[n] * counts[n] for n in names), *(counts[n] for n in names)])
+        sums = torch.stack([above, *(metrics[name] * count for name, count in counts.items()), *counts.values()])
         sums = self.accelerator.reduce(sums.float(), reduction="sum").tolist()
         self._record("lad/loss_above_start", sums[0])
-        for name, total, count in zip(names, sums[1:], sums[1 + len(names) :]):
+        for name, total, count in zip(counts, sums[1:], sums[1 + len(counts) :]):
             self._record(TRL_NAMES.get(name, f"lad/{name}"), total / max(count, 1))
         largest = [name for name, how in METRICS.items() if how == "max" and name in metrics]
         values = self.accelerator.gather(torch.stack([metrics[name] for name in largest])[None]).amax(0)

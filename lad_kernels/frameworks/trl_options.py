@@ -36,10 +36,7 @@ REFUSED = {
     **dict.fromkeys(SETTINGS["vespo"], VESPO),
     "off_policy_mask_threshold": "LAD drops no sequences; log_ratio_clamp stops the gradient of those far off",
     "use_adaptive_entropy": ADAPTIVE,
-    "entropy_coef_min": ADAPTIVE,
-    "entropy_coef_max": ADAPTIVE,
-    "entropy_coef_delta": ADAPTIVE,
-    "entropy_target": ADAPTIVE,
+    **dict.fromkeys(("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"), ADAPTIVE),
     "label_smoothing_factor": "there are no labels to smooth, in TRL's losses neither; drop it",
 }
 

@@ -76,19 +76,15 @@ class FusedLossMixin:
 
         def head(hidden: Tensor, weight: Tensor, **transform: Any) -> tuple:  # [B, L, D], [V, D]
             rows = hidden[:, :-1] if shifted is None else hidden
-            reduction, options = ("sum", self.head_options) if alike else ("none", {})
-            loss, stats = linear_cross_entropy(
-                rows, weight, targets.to(hidden.device), reduction=reduction, return_stats=True, **options, **transform
-            )
-            mask = targets.to(hidden.device) != -100
-            logprobs = _AlikeLogprobs.apply(loss, stats.logprobs, mask) if alike else -loss
+            ids = targets.to(hidden.device)  # [B, L - 1] or [B, L]
+            options = {"reduction": "sum", **self.head_options} if alike else {"reduction": "none"}
+            loss, stats = linear_cross_entropy(rows, weight, ids, return_stats=True, **options, **transform)
+            logprobs = _AlikeLogprobs.apply(loss, stats.logprobs, ids != -100) if alike else -loss
             return logprobs, stats.entropy, stats.correct
 
         out = model(*args, **given, fused_head=head)
         logprobs, entropy, correct = (x.to(targets.device) for x in out.result)
-        aux_loss = None
-        if given.get("output_router_logits"):
-            aux_loss = out.aux_loss / self.router_aux_loss_coef
+        aux_loss = out.aux_loss / self.router_aux_loss_coef if given.get("output_router_logits") else None
         return SimpleNamespace(
             log_probs=logprobs, entropy=entropy, is_top1=correct, label_mask=targets != -100, aux_loss=aux_loss
         )

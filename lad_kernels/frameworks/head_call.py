@@ -224,9 +224,8 @@ class HeadCall:
             raise
         if self.leaves is None or self.result is not None:
             return returned
-        if not isinstance(returned, tuple) or len(returned) != len(self.leaves.tensors):
-            raise self.refused_hooks()
-        if not all(map(_same_or_cast, self.leaves.tensors, self.versions, returned)):
+        as_many = isinstance(returned, tuple) and len(returned) == len(self.leaves.tensors)
+        if not as_many or not all(map(_same_or_cast, self.leaves.tensors, self.versions, returned)):
             raise self.refused_hooks()
         self.result = (self.leaves.join(returned),)
         return self.numbers

@@ -212,17 +212,10 @@ def fuse_head(model: nn.Module) -> None:
     attach_fused_head(model)
     inner = model.forward
 
-    def forward(
-        *args: Any,
-        temperature: float | None = None,
-        labels: Tensor | None = None,  # [B, T]
-        shift_labels: Tensor | None = None,  # [B, T]
-        **inputs: Any,
-    ) -> Any:
+    def forward(*args: Any, temperature: float | None = None, **inputs: Any) -> Any:
         if temperature is None:
-            given = {"labels": labels, "shift_labels": shift_labels}
-            return inner(*args, **inputs, **{name: x for name, x in given.items() if x is not None})
-        targets = shift_labels
+            return inner(*args, **inputs)
+        labels, targets = inputs.pop("labels", None), inputs.pop("shift_labels", None)  # [B, T]
         if targets is None:  # the last column has no target; verl drops it
             ids = labels if labels is not None else args[0] if args else inputs["input_ids"]
             targets = ids.roll(-1, -1)  # [B, T]

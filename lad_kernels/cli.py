@@ -158,15 +158,14 @@ def _own_samples(model: Any, tokenizer: Any, asked: ProfileConfig) -> dict[str, 
     import torch
 
     prompts = [line for line in asked.prompts.read_text().splitlines() if line.strip()]
-    if tokenizer.chat_template:
-        chats = [[{"role": "user", "content": line}] for line in prompts]
-        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-    else:
-        texts = prompts
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    # A template adds its own beginning-of-sequence token.
-    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not tokenizer.chat_template)
+    how = {"return_tensors": "pt", "padding": True}
+    if tokenizer.chat_template:
+        chats = [[{"role": "user", "content": line}] for line in prompts]
+        batch = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True, **how)
+    else:
+        batch = tokenizer(prompts, **how)
     batch = batch.to(model.device)
     ids = model.generate(
         input_ids=batch["input_ids"],

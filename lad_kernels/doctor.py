@@ -108,10 +108,8 @@ def requirements() -> tuple[dict[str, Requirement], dict[str, str]]:
     brought: dict[str, str] = {}
     for requirement in map(Requirement, lines):
         marker = requirement.marker
-        if marker is None or marker.evaluate({"extra": ""}):
-            brought[requirement.name] = ""
-        for extra in extras:
-            if marker is not None and marker.evaluate({"extra": extra}):
+        for extra in ("", *extras):
+            if marker is None or marker.evaluate({"extra": extra}):
                 brought.setdefault(requirement.name, extra)
         needed.setdefault(requirement.name, requirement)
     return needed, brought

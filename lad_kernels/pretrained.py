@@ -68,10 +68,6 @@ class KnownModel:
     tokens: dict[str, str]
     merges: bool = False
 
-    @property
-    def install(self) -> str:
-        return f"{self.command} ({self.download} MB)"
-
 
 KNOWN = {
     # transformers 5.17 takes <|im_start|> for the end of a sequence, and no token for padding.
@@ -170,7 +166,7 @@ def find(name: str, flag: str = "model") -> Source:
         try:
             found = metadata.distribution(package)
         except metadata.PackageNotFoundError as error:
-            cure = KNOWN[name].install
+            cure = f"{KNOWN[name].command} ({KNOWN[name].download} MB)"
             raise Refused(f"{flag}: expected the package of {name!r} to be installed, got none: {cure}") from error
         records = [file for file in found.files or () if ".gguf" in file.suffixes]
         path = Path(str(records[0].locate())) if records else None
@@ -279,8 +275,7 @@ def convert(model: KnownModel, parts: list[Path], folder: Path) -> None:
     if len(parts) > 1:
         with gguf.open("wb") as joined:
             for path in parts:
-                with path.open("rb") as file:
-                    shutil.copyfileobj(file, joined)
+                joined.write(path.read_bytes())
     given: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
     tokenizer = _from_scores(gguf) if model.merges else AutoTokenizer.from_pretrained(gguf.parent, **given)
     for name, token in model.tokens.items():

@@ -79,8 +79,8 @@ class SparsityProfile:
 
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot()
-        low, high = ([getattr(b, name) for b in self.buckets] for name in ("entropy_low", "entropy_high"))
-        widths = [b - a for a, b in zip(low, high)]  # nats
+        low = [b.entropy_low for b in self.buckets]  # nats
+        widths = [b.entropy_high - b.entropy_low for b in self.buckets]
         axes.bar(low, [100 * b.kept_share for b in self.buckets], widths, align="edge", edgecolor="white")
         axes.axhline(100 * self.kept_share, linestyle="--", color="black", label=f"all tokens: {self.kept_share:.2%}")
         axes.set_xlabel("entropy of the token's distribution, nats (equally many tokens in each)")
@@ -149,12 +149,11 @@ def profile_sparsity(
         )
     if weight is None or target_ids is None:
         raise ValueError("weight, target_ids: needed with hidden states, got None")
-    hidden = model_or_hidden
     if impl == "reference":
         raise ValueError("impl: expected 'auto', 'triton' or 'torch', got 'reference', which has no routing")
     checks.per_token("coefficients", coefficients, target_ids, "target_ids")
     checks.mask(loss_mask, target_ids, "target_ids")
-    given = HeadArguments(hidden, weight, target_ids, bias, temperature, logit_scale, softcap, None, impl)
+    given = HeadArguments(model_or_hidden, weight, target_ids, bias, temperature, logit_scale, softcap, None, impl)
     operands = prepare(given, loss_mask, None, {})
     c = None if coefficients is None else operands.layout.packing.take(coefficients)  # [M]
     return _measure(operands.head(), c, tail_mass, tail, buckets)

@@ -4,16 +4,11 @@
     model_folder("Qwen/Qwen3-0.6B")  # any folder or hub id is returned as it is
 
 A known model is the GGUF file of a package, or of several that hold its parts. The first call reads it by
-transformers, repairs the tokenizer and saves safetensors, configurations and tokenizer in
-
-    CACHE/NAME-VERSION-CHECKSUM/
-
-CACHE is `LAD_KERNELS_CACHE`, else lad_kernels/ in `XDG_CACHE_HOME`, else in ~/.cache; VERSION is the package's,
-CHECKSUM the beginning of the GGUF file's sha256 (of its parts' sha256, if it comes in parts). The folder is written
-next to its place, flushed to the disk and renamed, by one process at a time, so that it is whole or not there. Later
-calls import no transformers: they compare every file's size, the sha256 of every file but the weights, and that of the
-weights' header, with the manifest written at the conversion. A change inside the weights that keeps their size is not
-seen.
+transformers, repairs the tokenizer and saves safetensors, configurations and tokenizer in a folder of `cache()` named
+by model, the package's version and the GGUF file's sha256. The folder is written next to its place, flushed to the
+disk and renamed, by one process at a time, so that it is whole or not there. Later calls import no transformers: they
+compare every file's size, the sha256 of every file but the weights, and that of the weights' header, with the manifest
+written at the conversion. A change inside the weights that keeps their size is not seen.
 """
 
 from __future__ import annotations
@@ -144,7 +139,7 @@ def state(name: str) -> str:
 
 
 def cache() -> Path:
-    """The folder of all converted models."""
+    """The folder of all converted models: `LAD_KERNELS_CACHE`, else lad_kernels/ in `XDG_CACHE_HOME` or ~/.cache."""
     if own := os.environ.get("LAD_KERNELS_CACHE"):
         return Path(own).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME", "")

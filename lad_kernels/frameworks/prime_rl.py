@@ -1,13 +1,8 @@
-"""LAD as a custom loss of prime-rl, which computes the log-probs itself.
-
-    [trainer.loss]
-    type = "custom"
-    import_path = "lad_kernels.frameworks.prime_rl.prime_rl_lad_loss"
+"""LAD as a custom loss of prime-rl, which computes the log-probs itself; see `docs/frameworks/prime_rl.md`.
 
 Masks, weights and the global divisor stay prime-rl's, so micro-batches and ranks do not change the gradient. What
 masked tokens hold has no effect. A loss token without a finite old log-prob (or reference log-prob, or weight, where
-they take part) is dropped and counted in a metric; prime-rl's own losses would make the step NaN, and its divisor
-still counts it. Settings that cannot be honoured are refused by name.
+they take part) is dropped, and counted in a metric and by prime-rl's divisor.
 """
 
 from __future__ import annotations

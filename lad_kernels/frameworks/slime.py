@@ -1,10 +1,7 @@
-"""LAD as a custom loss of slime, which computes the log-probs itself.
-
-    --loss-type custom_loss --custom-loss-function-path lad_kernels.frameworks.slime.slime_lad_loss
+"""LAD as a custom loss of slime, which computes the log-probs itself; its settings are in `docs/frameworks/slime.md`.
 
 Masks and the divisor stay slime's, so micro-batches and ranks do not change the gradient. What masked tokens hold has
-no effect. A loss token without a finite old log-prob is dropped and counted in a metric; slime's own losses would
-make the step NaN, and its divisor still counts it. Settings that cannot be honoured are refused by name.
+no effect. A loss token without a finite old log-prob is dropped, and counted in a metric and by slime's divisor.
 """
 
 from __future__ import annotations

@@ -11,17 +11,14 @@ states and the weight inside the head module's own `__call__`: hooks of FSDP, Ze
 gathered, and its gradient is reduced. Instead of logits the model's forward gets a small placeholder.
 
 What the model does to its logits afterwards (scale, softcap) is first read from its config. Configs can mislead: some
-families ignore such a value, some multiply where others divide. So the first call checks it: the placeholder is then a
-ramp of numbers, and what the model makes of it shows the transform. If the config was wrong, the pass is repeated once
-with the measured transform; anything but a constant scale and softcap is refused. The first call also compares a few
-rows of the head's own output with `linear_logprobs`. After a change of the head, of its dtype or of the training mode
-both checks are repeated. In every later call two known numbers are the placeholder: where the model treats them
-differently than before, the transform is measured and the pass repeated; on CUDA, where that would need a sync, the
-device asserts instead.
+families ignore such a value, some multiply where others divide. So the first call measures it, by numbers in the
+placeholder (`logit_transform.py`), and compares a few rows of the head's own output with `linear_logprobs`; both are
+repeated after a change of the head, of its dtype or of the training mode. If the config was wrong, the pass is repeated
+once with the measured transform; anything but a constant scale and softcap is refused. Later calls notice a change of
+the transform and repeat the pass; on CUDA, where that would need a sync, the device asserts instead.
 
-Threads, nested calls, copies and replicas of nn.DataParallel do not interfere: the state of a call is kept in a context
-variable (`head_call.py`). A checkpoint (torch.utils.checkpoint) may surround the model's call, not the head alone. With
-a model on several devices hidden states are moved to the head's device, and the function has to move its targets.
+A checkpoint (torch.utils.checkpoint) may surround the model's call, not the head alone. With a model on several devices
+hidden states are moved to the head's device, and the function has to move its targets.
 
 To answer another library's keyword, wrap `model.forward` with a function that calls `model.forward(fused_head=...)`.
 

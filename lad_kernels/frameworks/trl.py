@@ -5,11 +5,9 @@ trainer = LADTrainer(model, reward_funcs, args=LADConfig(eta=0.25), train_datase
 
 `FusedHeadMixin` in front of `trl.GRPOTrainer` or `trl.RLOOTrainer` computes every log-probability with `lad_kernels`
 and leaves TRL's loss as it is. `LADTrainer` replaces the loss. Sampling, advantages, the reference model and the logs
-remain TRL's in both. The head always runs inside the wrapped model's forward, on the device of its weight. TRL's own
-losses and gradient norms stay within 5e-6 in float32. Tested on two ranks: LADTrainer under DDP, FSDP2 (by layer or in
-one group, tied or not) and ZeRO-3, the mixin under DDP, both with PEFT's `modules_to_save=["lm_head"]`, where TRL
-1.16's own head has a wrong gradient (FSDP2). What fails: accelerate's SIZE_BASED_WRAP, before training, and LoRA on
-`lm_head` (TRL >= 1.15). Not run: a model on several devices of one process (`device_map`).
+remain TRL's in both. The head always runs inside the wrapped model's forward, on the device of its weight; with PEFT's
+`modules_to_save=["lm_head"]` under FSDP2, where TRL 1.16's own head has a wrong gradient, ours is right. What is
+refused and what was tested is in `docs/frameworks/trl.md`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What TRL's own fused head calls for log-probs, by our head. TRL 1.15.1 to 1.16.
 
-Every trainer of TRL with a fused head (GRPO, RLOO, DPO, KTO, SFT, asynchronous GRPO) goes through one autograd
-Function, `trl.kernels.ChunkedLogProbFunction`; `ChunkedLogProbs` has its `apply`. In a checkout of TRL one line of
-trl/trainer/utils.py imports it instead; `trl.trainer.utils._ChunkedLogProbFunction = ChunkedLogProbs` does the same.
+Every trainer of TRL with a fused head calls one autograd Function, `trl.kernels.ChunkedLogProbFunction`, by its
+`apply`, which `ChunkedLogProbs` has; `trl.trainer.utils._ChunkedLogProbFunction = ChunkedLogProbs` replaces it.
 """
 
 from __future__ import annotations

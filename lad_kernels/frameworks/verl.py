@@ -1,16 +1,8 @@
 """LAD in verl: the policy loss `lad`, its configuration, and the fused head as backend `lad_kernels`.
 
 verl loads this module in every worker, through the entry-point group `verl.plugins` if the package is installed, else
-with VERL_USE_EXTERNAL_MODULES=lad_kernels.frameworks.verl. Nothing of verl changes unless it is asked for:
-
-    actor_rollout_ref.actor.policy_loss.loss_mode=lad
-    actor_rollout_ref.actor.policy_loss._target_=lad_kernels.frameworks.verl.LADPolicyLossConfig
-    +actor_rollout_ref.actor.policy_loss.eta=0.25
-    actor_rollout_ref.model.use_fused_kernels=True
-    actor_rollout_ref.model.fused_kernel_options.impl_backend=lad_kernels
-
-Advantages come from verl's own estimators (`algorithm.adv_estimator=grpo`): LAD needs nothing else of the group.
-`python -m lad_kernels.frameworks.verl` says whether a worker of verl would load the plugin.
+with VERL_USE_EXTERNAL_MODULES=lad_kernels.frameworks.verl. Nothing of verl changes unless it is asked for, by the
+settings of `docs/frameworks/verl.md`. `python -m lad_kernels.frameworks.verl` says whether a worker would load it.
 """
 
 from __future__ import annotations

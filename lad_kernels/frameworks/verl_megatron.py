@@ -7,8 +7,7 @@ Two names in verl's fused forward are replaced. Its kernel returns each tensor-p
 on the backward of sequence parallelism's gather to sum the parts; without sequence parallelism nothing does. Ours sums
 dH itself, so that the gather's backward must only split it. Both cases are then correct.
 
-Only the head's weight reaches either kernel. What a model does to its logits otherwise (a head bias, a softcap, muP's
-scaling) is not in these log-probs, in verl's as in ours.
+Only the head's weight reaches either kernel: no head bias, softcap or scale of muP is in these log-probs.
 
 Raises on import:
     ImportError: verl or Megatron Core is not installed, or verl's fused forward lacks one of the two names; then

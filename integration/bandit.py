@@ -8,7 +8,6 @@ Two rows for GRPO, because clipping matters here. The paper's claim is about the
 under a frozen pi_old it climbs to one arm. `grpo, clipped` (epsilon 0.2) stays in the neighbourhood of pi_old, as the
 clip removes every gradient beyond a ratio of 1.2: it neither collapses nor learns the target.
 
-Every method and seed is an independent policy, so all of them share one logits tensor, one softmax and one Adam.
 E_old[e^(A/eta)] > 1, so no policy reaches x = 1 everywhere and every divergence keeps a small bias of its own. `tv`
 keeps more: without the partition function many policies reach its minimum, and the path decides which one is reached.
 

@@ -1,7 +1,7 @@
 """LAD and GRPO from the same warm start with the same seeds.
 
-Every run is one call of `trainer.train` in a worker process with one thread, the fastest for a small model. A run
-appends a JSON line per step to its own folder; the progress lines, the plots and the report only read those lines.
+Every run is one call of `trainer.train` in a worker process with one thread, the fastest for a small model. Progress,
+plots and report only read the lines that a run appends to its log.
 """
 
 from __future__ import annotations

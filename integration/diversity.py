@@ -4,8 +4,7 @@ A run fine-tunes all weights of a model from the same start. One rollout draws o
 policy, which becomes pi_old; each batch is then one update. With one batch a rollout the ratio is 1 (on-policy); with
 four, three of four updates meet a ratio that has moved; with all of them pi_old is the start, and stays.
 
-Runs are processes of one thread; each appends a JSON line an update to its own folder, and the progress lines, the
-table and the plot only read those lines.
+Runs are processes of one thread. Progress, table and plot only read the line that a run logs for each update.
 """
 
 from __future__ import annotations

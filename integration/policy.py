@@ -3,13 +3,9 @@
 The head's product is computed here only for the few rows that are sampled from: otherwise a function of the caller
 replaces it inside the model's own forward (`lad_kernels.frameworks.transformers`).
 
-Completions come from transformers' `generate` under the model's own generation configuration: they end at any of its
-end-of-sequence ids or the tokenizer's. Options that change the distribution from the one that is scored and
-trained (top_k, penalties) are ignored; those that change single tokens (suppressed or forced ones) are refused by name.
-
-Samples are packed, prompt and completion of each one after the other: N tokens in all, B samples, `cu_seqlens` as in
-flash-attention. With flash-attention the model runs on the packed tokens; otherwise it runs right-padded, which does
-not change a causal model's outputs, and the rows are packed before the head.
+Completions come from transformers' `generate` under `sampling_config`. For training, N tokens of B samples are packed,
+`cu_seqlens` as in flash-attention. With flash-attention the model runs on the packed tokens; otherwise it runs
+right-padded, which does not change a causal model's outputs, and the rows are packed before the head.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""A run's folder, its log, and how a run is stopped, without losing or replacing what it has written.
-
-`metrics.jsonl` belongs to one process at a time, by a lock that ends with the process, and is only ever appended to or
-cut at its end.
-"""
+"""A run's folder, its log, and how a run is stopped, without losing or replacing what it has written."""
 
 from __future__ import annotations
 

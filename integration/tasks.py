@@ -1,13 +1,8 @@
 """Problems with verifiable rewards from reasoning-gym, and a tokenizer small enough to build in process.
 
-A `Task` wraps one reasoning-gym dataset: training and held-out problems from different seeds (a held-out problem never
-occurs in training, in any order of its numbers), prompts, warm-start solutions and rewards. Rewards are the dataset's
-own `score_answer`; an answer is right when it scores 1. A model's text is not trusted: scorers that compare two
-strings are called here, all others in a process of their own with limits, and those that evaluate the text get it only
-when it consists of what an answer may contain (`integration/scoring.py`). Other text, or text that takes too long to
-score, scores 0.
-
-The tokenizer has printable ASCII and every pair of digits, so that numbers below 100 are one token.
+Rewards are the dataset's own `score_answer`; an answer is right when it scores 1. A model's text is not trusted:
+scorers that compare two strings are called here, all others by `integration/scoring.py`, which gives text that it does
+not admit, or that takes too long, a score of 0.
 """
 
 from __future__ import annotations

@@ -66,7 +66,9 @@ def slime_lad_loss(
         **get_rollout_top_p_logprob_kwargs(args, batch),
     )
     logprobs = torch.cat(scored["log_probs"])  # [M]
-    mask = _loss_tokens(sum_of_sample_mean, logprobs)  # [M]
+    # Slime's reducer gives a weight to the tokens of its loss masks; under context parallelism to this rank's part.
+    probe = torch.zeros_like(logprobs, requires_grad=True)  # [M]
+    mask = torch.autograd.grad(sum_of_sample_mean(probe), probe)[0] != 0  # [M]
     old = batch["rollout_log_probs"] if args.use_rollout_logprobs else batch.get("log_probs")
     old = torch.cat(old) if old else None  # [M]
     keep = mask if old is None else mask & old.isfinite()  # [M]
@@ -84,9 +86,3 @@ def slime_lad_loss(
     values = {"ppo_kl": -log_ratio, "lad/ratio": log_ratio.exp(), "lad/abs_coef": coefficients.abs()}
     metrics = {"loss": loss.detach(), **{name: reduce(x) for name, x in values.items()}}
     return loss, metrics | {"lad/nonfinite_share": sum_of_sample_mean((mask & ~keep).to(leaf.dtype))}
-
-
-def _loss_tokens(sum_of_sample_mean: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:  # [M] -> bool [M]
-    """Tokens to which slime's reducer gives a weight: its loss masks, of this rank's part under context parallelism."""
-    probe = torch.zeros_like(like, requires_grad=True)  # [M]
-    return torch.autograd.grad(sum_of_sample_mean(probe), probe)[0] != 0

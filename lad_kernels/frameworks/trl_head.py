@@ -55,13 +55,10 @@ class ChunkedLogProbs:
                 f"mean of capped logits needs all of them: leave TRL's own function in place for this model"
             )
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-
-        def head(temperature: float) -> HeadArguments:
-            cap, scale = final_logit_softcapping, logit_scale
-            return HeadArguments(hidden, weight, targets, bias, temperature, scale, cap, None, "auto")
-
+        cap = final_logit_softcapping
+        head = HeadArguments(hidden, weight, targets, bias, temperature, logit_scale, cap, None, "auto")
         out = token_outputs(
-            head(temperature),
+            head,
             None,
             return_entropy="entropy" in outputs,
             return_mean_logit="mean_logits" in outputs,
@@ -69,6 +66,8 @@ class ChunkedLogProbs:
         )
         squares = None
         if "log_sum_sq_probs" in outputs:  # sum of e^2z is that of the logits at half the temperature
-            squares = token_outputs(head(temperature / 2), None).lse.detach() - 2 * out.lse.detach()
+            squares = (
+                token_outputs(head._replace(temperature=temperature / 2), None).lse.detach() - 2 * out.lse.detach()
+            )
         mean = None if out.mean_logit is None else out.mean_logit.detach()
         return out.logprobs, out.entropy, squares, mean, out.correct

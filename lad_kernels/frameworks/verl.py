@@ -68,12 +68,6 @@ class LADPolicyLossConfig(PolicyLossConfig):
 
     def lad_config(self, loss_agg_mode: str = "token-mean", actor: Any = None) -> LADConfig:
         """The same settings for `lad_loss`, with verl's clip range where the actor has one that is not its default."""
-        low, high = self._ratio_bounds(actor)
-        own = {name: getattr(self, name) for name in OWN}
-        return LADConfig(loss_agg_mode=loss_agg_mode, epsilon_low=low, epsilon_high=high, **own)
-
-    def _ratio_bounds(self, actor: Any) -> tuple[float | None, float | None]:
-        """epsilon_low and epsilon_high: LAD's own, or clip_ratio_low and clip_ratio_high as verl reads them."""
         both = getattr(actor, "clip_ratio", CLIP_RATIO)
         found = [getattr(actor, name, None) for name in ("clip_ratio_low", "clip_ratio_high")]
         low, high = (both if x is None else x for x in found)
@@ -83,7 +77,9 @@ class LADPolicyLossConfig(PolicyLossConfig):
                 f"{low!r}, which is what verl reads; set these two"
             )
         own = self.epsilon_low, self.epsilon_high
-        return ratio_bounds(own, (low, high), CLIP_RATIO, "the actor's clip_ratio")
+        low, high = ratio_bounds(own, (low, high), CLIP_RATIO, "the actor's clip_ratio")
+        others = {name: getattr(self, name) for name in OWN}
+        return LADConfig(loss_agg_mode=loss_agg_mode, epsilon_low=low, epsilon_high=high, **others)
 
 
 def lad_policy_loss(

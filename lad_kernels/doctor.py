@@ -242,8 +242,7 @@ def package_problems(installed: list[Installed], wanted: tuple[str, ...], triton
     for part in installed:
         ours = part.required and (part.name != "triton" or triton_needed or part.version is not None)
         if (ours or part.name in wanted) and not part.fits:
-            fields = (part.name, part.version, part.verdict, part.supported)
-            problems.append(" ".join(field for field in fields if field))
+            problems.append(" ".join(filter(None, (part.name, part.version, part.verdict, part.supported))))
         elif part.name in wanted and (reason := import_error(part.name)):
             problems.append(reason)
         elif part.name == "verl" and "verl" in wanted and not (line := verl_plugin()).endswith("are registered"):

@@ -114,12 +114,10 @@ def plot_comparison(result: Comparison, path: Path) -> None:
             values = torch.tensor([[record[name] for record in run] for run in runs])  # [S, steps]
             width = min(9, values.size(1))
             smooth = values.unfold(1, width, 1).mean(-1)  # [S, steps - width + 1]
-            mean, std = smooth.mean(0), smooth.std(0, correction=min(1, len(runs) - 1))
-            steps = torch.arange(len(mean)) + width
-            axis.plot(steps.tolist(), mean.tolist(), color=color, label=algorithm.upper())
-            axis.fill_between(
-                steps.tolist(), (mean - std).tolist(), (mean + std).tolist(), color=color, alpha=0.2, linewidth=0
-            )
+            mean, std = smooth.mean(0).numpy(), smooth.std(0, correction=min(1, len(runs) - 1)).numpy()
+            steps = range(width, values.size(1) + 1)
+            axis.plot(steps, mean, color=color, label=algorithm.upper())
+            axis.fill_between(steps, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
             axis.set(xlabel="step", ylabel=label)
     axes[0].legend()
     figure.savefig(path, dpi=120)

@@ -208,7 +208,8 @@ def sample(
 ) -> Draws:
     """Answers at temperature 1, up to a newline or the length of the longest right answer."""
     weight = model.get_output_embeddings().weight.float()  # [V, D]
-    ends = {newline, *_ids(model.generation_config.eos_token_id)}
+    eos = model.generation_config.eos_token_id
+    ends = {newline, *(eos if isinstance(eos, list) else [eos])}
     longest = max(len(answer) for problem in problems for answer in problem.right)
     tree, cache, done = TokenTree(), DynamicCache(config=model.config), 0
     at = [node for problem in problems for node in [tree.add(problem.prompt)] * group_size]  # [B] node of each draw
@@ -236,7 +237,3 @@ def sample(
             at[draw] = tree.add(answers[draw][-1:], at[draw])
     groups = [[tuple(x) for x in answers[i : i + group_size]] for i in range(0, len(at), group_size)]
     return Draws(groups, spread / counted)
-
-
-def _ids(value: int | list[int] | None) -> list[int]:
-    return [value] if isinstance(value, int) else value or []

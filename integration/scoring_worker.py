@@ -39,13 +39,9 @@ def limit(which: int, value: int) -> None:
 
 def set_limits() -> None:
     """No bytes into files, no further processes or threads (root is exempt from that), no core, bounded memory."""
-    for which, value in (
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_NPROC, 0),
-        (resource.RLIMIT_NOFILE, 32),
-    ):
-        limit(which, value)
+    for which in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC):
+        limit(which, 0)
+    limit(resource.RLIMIT_NOFILE, 32)
     if sys.platform != "darwin":  # refuses any limit of the address space
         limit(resource.RLIMIT_AS, MEMORY)
 

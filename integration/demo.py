@@ -90,10 +90,7 @@ def real_model(flags: argparse.Namespace, console: Console) -> Learned:
         flags.folder, runs, flags.seconds, flags.device, flags.out, console, keep_models=flags.keep_models
     )
     diversity.plot_runs(runs, results, flags.out / "training.png")
-    sheet = diversity.runs_sheet(runs, results)
-    console.print(sheet.rich())
-    text = diversity.cut_short(runs, results, flags.seconds)
-    console.print(text)
+    sheet, text = diversity.runs_sheet(runs, results), diversity.cut_short(runs, results, flags.seconds)
     last = {run.label: records[-1] for run, records in zip(runs, results)}
     return Learned(sheet, text, diversity.run_checks(runs, results), last)
 
@@ -103,8 +100,6 @@ def toy(flags: argparse.Namespace, config: TrainConfig, console: Console) -> Lea
     result = compare.compare(config, 1 if flags.quick else flags.seeds, flags.out, console)
     compare.plot_comparison(result, flags.out / "training.png")
     sheet, text = compare.comparison_sheet(result), compare.comparison_text(result)
-    console.print(sheet.rich())
-    console.print(text)
     checks = {} if flags.quick else compare.comparison_checks(result)
     return Learned(sheet, text, checks, {"before": result.before, "after": result.after})
 
@@ -151,6 +146,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     console.rule("2. LAD and GRPO")
     learned = real_model(flags, console) if flags.folder else toy(flags, config, console)
+    console.print(learned.sheet.rich())
+    console.print(learned.text)
     sheets.append(learned.sheet)
     checks |= learned.checks
 

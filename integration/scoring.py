@@ -15,7 +15,6 @@ import importlib.util
 import os
 import pickle
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -225,15 +224,15 @@ class Worker:
         return KINDS[kind] if kind < len(KINDS) else "died", value, seconds
 
     def _start(self) -> None:
-        folder = tempfile.mkdtemp(prefix="scoring-")
-        environment = {
-            "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p),
-            "PYTHONHASHSEED": "0",  # a score is a function of the answer
-            **dict.fromkeys(("HOME", "TMPDIR", "MPLCONFIGDIR"), folder),
-            **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
-            **{name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ},
-        }
-        try:
+        # Nothing can be created in the removed directory that the worker is left in.
+        with tempfile.TemporaryDirectory(prefix="scoring-", ignore_cleanup_errors=True) as folder:
+            environment = {
+                "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p),
+                "PYTHONHASHSEED": "0",  # a score is a function of the answer
+                **dict.fromkeys(("HOME", "TMPDIR", "MPLCONFIGDIR"), folder),
+                **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+                **{name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ},
+            }
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-B", _PROGRAM],  # files next to it have names of packages; no .pyc files
                 stdin=subprocess.PIPE,
@@ -245,8 +244,6 @@ class Worker:
             self._owner = os.getpid()
             with _deadline(self._process, START_SECONDS, threading.Event()):
                 ready = self._process.stdout.read(1)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)  # nothing can be created in a removed directory
         if ready != b"\n":
             self.close()
             raise RuntimeError("scoring: the worker did not start; its error is printed above")

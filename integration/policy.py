@@ -149,13 +149,11 @@ def sampling_config(own: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -
             )
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *ends) if i is not None))
-    pads = (tokenizer.pad_token_id, own.pad_token_id, *ends, 0)
+    pad = next(i for i in (tokenizer.pad_token_id, own.pad_token_id, *ends, 0) if i is not None)
     config = copy.deepcopy(own)
-    for name, neutral in SET_ASIDE.items():
-        setattr(config, name, neutral)
-    config.eos_token_id = ends
-    config.pad_token_id = next(i for i in pads if i is not None)
-    config.do_sample, config.disable_compile, config.max_length = True, True, None
+    config.update(
+        **SET_ASIDE, eos_token_id=ends, pad_token_id=pad, do_sample=True, disable_compile=True, max_length=None
+    )
     return config
 
 
@@ -192,12 +190,11 @@ def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.d
     """Concatenate samples; row i of a sample predicts its token i + 1."""
     samples = [prompt + completion for prompt, completion in zip(prompts, completions)]
     lengths = [len(sample) for sample in samples]
-    target = [token for sample in samples for token in (*sample[1:], 0)]
     mask = [len(prompt) - 1 <= i < length - 1 for prompt, length in zip(prompts, lengths) for i in range(length)]
     return Packed(
         torch.tensor([token for sample in samples for token in sample], device=device),
         torch.tensor([i for length in lengths for i in range(length)], device=device),
-        torch.tensor(target, device=device),
+        torch.tensor([token for sample in samples for token in (*sample[1:], 0)], device=device),
         torch.tensor(mask, device=device),
         nn.functional.pad(torch.tensor(lengths, device=device).cumsum(0), (1, 0)).int(),
     )

@@ -70,10 +70,6 @@ class Rollout(NamedTuple):
     distinct: float  # distinct right answers per problem
     texts: list[str]  # B completions as text, without their ends
 
-    @property
-    def accuracy(self) -> float:
-        return (self.scores >= RIGHT).float().mean().item()
-
 
 def rollout(
     policy: Policy, task: Task, entries: list[Entry], group_size: int, config: TrainConfig, generator: torch.Generator
@@ -178,8 +174,7 @@ def optimizer_step(
         )
         out = through_head(policy, batch, loss)
         out.loss.backward()
-        entropy = out.entropy.sum() / batch.loss_mask.sum()
-        records.append({"loss": out.loss.detach(), "entropy": entropy, **out.metrics})
+        records.append({"loss": out.loss.detach(), "entropy": out.entropy.sum() / batch.loss_mask.sum(), **out.metrics})
         del out  # frees what the loss saved for its backward before the next micro-batch
     norm = nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
     optimizer.step()
@@ -275,7 +270,7 @@ def train_step(state: State, task: Task, config: TrainConfig, rewards: EqualRewa
         "seed": config.seed,
         "step": state.step,
         "reward": run.scores.mean().item(),
-        "accuracy": run.accuracy,
+        "accuracy": (run.scores >= RIGHT).float().mean().item(),
         "distinct": run.distinct,
         "tokens_per_second": tokens / (time.perf_counter() - started),
         **metrics,

@@ -81,8 +81,7 @@ def compare(config: TrainConfig, seeds: int, folder: Path, console: Console) -> 
 
 def comparison_sheet(result: Comparison) -> Sheet:
     """Before, LAD and GRPO: mean and standard deviation over seeds."""
-    seeds = len(result.after["lad"])
-    title = f"Held-out problems, mean ± standard deviation over {seeds} seeds (one warm start)"
+    title = f"Held-out problems, mean ± standard deviation over {len(result.after['lad'])} seeds (one warm start)"
     columns = ["policy", "accuracy", "pass@8", "distinct right answers in 16", "entropy, nats/token"]
     rows = [["before", *(f"{result.before[name]:.3f}" for name in MEASURES)]]
     for algorithm, runs in result.after.items():

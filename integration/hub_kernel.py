@@ -30,8 +30,7 @@ def sources() -> dict[str, str]:
     found: dict[str, str] = {}
     waiting = ["lad_kernels"]
     while waiting:
-        module = waiting.pop()
-        for path in _files(module):
+        for path in _files(waiting.pop()):
             name = path.relative_to(PACKAGE).as_posix()
             if name not in found:
                 found[name] = path.read_text()

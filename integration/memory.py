@@ -56,8 +56,7 @@ def measure(provider: str, tokens: int, hidden_size: int, device: str) -> dict[s
     """Peak bytes above the inputs and seconds of one loss with both gradients, in this process."""
     cuda = device == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
-    generator = torch.Generator(device).manual_seed(0)
-    arguments = {"device": device, "generator": generator}
+    arguments = {"device": device, "generator": torch.Generator(device).manual_seed(0)}
     hidden = torch.randn(tokens, hidden_size, dtype=dtype, **arguments).requires_grad_()  # [N, D]
     weight = torch.randn(VOCABULARY, hidden_size, dtype=dtype, **arguments).mul_(0.05).requires_grad_()  # [V, D]
     target = torch.randint(VOCABULARY, (tokens,), **arguments)  # [N]

@@ -146,8 +146,7 @@ class Task:
         expression = normalize(entry["metadata"]["expression"])
         if "(" in expression:
             return expression
-        terms = re.findall(r"[+-]?[^+-]+", expression)
-        signed = [term if term[0] in "+-" else "+" + term for term in terms]
+        signed = [term if term[0] in "+-" else "+" + term for term in re.findall(r"[+-]?[^+-]+", expression)]
         rng.shuffle(signed)
         first = next(i for i, term in enumerate(signed) if term[0] == "+")  # a positive term leads
         return "".join([signed.pop(first)[1:], *signed])

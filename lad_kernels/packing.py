@@ -39,11 +39,9 @@ class Packing:
 
     def source(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """Hidden states [N, D] or [B, T, D], not copied, and the flat rows [M] that take part; None: all of [N, D]."""
-        kept = self.kept
-        flat = hidden.ndim == 2 or 1 in hidden.shape[:2] or hidden.stride(0) == hidden.shape[1] * hidden.stride(1)
-        if flat:
-            return hidden.reshape(self.shape.numel(), hidden.shape[-1]), kept
-        return hidden, torch.arange(self.shape.numel(), device=hidden.device) if kept is None else kept
+        if hidden.ndim == 2 or 1 in hidden.shape[:2] or hidden.stride(0) == hidden.shape[1] * hidden.stride(1):
+            return hidden.reshape(self.shape.numel(), hidden.shape[-1]), self.kept
+        return hidden, torch.arange(self.shape.numel(), device=hidden.device) if self.kept is None else self.kept
 
     def place(self, x: Tensor) -> Tensor:
         """[M, ...] -> [N, ...] or [B, T, ...], exactly zero where nothing was kept."""

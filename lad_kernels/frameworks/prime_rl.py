@@ -47,5 +47,4 @@ def prime_rl_lad_loss(inputs: Any, **settings: Any) -> LossOutputs:
     rows = {name: None if x is None else x[None] for name, x in given.items()}  # [1, T]
     tokens = inputs.loss_mask.sum().clamp(min=1)  # [] those that prime-rl counts, dropped ones included
     out = lad_loss(inputs.trainer_logprobs[None], config=LADConfig(**settings), normalizer=tokens, **rows)
-    metrics = {f"lad/{name}": value for name, value in out.metrics.items()}
-    return LossOutputs(out.loss * tokens, metrics)
+    return LossOutputs(out.loss * tokens, {f"lad/{name}": value for name, value in out.metrics.items()})

@@ -165,10 +165,9 @@ class FusedHeadMixin:
         self, model: Any, want_entropy: bool, labels: Tensor, fused_lm_head: bool = True, **inputs: Any
     ) -> SimpleNamespace:
         """log_probs and entropy [B, L - 1] of the labels [B, L] that are not -100, and the auxiliary loss."""
-        targets = labels[:, 1:]
 
         def head(hidden: Tensor, weight: Tensor, **transform: Any) -> LinearLogprobs:  # [B, L, D], [V, D]
-            ids = targets.to(hidden.device)
+            ids = labels[:, 1:].to(hidden.device)
             return linear_logprobs(
                 hidden[:, :-1],
                 weight,

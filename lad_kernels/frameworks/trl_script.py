@@ -28,9 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     kinds = (grpo.GRPOScriptArguments, LADConfig, trl.ModelConfig, trl.DatasetMixtureConfig)
     parser = trl.TrlParser(kinds, prog="python -m lad_kernels.frameworks.trl")
-    given = parser.parse_args_and_config(arguments)
     with mock.patch.object(trl, "GRPOTrainer", LADTrainer):  # which the script imports when it runs
-        grpo.main(*given)
+        grpo.main(*parser.parse_args_and_config(arguments))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lad_kernels import LADConfig, LinearLogprobs, lad_loss, linear_logprobs
 from lad_kernels.frameworks.options import ratio_bounds, say_bounds
+from lad_kernels.frameworks.transformers import attach_fused_head
 
 logger = logging.getLogger(__name__)
 try:
@@ -195,8 +196,6 @@ def fuse_head(model: nn.Module) -> None:
     Raises:
         ValueError: at first use, where the model's logits are not what its head and config say.
     """
-    from lad_kernels.frameworks.transformers import attach_fused_head
-
     attach_fused_head(model)
     inner = model.forward
 

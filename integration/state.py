@@ -7,7 +7,6 @@ import logging
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -39,17 +38,13 @@ def save_checkpoint(state: State, config: TrainConfig) -> Path:
         state.policy.tokenizer.save_pretrained(folder)
         (folder / CONFIG).write_text(json.dumps(saved_fields(config), indent=1) + "\n")
         saved = {"optimizer": state.optimizer.state_dict(), "generator": state.generator.get_state()}
-        torch.save({**saved, "step": state.step, "random": random_states(state.policy.device)}, folder / STATE)
+        # Global random states, which dropout and other code without a generator use.
+        states, device = {"python": random.getstate(), "cpu": torch.get_rng_state()}, state.policy.device
+        if device.type != "cpu":
+            states[device.type] = torch.get_device_module(device).get_rng_state(device)
+        torch.save({**saved, "step": state.step, "random": states}, folder / STATE)
 
     return checkpoint.save(Path(config.out), state.step, write)
-
-
-def random_states(device: torch.device) -> dict[str, Any]:
-    """The global random states, which dropout and other code without a generator use."""
-    states = {"python": random.getstate(), "cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = torch.get_device_module(device).get_rng_state(device)
-    return states
 
 
 def load_policy(config: TrainConfig) -> Policy:

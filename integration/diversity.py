@@ -1,10 +1,7 @@
-"""LAD beside GRPO on a task with many right answers: the runs, and how each trades diversity for accuracy.
+"""LAD beside GRPO on a task with many right answers, see `docs/diversity.md`: how each trades diversity for accuracy.
 
-A run fine-tunes all weights of a model from the same start. One rollout draws one or more batches from the current
-policy, which becomes pi_old; each batch is then one update. With one batch a rollout the ratio is 1 (on-policy); with
-four, three of four updates meet a ratio that has moved; with all of them pi_old is the start, and stays.
-
-Runs are processes of one thread. Progress, table and plot only read the line that a run logs for each update.
+One rollout draws one or more batches from the current policy, which becomes pi_old; each batch is then one update. Runs
+are processes of one thread. Progress, table and plot only read the line that a run logs for each update.
 """
 
 from __future__ import annotations

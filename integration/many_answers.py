@@ -1,8 +1,4 @@
-"""A task with many right answers, whose measures are sums over all of them and need no sampling.
-
-Three solved lines, then `A number larger than 40 but smaller than 52: `, which the model continues: every number in
-between is right, if a newline follows. The right answers can be listed, so accuracy, pass@8, the number of distinct
-right answers in 64 draws and the entropy over right answers are exact for a given policy.
+"""A task with many right answers, whose measures are sums over all of them and need no sampling: `docs/diversity.md`.
 
 All prompts begin with the same lines and many completions are equal, so a batch is run as one tree of tokens in which
 a common beginning occurs once: 256 completions of 8 prompts are some 350 tokens, under an attention mask that lets a

@@ -32,22 +32,18 @@ def open_log(folder: Path) -> Iterator[TextIO]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOG).open("a", buffering=1) as log:
-        _lock(log, folder)
+        try:
+            import fcntl
+
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+        except BlockingIOError as error:
+            raise Refused(
+                f"out: expected a folder that no other process trains in, got {str(folder)!r}; wait for that run or "
+                f"stop it"
+            ) from error
+        except (ImportError, OSError):  # a system or a file system that has no locks
+            logger.debug("%s cannot be locked", folder / LOG)
         yield log
-
-
-def _lock(log: TextIO, folder: Path) -> None:
-    """A lock that ends with the process, however it ends; no lock where the system or file system has none."""
-    try:
-        import fcntl
-
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise Refused(
-            f"out: expected a folder that no other process trains in, got {str(folder)!r}; wait for that run or stop it"
-        ) from error
-    except (ImportError, OSError):
-        logger.debug("%s cannot be locked", folder / LOG)
 
 
 def cut_log(folder: Path, step: int) -> None:

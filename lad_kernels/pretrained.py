@@ -7,8 +7,7 @@ A known model is the GGUF file of a package, or of several that hold its parts. 
 transformers, repairs the tokenizer and saves safetensors, configurations and tokenizer in a folder of `cache()` named
 by model, the package's version and the GGUF file's sha256. The folder is written next to its place, flushed to the
 disk and renamed, by one process at a time, so that it is whole or not there. Later calls import no transformers: they
-compare every file's size, the sha256 of every file but the weights, and that of the weights' header, with the manifest
-written at the conversion. A change inside the weights that keeps their size is not seen.
+compare sizes and `_fingerprint`s with the manifest written at the conversion.
 """
 
 from __future__ import annotations
@@ -313,7 +312,7 @@ def _seal(folder: Path) -> None:
 
 
 def _verify(folder: Path, flag: str) -> None:
-    """Raises Refused where a file is not what the manifest says; see the head of this module."""
+    """Raises Refused where a size or a fingerprint is not that of the manifest."""
     try:
         files = json.loads((folder / MANIFEST).read_bytes())
         wrong = [n for n, f in files.items() if (folder / n).stat().st_size != f["size"]]
@@ -331,7 +330,7 @@ def _verify(folder: Path, flag: str) -> None:
 
 
 def _fingerprint(path: Path) -> str:
-    """The sha256 of a file; of safetensors that of its header: 8 bytes with its length, then names and offsets."""
+    """The sha256 of a file; of safetensors of its header alone: 8 bytes with its length, then names and offsets."""
     if path.suffix != ".safetensors":
         return sha256(path)
     with path.open("rb") as file:

@@ -56,9 +56,9 @@ def _count(change: int) -> None:
         _any_running = _running > 0
 
 
-def call_is_active() -> bool:
-    """Whether this thread is inside a call."""
-    return _any_running and _call.get() is not None
+def active_call() -> HeadCall | None:
+    """The call that this thread is inside of, if any."""
+    return _call.get() if _any_running else None
 
 
 class Leaves:
@@ -84,9 +84,8 @@ class _Replaceable:
 
     @property
     def forward(self) -> Callable[..., Any]:
-        if _any_running and (call := _call.get()) is not None and call.layer is self:
-            return call.forward
-        return own_forward(self)
+        call = active_call()
+        return call.forward if call is not None and call.layer is self else own_forward(self)
 
     @forward.setter
     def forward(self, value: Callable[..., Any]) -> None:
@@ -97,7 +96,7 @@ class _Replaceable:
         del self.__dict__["forward"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not _any_running or (call := _call.get()) is None or call.outer is not self:
+        if (call := active_call()) is None or call.outer is not self:
             return super().__call__(*args, **kwargs)
         return call.stand_in_for(super().__call__, args, kwargs)
 

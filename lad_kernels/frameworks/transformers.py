@@ -38,7 +38,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from lad_kernels import linear_cross_entropy
-from lad_kernels.frameworks.head_call import HeadCall, Leaves, call_is_active, current_call, restore
+from lad_kernels.frameworks.head_call import HeadCall, Leaves, active_call, current_call, restore
 from lad_kernels.frameworks.logit_transform import LogitTransform, logit_transform
 
 REMEMBERED = 32  # states of a model whose head was checked: training mode, dtypes, adapters
@@ -284,7 +284,7 @@ def _forward_of(cls: type) -> Callable[..., Any]:
             return self._fused_head.run(self, fused_head, args, kwargs)
         if self._fused_head.loss_options is not None and self.training and kwargs.get("labels") is not None:
             return self._fused_head.supervised(self, args, kwargs)
-        if call_is_active():
+        if active_call() is not None:
             with current_call(None):
                 return self._fused_head.own_forward(self, *args, **kwargs)
         return self._fused_head.own_forward(self, *args, **kwargs)

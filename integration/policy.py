@@ -126,8 +126,7 @@ def build_policy(
         model.gradient_checkpointing_enable()
     policy = Policy(model.to(device), tokenizer, device, flash and path is not None, pretrained, sampling)
     attach_fused_head(policy.model)
-    with torch.no_grad():  # the first call compares with the model's own head
-        logprobs_of(policy, pack([[0]], [list(range(1, 16))], device), 1.0)
+    logprobs_of(policy, pack([[0]], [list(range(1, 16))], device), 1.0)  # compares with the model's own head
     return policy
 
 
@@ -218,8 +217,9 @@ def through_head(policy: Policy, batch: Packed, function: Callable[..., Any]) ->
         return policy.model(**inputs, fused_head=packed).result
 
 
+@torch.no_grad()
 def logprobs_of(policy: Policy, batch: Packed, temperature: float, return_entropy: bool = False) -> LinearLogprobs:
-    """`linear_logprobs` of a packed batch; [N] fields, 0 where masked."""
+    """`linear_logprobs` of a packed batch, without gradients; [N] fields, 0 where masked."""
     options = {"loss_mask": batch.loss_mask, "temperature": temperature, "return_entropy": return_entropy}
     return through_head(policy, batch, partial(linear_logprobs, target_ids=batch.target_ids, **options))
 

@@ -130,15 +130,14 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, run: Rollout, confi
     rows = range(len(run.prompts))
     per_update = -(-len(rows) // config.updates_per_rollout)
     minibatches = []  # one per optimiser step: micro-batches of (packed samples, old log-probs, advantages)
-    for first in range(0, len(rows), per_update):
+    for first in rows[::per_update]:
         minibatch = []
-        for start in range(first, min(first + per_update, len(rows)), config.micro_batch):
+        for start in rows[first : first + per_update : config.micro_batch]:
             part = slice(start, min(start + config.micro_batch, first + per_update))
             batch = pack(run.prompts[part], run.completions[part], policy.device)
             old = None
             if config.updates_per_rollout > 1:
-                with torch.no_grad():
-                    old = logprobs_of(policy, batch, config.temperature).logprobs  # [N]
+                old = logprobs_of(policy, batch, config.temperature).logprobs  # [N]
             minibatch.append((batch, old, advantages[part]))
         minibatches.append(minibatch)
     policy.model.train()

@@ -269,7 +269,8 @@ def convert(model: KnownModel, parts: list[Path], folder: Path) -> None:
     if len(parts) > 1:
         with gguf.open("wb") as joined:
             for path in parts:
-                joined.write(path.read_bytes())
+                with path.open("rb") as file:
+                    shutil.copyfileobj(file, joined)
     given: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
     tokenizer = _from_scores(gguf) if model.merges else AutoTokenizer.from_pretrained(gguf.parent, **given)
     for name, token in model.tokens.items():

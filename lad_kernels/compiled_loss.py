@@ -10,14 +10,11 @@ from torch import Tensor
 
 from lad_kernels.head import ARGUMENTS, SCHEMA, HeadArguments, Needs, in_autocast_dtype
 from lad_kernels.objective import (
-    CONFIG,
     INPUTS,
     GRPOConfig,
     LADConfig,
     PolicyConfig,
     PolicyInputs,
-    config_of,
-    flat_config,
     flat_inputs,
     inputs_of,
     metric_names,
@@ -37,7 +34,7 @@ def compiled_loss(given: HeadArguments, inputs: PolicyInputs, config: PolicyConf
     """The operator's call, for torch.compile and torch.export to trace."""
     inputs = without_columns(inputs, given.target_ids, "target_ids")
     call, given = _OPERATORS[type(config)], in_autocast_dtype(given)
-    outputs = call(*given.flat(), *flat_inputs(inputs), *flat_config(config), wanted.entropy, wanted.logprobs)
+    outputs = call(*given.flat(), *flat_inputs(inputs, config), wanted.entropy, wanted.logprobs)
     loss, logprobs, entropy, advantages, metrics = outputs
     needs = Needs.of(given.hidden_states, given.lm_head_weight, given.bias)
     return LossOutput(
@@ -59,8 +56,8 @@ def _operator(name: str, kind: type) -> Any:
     """`lad_kernels::name`, for configs of a kind."""
 
     def arguments_of(arguments: tuple) -> tuple[HeadArguments, PolicyInputs, PolicyConfig, Wanted]:
-        *flat, words, numbers, entropy, logprobs = arguments
-        inputs, config = inputs_of(flat[ARGUMENTS:]), config_of(kind, words, numbers)
+        *flat, entropy, logprobs = arguments
+        inputs, config = inputs_of(kind, flat[ARGUMENTS:])
         return HeadArguments.of_flat(flat[:ARGUMENTS]), inputs, config, Wanted(logprobs, entropy)
 
     def without_values(*arguments: Any, needs: Needs) -> tuple[Tensor, ...]:
@@ -77,7 +74,7 @@ def _operator(name: str, kind: type) -> Any:
             hidden.new_empty(metrics, dtype=widest(hidden.device)),
         )
 
-    schema = f"{SCHEMA}, {INPUTS}, {CONFIG}, bool return_entropy, bool return_logprobs"
+    schema = f"{SCHEMA}, {INPUTS}, bool return_entropy, bool return_logprobs"
 
     @step_operator(name, schema, _OUTPUTS, without_values)
     def loss(*arguments: Any, needs: Needs) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

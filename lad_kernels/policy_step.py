@@ -25,7 +25,7 @@ def prepared(
             "capturable: expected False with config.backward='routed', which reads what it keeps on the host"
         )
     inputs = validate(inputs, given.target_ids, "target_ids", config)
-    alike = vars(inputs) | {"config": config, "return_entropy": wanted.entropy, "return_logprobs": wanted.logprobs}
+    alike = inputs._asdict() | {"config": config, "return_entropy": wanted.entropy, "return_logprobs": wanted.logprobs}
     return inputs, prepare(given, inputs.loss_mask, inputs.cu_seqlens, alike, needs)
 
 

@@ -20,14 +20,12 @@ from lad_kernels.objective.context_parallel import (
     shard_tokens,
     shift_and_shard,
 )
-from lad_kernels.objective.flat import CONFIG, INPUTS, config_of, flat_config, flat_inputs, inputs_of
+from lad_kernels.objective.flat import INPUTS, flat_inputs, inputs_of
 from lad_kernels.objective.inputs import PolicyInputs, validate, without_columns
 from lad_kernels.objective.losses import grpo_loss, lad_loss
-from lad_kernels.objective.policy import PolicyTerms
 from lad_kernels.objective.terms import Objective, metric_names
 
 __all__ = [
-    "CONFIG",
     "DIVERGENCES",
     "INPUTS",
     "LEVELS",
@@ -38,13 +36,10 @@ __all__ = [
     "Objective",
     "PolicyConfig",
     "PolicyInputs",
-    "PolicyTerms",
     "check_choice",
     "check_number",
     "check_tail",
-    "config_of",
     "context_parallel_loss",
-    "flat_config",
     "flat_inputs",
     "global_normalizer",
     "group_advantages",

@@ -139,10 +139,10 @@ def context_parallel_loss(
     def pad(x: Tensor) -> Tensor:  # [S] -> [B, longest]
         return x.new_zeros(len(lengths), int(lengths.max())).index_put(index, x)
 
-    given = replace(given, loss_mask=torch.ones_like(sequence_ids) if loss_mask is None else loss_mask)
+    given = given._replace(loss_mask=torch.ones_like(sequence_ids) if loss_mask is None else loss_mask)
     tensors = {name: getattr(given, name) for name in (*PER_TOKEN, "rollout_is_weights")}
     padded: dict[str, Any] = {name: pad(x) for name, x in tensors.items() if x is not None}
-    given = replace(given, **padded)
+    given = given._replace(**padded)
     out = _padded_loss(pad(logprobs), given, config, group, impl)
     return out._replace(logprobs=out.logprobs[index], entropy=None if entropy is None else out.entropy[index])
 
@@ -188,7 +188,7 @@ def _padded_loss(
     local |= {"kl_coef": 0.0, "entropy_coef": 0.0}
     own: dict[str, Any] = {"old_logprobs": old, "loss_mask": keep, "normalizer": normalizer}
     own |= {"rollout_is_weights": weights * share, "ref_logprobs": None, "entropy": None}
-    ours = replace(given, **own)
+    ours = given._replace(**own)
     out = policy_loss(new, ours, replace(config, **local), impl)  # type: ignore[type-var]
     loss, metrics, many = out.loss, out.metrics, keep.sum().clamp(min=1)
     metrics["nonfinite_share"] = (chosen & ~keep).sum() / chosen.sum().clamp(min=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +13,7 @@ from lad_kernels.objective.config import PolicyConfig
 from lad_kernels.packing import Packing, pack
 
 
-@dataclass(frozen=True)
-class PolicyInputs:
+class PolicyInputs(NamedTuple):
     """What the objective is given besides the log-probabilities, as the user gave it: per token is [N] or [B, T]."""
 
     old_logprobs: Tensor | None = None  # per token
@@ -71,7 +71,7 @@ def without_columns(inputs: PolicyInputs, like: Tensor, like_name: str) -> Polic
         column = isinstance(x, Tensor) and x.shape == (count, 1) and x.shape != like.shape
         return x[:, 0] if column else x
 
-    return replace(inputs, advantages=flat(inputs.advantages), rollout_is_weights=flat(inputs.rollout_is_weights))
+    return inputs._replace(advantages=flat(inputs.advantages), rollout_is_weights=flat(inputs.rollout_is_weights))
 
 
 def _validate_values(inputs: PolicyInputs, like: Tensor, config: PolicyConfig) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
 from lad_kernels.objective.config import DIVERGENCES, GRPOConfig, LADConfig, PolicyConfig
-from lad_kernels.objective.flat import CONFIG, INPUTS, config_of, flat_config, flat_inputs, inputs_of
+from lad_kernels.objective.flat import INPUTS, flat_inputs, inputs_of
 from lad_kernels.objective.inputs import PolicyInputs, validate, without_columns
 from lad_kernels.objective.policy import PolicyTerms
 from lad_kernels.objective.terms import Objective, metric_names
@@ -128,7 +128,7 @@ def policy_loss(logprobs: Tensor, inputs: PolicyInputs, config: PolicyConfig, im
         from lad_kernels import reference
 
         loss: Any = reference.lad_loss if config.objective in DIVERGENCES else reference.grpo_loss
-        return loss(logprobs, config=config, **{k: v for k, v in vars(inputs).items() if k != "rewards"})
+        return loss(logprobs, config=config, **{k: v for k, v in inputs._asdict().items() if k != "rewards"})
     packing, logp, entropy, terms = _evaluate(logprobs, inputs, config, impl)
     loss = _AttachGradient.apply(logp, entropy, terms.loss, terms.dlogprobs, terms.dentropy)
     unpack = packing.place
@@ -179,7 +179,7 @@ _OUTPUTS = "(Tensor loss, Tensor logprobs, Tensor entropy, Tensor metrics, Tenso
 def _compiled(logprobs: Tensor, inputs: PolicyInputs, config: PolicyConfig, impl: str) -> LossOutput:
     """The operator's call, for torch.compile and torch.export to trace."""
     inputs = without_columns(inputs, logprobs, "logprobs")
-    outputs = _OPERATORS[type(config)](logprobs, *flat_inputs(inputs), *flat_config(config), impl)
+    outputs = _OPERATORS[type(config)](logprobs, *flat_inputs(inputs, config), impl)
     loss, logp, entropy, metrics, *_ = outputs
     names = metric_names(config, entropy=inputs.entropy is not None)
     return LossOutput(
@@ -194,11 +194,11 @@ def _compiled(logprobs: Tensor, inputs: PolicyInputs, config: PolicyConfig, impl
 def _operator(name: str, kind: type) -> Any:
     """`lad_kernels::name`, for configs of a kind: the loss and its gradient."""
 
-    @operator(name, f"(Tensor logprobs, {INPUTS}, {CONFIG}, str impl) -> {_OUTPUTS}")
+    @operator(name, f"(Tensor logprobs, {INPUTS}, str impl) -> {_OUTPUTS}")
     def loss(logprobs: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        *flat, words, numbers, impl = arguments
-        config = config_of(kind, words, numbers)
-        inputs = _checked(logprobs, inputs_of(flat), config, impl)
+        *flat, impl = arguments
+        inputs, config = inputs_of(kind, flat)
+        inputs = _checked(logprobs, inputs, config, impl)
         packing, logp, entropy, terms = _evaluate(logprobs, inputs, config, impl)
         tokens = (logp.detach().clone(), entropy, terms.dlogprobs, terms.dentropy)  # [M] each
         logp, entropy, dlogprobs, dentropy = (logp.new_empty(0) if x is None else packing.place(x) for x in tokens)
@@ -207,8 +207,9 @@ def _operator(name: str, kind: type) -> Any:
 
     @loss.register_fake
     def _(logprobs: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        *flat, words, numbers, _ = arguments
-        config, entropy = config_of(kind, words, numbers), inputs_of(flat).entropy
+        *flat, _ = arguments
+        inputs, config = inputs_of(kind, flat)
+        entropy = inputs.entropy
         dtype, shape = torch.promote_types(logprobs.dtype, torch.float32), logprobs.shape
         metrics = len(metric_names(config, entropy=entropy is not None))
         return (

@@ -84,8 +84,8 @@ BUGS = {
         "wanted outputs": ("LAD", "Wanted(logprobs, entropy)", "Wanted(entropy, logprobs)"),
         "another config": (
             "everything",
-            "*flat_config(config), ",
-            "*flat_config(LADConfig('kl', entropy_coef=0.01, kl_coef=0.1, target_norm='group')), ",
+            "*flat_inputs(inputs, config), ",
+            "*flat_inputs(inputs, LADConfig('kl', entropy_coef=0.01, kl_coef=0.1, target_norm='group')), ",
         ),
         "metrics in another order": (
             "LAD",

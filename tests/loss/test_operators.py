@@ -25,7 +25,7 @@ from lad_kernels import (
 )
 from lad_kernels.head import HeadArguments, dispatch
 from lad_kernels.head.records import BLOCK
-from lad_kernels.objective import PolicyInputs, flat_config, flat_inputs
+from lad_kernels.objective import PolicyInputs, flat_inputs
 from lad_kernels.testing import FP32_TOLERANCE, relative_error
 
 D, V = 16, 2 * BLOCK + 9
@@ -297,7 +297,7 @@ def test_a_routed_objective_is_refused():
 
 def step_arguments(b: Batch, needs: list[bool], **head) -> tuple:
     inputs = PolicyInputs(old_logprobs=b.old, rewards=b.rewards, group_size=2, loss_mask=b.mask)
-    return (*b.head(**head).flat(), *flat_inputs(inputs), *flat_config(LADConfig()), True, True, needs)
+    return (*b.head(**head).flat(), *flat_inputs(inputs, LADConfig()), True, True, needs)
 
 
 def token_arguments(b: Batch, **head) -> tuple:
@@ -312,7 +312,7 @@ def calls() -> dict[str, tuple]:
     tokens = dict(temperature=b.temperature)
     cross_entropy = (*b.head()._replace(target_ids=b.labels).flat(), -100, "mean", 0.1, 1e-2, None, "auto", None)
     inputs = PolicyInputs(old_logprobs=b.old, advantages=b.rewards, loss_mask=b.mask, entropy=-b.old)
-    given = (*flat_inputs(inputs), *flat_config(GRPOConfig(entropy_coef=0.1)), "auto")
+    given = (*flat_inputs(inputs, GRPOConfig(entropy_coef=0.1)), "auto")
     logp = (b.old - 0.1).requires_grad_()
     return {
         "linear_logprobs": (OPS.linear_logprobs, token_arguments(b, **tokens)),

@@ -135,20 +135,13 @@ def _reference(given: HeadArguments, options: _Options) -> Tensor | tuple[Tensor
     """The specification on validated arguments."""
     from lad_kernels import reference
 
-    operands = _prepared(given, options)
     return without_autocast(reference.linear_cross_entropy)(
-        operands.hidden,
-        operands.weight,
-        given.target_ids.long(),
-        bias=given.bias,
+        **_prepared(given, options).for_reference(given),
         ignore_index=options.ignore_index,
         reduction=options.reduction,
         label_smoothing=options.label_smoothing,
         z_loss=options.z_loss,
         token_weights=options.token_weights,
-        temperature=given.temperature,
-        logit_scale=given.logit_scale,
-        softcap=given.softcap,
         return_stats=options.return_stats,
     )
 

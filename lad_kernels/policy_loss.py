@@ -221,17 +221,8 @@ def _reference(operands: Operands, given: HeadArguments, loss: _OwnLoss, wanted:
 
     packing = operands.layout.packing
     mask = packing.place(torch.ones(packing.tokens, dtype=torch.bool, device=operands.hidden.device))
-    out = reference.linear_logprobs(
-        operands.hidden,
-        operands.weight,
-        given.target_ids.long(),
-        bias=given.bias,
-        temperature=given.temperature,
-        logit_scale=given.logit_scale,
-        softcap=given.softcap,
-        loss_mask=mask,
-        return_entropy=loss.needs_entropy,
-    )
+    head = operands.for_reference(given)
+    out = reference.linear_logprobs(**head, loss_mask=mask, return_entropy=loss.needs_entropy)
     entropy = packing.take(out.entropy) if wanted.entropy else None  # [M]
     total, metrics = loss.call(packing.take(out.logprobs), entropy, loss._tokens)
     return LossOutput(

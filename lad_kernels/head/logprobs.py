@@ -119,18 +119,8 @@ def _reference(given: HeadArguments, loss_mask: Tensor | None, return_entropy: b
 
     checks.plain_tensor("target_ids", given.target_ids)
     checks.mask(loss_mask, given.target_ids, "target_ids")
-    operands = prepare(given, loss_mask, None, {})
-    return without_autocast(reference.linear_logprobs)(
-        operands.hidden,
-        operands.weight,
-        given.target_ids.long(),
-        bias=given.bias,
-        temperature=given.temperature,
-        logit_scale=given.logit_scale,
-        softcap=given.softcap,
-        loss_mask=loss_mask,
-        return_entropy=return_entropy,
-    )
+    head = prepare(given, loss_mask, None, {}).for_reference(given)
+    return without_autocast(reference.linear_logprobs)(**head, loss_mask=loss_mask, return_entropy=return_entropy)
 
 
 # Each in the shape of target_ids, [0] where it is not wanted; lse_rest: rounding error of lse; rows [R]: of every rank.

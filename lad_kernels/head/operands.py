@@ -108,6 +108,18 @@ class Operands(NamedTuple):
         """Which gradients are asked for."""
         return Needs.of(self.hidden, self.weight, self.bias)
 
+    def for_reference(self, given: HeadArguments) -> dict[str, Any]:
+        """The arguments that every function of the reference takes, checked, in the dtype to compute in."""
+        return {
+            "hidden_states": self.hidden,
+            "lm_head_weight": self.weight,
+            "target_ids": given.target_ids.long(),
+            "bias": given.bias,
+            "temperature": given.temperature,
+            "logit_scale": given.logit_scale,
+            "softcap": given.softcap,
+        }
+
 
 def in_autocast_dtype(given: HeadArguments) -> HeadArguments:
     """Checked, with hidden states and weight in the dtype of torch.autocast, if that is on."""

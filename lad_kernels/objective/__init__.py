@@ -23,7 +23,8 @@ from lad_kernels.objective.context_parallel import (
 from lad_kernels.objective.flat import INPUTS, flat_inputs, inputs_of
 from lad_kernels.objective.inputs import PolicyInputs, validate, without_columns
 from lad_kernels.objective.losses import grpo_loss, lad_loss
-from lad_kernels.objective.terms import Objective, metric_names
+from lad_kernels.objective.policy import metric_names
+from lad_kernels.objective.terms import Objective
 
 __all__ = [
     "DIVERGENCES",

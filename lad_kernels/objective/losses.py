@@ -12,8 +12,8 @@ from lad_kernels.autocast import without_autocast
 from lad_kernels.objective.config import DIVERGENCES, GRPOConfig, LADConfig, PolicyConfig
 from lad_kernels.objective.flat import INPUTS, flat_inputs, inputs_of
 from lad_kernels.objective.inputs import PolicyInputs, validate, without_columns
-from lad_kernels.objective.policy import PolicyTerms
-from lad_kernels.objective.terms import Objective, metric_names
+from lad_kernels.objective.policy import PolicyTerms, metric_names
+from lad_kernels.objective.terms import Objective
 from lad_kernels.operators import operator, stacked, unstacked, widest
 from lad_kernels.outputs import LossOutput
 from lad_kernels.packing import Packing, pack

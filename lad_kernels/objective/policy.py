@@ -23,6 +23,11 @@ from lad_kernels.objective.divergences import Terms, clip, grpo_terms, lad_terms
 from lad_kernels.objective.inputs import PackedInputs, lengths_of
 from lad_kernels.packing import sequence_of
 
+_ALWAYS = (
+    *("ratio_mean", "ratio_max", "coef_mean_positive", "coef_max_positive", "coef_mean_negative", "coef_max_negative"),
+    *("clamp_share", "zero_coef_share", "approx_kl_k1", "approx_kl_k3", "ess", "loss_above_start", "nonfinite_share"),
+)
+
 
 class PolicyTerms(NamedTuple):
     """The objective and its gradient."""
@@ -75,6 +80,17 @@ def policy_terms(
             dentropy = -config.entropy_coef * t.weight
     extra["loss_above_start"] = (t.policy_weight * t.terms.above_start).sum()
     return PolicyTerms(loss, t.dlogprobs, dentropy, inputs.advantages, {**_metrics(seq, t), **extra})
+
+
+def metric_names(config: PolicyConfig, *, entropy: bool) -> tuple[str, ...]:
+    """What is measured, in a fixed order; `entropy`: it is given."""
+    also = {
+        "frac_over_target": config.objective in DIVERGENCES,
+        "clip_share": config.clips,
+        "kl_ref": config.kl_coef != 0,
+        "entropy": entropy,
+    }
+    return (*_ALWAYS, *(name for name, there in also.items() if there))
 
 
 class _TokenTerms(NamedTuple):

@@ -9,15 +9,10 @@ from torch import Tensor
 
 from lad_kernels import checks
 from lad_kernels.objective import policy
-from lad_kernels.objective.config import DIVERGENCES, PolicyConfig
+from lad_kernels.objective.config import PolicyConfig
 from lad_kernels.objective.inputs import PackedInputs, PolicyInputs, has_values_by_token, lengths_of, tokens_by_input
 from lad_kernels.objective.policy import PolicyTerms
 from lad_kernels.packing import Packing
-
-_ALWAYS = (
-    *("ratio_mean", "ratio_max", "coef_mean_positive", "coef_max_positive", "coef_mean_negative", "coef_max_negative"),
-    *("clamp_share", "zero_coef_share", "approx_kl_k1", "approx_kl_k3", "ess", "loss_above_start", "nonfinite_share"),
-)
 
 
 class Objective:
@@ -111,17 +106,6 @@ class Objective:
         if inside is None:
             return ((len(finite) - finite.sum()) / max(len(finite), 1)).to(self.dtype)
         return ((inside & ~finite).sum() / inside.sum().clamp(min=1)).to(self.dtype)
-
-
-def metric_names(config: PolicyConfig, *, entropy: bool) -> tuple[str, ...]:
-    """What `terms` reports, in a fixed order; `entropy`: it is given that."""
-    also = {
-        "frac_over_target": config.objective in DIVERGENCES,
-        "clip_share": config.clips,
-        "kl_ref": config.kl_coef != 0,
-        "entropy": entropy,
-    }
-    return (*_ALWAYS, *(name for name, there in also.items() if there))
 
 
 def _backend(impl: str, device: torch.device, dtype: torch.dtype) -> ModuleType:

@@ -31,7 +31,7 @@ from lad_kernels.objective.config import DIVERGENCES, SETTINGS, PolicyConfig
 from lad_kernels.objective.inputs import PackedInputs, lengths_of
 from lad_kernels.objective.kernels.advantages import _advantage, group_statistics
 from lad_kernels.objective.kernels.divergences import _exp, _exps, _minus, _policy_term
-from lad_kernels.objective.policy import PolicyTerms
+from lad_kernels.objective.policy import PolicyTerms, metric_names
 
 SEGMENT = tl.constexpr(4096)  # tokens per program where there are no sequences
 BLOCK = tl.constexpr(256)  # tokens per step: one per thread at 8 warps, which ptxas fits without spills
@@ -46,7 +46,7 @@ ROWS = 21
 POSITIVE_MEAN, NEGATIVE_MEAN, RATIO_MEAN, RATIO_MAX, ESS = map(tl.constexpr, (11, 12, 20, 21, 22))
 OUTPUTS = 23
 PADDED, COLUMNS = tl.constexpr(32), tl.constexpr(64)  # a tile of the partials
-# Metrics of every objective.
+# Metrics of every objective, and of some.
 MEANS = {"clamp_share": CLAMPED, "zero_coef_share": ZEROS, "approx_kl_k1": K1, "approx_kl_k3": K3}
 DERIVED = {
     "coef_mean_positive": POSITIVE_MEAN,
@@ -56,7 +56,9 @@ DERIVED = {
     "ratio_mean": RATIO_MEAN,
     "ratio_max": RATIO_MAX,
     "ess": ESS,
+    "loss_above_start": ABOVE_START,
 }
+OF_SOME = {"frac_over_target": OVER, "clip_share": CLIPPED, "kl_ref": KL, "entropy": ENTROPY}
 
 
 @triton.jit
@@ -383,14 +385,6 @@ def _finish(partials: Tensor, config: PolicyConfig, has_entropy: bool) -> tuple[
     if programs:
         with torch.cuda.device_of(partials):
             _finish_kernel[(1,)](partials, out, programs, num_warps=8)
-    given = {
-        "frac_over_target": (OVER, config.objective in DIVERGENCES),
-        "clip_share": (CLIPPED, config.clips),
-        "kl_ref": (KL, config.kl_coef != 0),
-        "entropy": (ENTROPY, has_entropy),
-    }
-    values = out.unbind()  # [] each
-    rows = (
-        MEANS | DERIVED | {"loss_above_start": ABOVE_START} | {name: row for name, (row, used) in given.items() if used}
-    )
-    return values[LOSS.value], {name: values[row.value] for name, row in rows.items()}
+    values, names = out.unbind(), metric_names(config, entropy=has_entropy)  # [] each
+    rows = MEANS | DERIVED | OF_SOME
+    return values[LOSS.value], {name: values[row.value] for name, row in rows.items() if name in names}

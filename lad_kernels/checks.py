@@ -386,12 +386,3 @@ def normalizer(value: float | Tensor | None) -> None:
             f"normalizer: expected a finite number > 0, got {value!r}; for token-mean it is the number of loss tokens "
             f"in the global batch"
         )
-
-
-def refuse_double_backward() -> None:
-    """Called first in every backward: with create_graph=True autograd runs it with gradients enabled."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "lad_kernels: double backward (create_graph=True) is not supported, gradients are computed in closed form "
-            "without a graph; use impl='reference' for higher derivatives"
-        )

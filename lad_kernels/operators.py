@@ -27,6 +27,40 @@ def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], CustomOpD
     return register
 
 
+def with_gradients(made: CustomOpDef, at: Sequence[int]) -> None:
+    """Register that an operator's first output, a loss, is differentiable, and alone.
+
+    Its last outputs are the gradients of the arguments `at` for an upstream gradient of 1, [0] where there is none.
+    """
+
+    def save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        _, *others = output
+        ctx.save_for_backward(*others[-len(at) :])
+        ctx.kinds = [(None, None) if inputs[i] is None else (inputs[i].dtype, inputs[i].shape) for i in at]
+        ctx.arguments = len(inputs)
+        ctx.mark_non_differentiable(*others)
+        ctx.set_materialize_grads(False)
+
+    def scaled(ctx: Any, grad: Tensor | None, *_: None) -> tuple:  # []
+        refuse_double_backward()
+        found: list[Tensor | None] = [None] * ctx.arguments
+        for i, (dtype, shape), x in zip(at, ctx.kinds, ctx.saved_tensors):
+            if grad is not None and ctx.needs_input_grad[i] and x.shape == shape:
+                found[i] = (x.to(torch.promote_types(x.dtype, torch.float32)) * grad).to(dtype)
+        return tuple(found)
+
+    made.register_autograd(scaled, setup_context=save)
+
+
+def refuse_double_backward() -> None:
+    """Called first in every backward: with create_graph=True autograd runs it with gradients enabled."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "lad_kernels: double backward (create_graph=True) is not supported, gradients are computed in closed form "
+            "without a graph; use impl='reference' for higher derivatives"
+        )
+
+
 def stacked(metrics: dict[str, Tensor], names: Sequence[str]) -> Tensor:
     """The metrics `names`, which are all there are, as [K] in the widest dtype of their device."""
     if set(names) != set(metrics):

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
 from lad_kernels.head import (
     BackwardPlan,
@@ -33,7 +32,7 @@ from lad_kernels.head import (
     select_active,
     takes_one_pass,
 )
-from lad_kernels.operators import widest
+from lad_kernels.operators import refuse_double_backward, widest
 
 # Metrics of a backward, by plan.py
 HEAD_METRICS = ("kept_share", "routed_share", "dropped_mass_mean", "dropped_mass_max", "dhidden_bound", "dweight_bound")
@@ -304,7 +303,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def backward(ctx: Any, grad: Tensor | None) -> tuple:  # []
-        checks.refuse_double_backward()
+        refuse_double_backward()
         if grad is None:
             return (None,) * 7
         hidden, weight, bias, targets, kept, temperatures, *tensors = ctx.saved_tensors

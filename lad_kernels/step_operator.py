@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lad_kernels import checks
 from lad_kernels.head import Needs, Operands
-from lad_kernels.operators import operator
+from lad_kernels.operators import operator, with_gradients
 from lad_kernels.step import StepResult
 
 _GRADIENTS = "Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient"
@@ -49,7 +48,7 @@ def step_operator(name: str, schema: str, outputs: str, fake: Callable[..., Outp
 
         made = operator(name, f"({schema}, bool[] needs) -> ({outputs}, {_GRADIENTS})")(run)
         made.register_fake(without_values)
-        made.register_autograd(_scaled, setup_context=_save)
+        with_gradients(made, (_HIDDEN, _WEIGHT, _BIAS))
 
         def call(*arguments: Any) -> Outputs:
             needs = Needs.of(arguments[_HIDDEN], arguments[_WEIGHT], arguments[_BIAS])
@@ -86,23 +85,4 @@ def _empty_gradients(arguments: Sequence[Any], needs: Needs) -> Outputs:
     for x, need in zip(inputs, needs):
         dtype = inputs[0].dtype if x is None else torch.promote_types(x.dtype, torch.float32) if wide else x.dtype
         found.append(inputs[0].new_empty(x.shape if need else 0, dtype=dtype))
-    return tuple(found)
-
-
-def _save(ctx: Any, inputs: tuple, output: Outputs) -> None:
-    _, *others = output
-    ctx.save_for_backward(*others[-3:])
-    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in (_HIDDEN, _WEIGHT, _BIAS)]
-    ctx.arguments = len(inputs)
-    ctx.mark_non_differentiable(*others)
-    ctx.set_materialize_grads(False)
-
-
-def _scaled(ctx: Any, grad: Tensor | None, *_: None) -> tuple:  # []
-    """Gradients of the arguments, times `grad`."""
-    checks.refuse_double_backward()
-    found: list[Tensor | None] = [None] * ctx.arguments
-    for i, dtype, x in zip((_HIDDEN, _WEIGHT, _BIAS), ctx.dtypes, ctx.saved_tensors):
-        if grad is not None and ctx.needs_input_grad[i]:
-            found[i] = (x.to(torch.promote_types(x.dtype, torch.float32)) * grad).to(dtype)
     return tuple(found)

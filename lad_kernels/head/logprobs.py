@@ -11,7 +11,7 @@ from lad_kernels import checks
 from lad_kernels.autocast import without_autocast
 from lad_kernels.head.operands import SCHEMA, HeadArguments, every_position, in_autocast_dtype, prepare
 from lad_kernels.head.records import LogitGradient, Needs, select
-from lad_kernels.operators import operator
+from lad_kernels.operators import operator, refuse_double_backward
 from lad_kernels.outputs import LinearLogprobs
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 def _backward(
     ctx: Any, g_logprobs: Tensor | None, g_entropy: Tensor | None, g_lse: Tensor | None, g_mean: Tensor | None, *_: None
 ) -> tuple:
-    checks.refuse_double_backward()
+    refuse_double_backward()
     needs = Needs(ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
     upstream, nothing = (g_logprobs, g_entropy if ctx.entropy else None, g_lse, g_mean), [None] * ctx.arguments
     if all(g is None for g in upstream) or not any(needs):

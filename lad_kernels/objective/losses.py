@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from lad_kernels.objective.flat import INPUTS, flat_inputs, inputs_of
 from lad_kernels.objective.inputs import PolicyInputs, validate, without_columns
 from lad_kernels.objective.policy import PolicyTerms, metric_names
 from lad_kernels.objective.terms import Objective
-from lad_kernels.operators import operator, stacked, unstacked, widest
+from lad_kernels.operators import operator, refuse_double_backward, stacked, unstacked, widest, with_gradients
 from lad_kernels.outputs import LossOutput
 from lad_kernels.packing import Packing, pack
 
@@ -165,7 +166,7 @@ class _AttachGradient(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def backward(ctx, grad):  # []
-        checks.refuse_double_backward()
+        refuse_double_backward()
         dlogprobs, dentropy = ctx.saved_tensors
         if grad is None:
             return (None,) * 5
@@ -201,7 +202,8 @@ def _operator(name: str, kind: type) -> Any:
         inputs = _checked(logprobs, inputs, config, impl)
         packing, logp, entropy, terms = _evaluate(logprobs, inputs, config, impl)
         tokens = (logp.detach().clone(), entropy, terms.dlogprobs, terms.dentropy)  # [M] each
-        logp, entropy, dlogprobs, dentropy = (logp.new_empty(0) if x is None else packing.place(x) for x in tokens)
+        empty = terms.loss.new_empty(0)
+        logp, entropy, dlogprobs, dentropy = (empty if x is None else packing.place(x) for x in tokens)
         metrics = stacked(terms.metrics, metric_names(config, entropy=inputs.entropy is not None))
         return terms.loss, logp, entropy.clone(), metrics, dlogprobs, dentropy
 
@@ -209,38 +211,19 @@ def _operator(name: str, kind: type) -> Any:
     def _(logprobs: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         *flat, _ = arguments
         inputs, config = inputs_of(kind, flat)
-        entropy = inputs.entropy
-        dtype, shape = torch.promote_types(logprobs.dtype, torch.float32), logprobs.shape
+        shape, entropy = logprobs.shape, inputs.entropy
+        new = functools.partial(logprobs.new_empty, dtype=torch.promote_types(logprobs.dtype, torch.float32))
         metrics = len(metric_names(config, entropy=entropy is not None))
         return (
-            logprobs.new_empty((), dtype=dtype),
+            new(()),
             logprobs.new_empty(shape),
-            logprobs.new_empty(0) if entropy is None else entropy.new_empty(shape),
+            new(0) if entropy is None else entropy.new_empty(shape),
             logprobs.new_empty(metrics, dtype=widest(logprobs.device)),
-            logprobs.new_empty(shape, dtype=dtype),
-            logprobs.new_empty(
-                shape if config.entropy_coef != 0 else 0, dtype=dtype if config.entropy_coef != 0 else logprobs.dtype
-            ),
+            new(shape),
+            new(shape if config.entropy_coef != 0 else 0),
         )
 
-    def save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*output[-2:])
-        ctx.arguments, ctx.dtypes = (
-            len(inputs),
-            (inputs[0].dtype, None if inputs[_ENTROPY] is None else inputs[_ENTROPY].dtype),
-        )
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple:  # []
-        checks.refuse_double_backward()
-        found: list[Tensor | None] = [None] * ctx.arguments
-        for at, dtype, gradient in zip((0, _ENTROPY), ctx.dtypes, ctx.saved_tensors):
-            if grad is not None and ctx.needs_input_grad[at] and gradient.numel():
-                found[at] = (grad * gradient).to(dtype)
-        return tuple(found)
-
-    loss.register_autograd(backward, setup_context=save)
+    with_gradients(loss, (0, _ENTROPY))
     return loss
 
 

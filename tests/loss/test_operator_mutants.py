@@ -9,7 +9,7 @@ import torch
 from test_mutants import mutate
 from test_operators import Batch
 
-from lad_kernels import loss, reference, step, step_operator
+from lad_kernels import loss, operators, reference, step, step_operator
 from lad_kernels.head import logprobs
 
 
@@ -72,12 +72,19 @@ BUGS = {
         "mean logit forgotten": ("mean logit", "part.add_mean_logit(found, select(g_mean, active))", "pass"),
     },
     "step_operator.py": {
-        "upstream gradient": ("LAD times 4", "x.to(torch.promote_types(x.dtype, torch.float32)) * grad", "x"),
         "float16": ("scaler", "wide, found = _wide(*inputs), []", "wide, found = False, []"),
+    },
+    "operators.py": {
+        "upstream gradient": ("LAD times 4", "x.to(torch.promote_types(x.dtype, torch.float32)) * grad", "x"),
         "one gradient for another": (
             "everything",
-            "ctx.save_for_backward(*others[-3:])",
-            "ctx.save_for_backward(*(x * 2 for x in others[-3:]))",
+            "ctx.save_for_backward(*others[-len(at) :])",
+            "ctx.save_for_backward(*(x * 2 for x in others[-len(at) :]))",
+        ),
+        "upstream gradient of log-probs": (
+            "given times 4",
+            "x.to(torch.promote_types(x.dtype, torch.float32)) * grad",
+            "x",
         ),
     },
     "compiled_loss.py": {
@@ -106,8 +113,7 @@ BUGS = {
         ),
     },
     "objective/losses.py": {
-        "upstream gradient": ("given times 4", "(grad * gradient).to(dtype)", "gradient.to(dtype)"),
-        "entropy's gradient": ("given", "zip((0, _ENTROPY), ctx.dtypes", "zip((0,), ctx.dtypes"),
+        "entropy's gradient": ("given", "with_gradients(loss, (0, _ENTROPY))", "with_gradients(loss, (0,))"),
     },
     "head/plan.py": {
         "scales of pairs": (
@@ -144,6 +150,13 @@ def plant(source: str, old: str, new: str, tmp_path, monkeypatch) -> None:
         monkeypatch.setattr(step_operator, "gradients_of", mutant.gradients_of)
         copy = mutate("compiled_loss.py", "import annotations", "import annotations  #", tmp_path)
         monkeypatch.setattr(loss, "compiled_loss", copy.compiled_loss)
+    elif source == "operators.py":
+        for module in (operators, step_operator):
+            monkeypatch.setattr(module, "with_gradients", mutant.with_gradients)
+        copy = mutate("compiled_loss.py", "import annotations", "import annotations  #", tmp_path)
+        monkeypatch.setattr(loss, "compiled_loss", copy.compiled_loss)
+        copy = mutate("objective/losses.py", "import annotations", "import annotations  #", tmp_path)
+        monkeypatch.setattr(test_operators, "grpo_loss", copy.grpo_loss)
     elif source == "compiled_loss.py":
         monkeypatch.setattr(loss, "compiled_loss", mutant.compiled_loss)
     elif source == "cross_entropy.py":

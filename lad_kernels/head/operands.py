@@ -163,20 +163,9 @@ def prepare(
     if given.vocab_group is not None:
         from lad_kernels.head import vocab_parallel
 
-        own = {name: getattr(given, name) for name in ("temperature", "logit_scale", "softcap", "impl")}
-        alike = {"hidden_states": hidden, **own, **replicated}
-        shard = vocab_parallel.join(
-            given.vocab_group,
-            hidden,
-            weight,
-            given.bias,
-            targets,
-            alike,
-            packing,
-            needs or Needs.of(hidden, weight, given.bias),
-        )
+        shard = vocab_parallel.join(given, targets, replicated, packing, needs or Needs.of(hidden, weight, given.bias))
     checks.target_range(targets, len(weight) if shard is None else shard.vocabulary)
-    layout = Layout(packing, _transform(given, packing, hidden.dtype), triton, shard)
+    layout = Layout(packing, _transform(given, packing), triton, shard)
     return Operands(hidden, weight, given.bias, targets, layout)
 
 
@@ -192,17 +181,14 @@ def every_position(given: HeadArguments, rows: list[int]) -> Head:
 
         shard, vocabulary = Shard(group, group.rank(), rows), sum(rows)
     targets = given.target_ids.reshape(-1).long().clamp(0, vocabulary - 1)  # [N]
-    triton, transform = (
-        checks.use_triton(given.impl, hidden.device, hidden.dtype),
-        _transform(given, packing, hidden.dtype),
-    )
-    return Layout(packing, transform, triton, shard).head(hidden, weight, given.bias, targets)
+    triton = checks.use_triton(given.impl, hidden.device, hidden.dtype)
+    return Layout(packing, _transform(given, packing), triton, shard).head(hidden, weight, given.bias, targets)
 
 
-def _transform(given: HeadArguments, packing: Packing, dtype: torch.dtype) -> LogitTransform:
+def _transform(given: HeadArguments, packing: Packing) -> LogitTransform:
     temperature, softcap = given.temperature, given.softcap
     if isinstance(temperature, Tensor):
-        wide = temperature.detach().to(torch.promote_types(dtype, torch.float32))
+        wide = temperature.detach().to(torch.promote_types(given.hidden_states.dtype, torch.float32))
         temperature = packing.take(wide.expand(given.target_ids.shape))  # [M]
     else:
         temperature = float(temperature)

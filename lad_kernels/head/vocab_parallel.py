@@ -21,6 +21,7 @@ import itertools
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,9 @@ from lad_kernels.head import memory
 from lad_kernels.head.head import Head
 from lad_kernels.head.records import GradientSums, HeadForward, HeadGradients, LogitGradient, Needs, Routing
 from lad_kernels.packing import Packing
+
+if TYPE_CHECKING:
+    from lad_kernels.head.operands import HeadArguments
 
 CHUNK = 2048  # tokens of an all-reduce of dH, or more ...
 _ARGUMENTS = 24  # slots for replicated arguments in the exchange, which has one length for all functions
@@ -58,10 +62,7 @@ class Shard:
 
 
 def join(
-    group: dist.ProcessGroup,
-    hidden: Tensor,  # [..., D]
-    weight: Tensor,  # [V_r, D]
-    bias: Tensor | None,  # [V_r]
+    given: HeadArguments,  # with a weight [V_r, D] and a bias [V_r]
     targets: Tensor,  # [M]
     replicated: Mapping[str, object],
     packing: Packing,
@@ -70,17 +71,20 @@ def join(
     """Exchange row counts and check that all ranks make the same call, by one all-gather of a few dozen integers.
 
     Args:
-        replicated: the other arguments that must be the same on every rank. Tensors are compared by shape and dtype,
-            and by their values at the tokens that take part where checks may read values.
+        replicated: arguments besides those of `given` that must be the same on every rank. Tensors are compared by
+            shape and dtype, and by their values at the tokens that take part where checks may read values.
         packing: which tokens take part.
         needs: which gradients are asked for.
 
     Raises:
         ValueError: on every rank, if something that must be the same differs between ranks, or V < 2.
     """
+    hidden, weight, group = given.hidden_states, given.lm_head_weight, given.vocab_group
+    own = ("hidden_states", "temperature", "logit_scale", "softcap", "impl")
+    replicated = {**{name: getattr(given, name) for name in own}, **replicated}
     position = torch.arange(1, len(targets) + 1, device=targets.device)  # [M]
     kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    code = 8 * (bias is not None) + 4 * needs.hidden + 2 * needs.weight + needs.bias
+    code = 8 * (given.bias is not None) + 4 * needs.hidden + 2 * needs.weight + needs.bias
     facts = [len(weight), len(targets), hidden.shape[-1], kinds.index(hidden.dtype), code]
     names = ("function", *replicated)  # compared first: with another function the others mean something else
     codes = [_code(", ".join(replicated)), *map(_code, replicated.values())]

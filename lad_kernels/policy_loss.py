@@ -28,7 +28,6 @@ from lad_kernels.head import (
 from lad_kernels.objective import check_tail
 from lad_kernels.outputs import LossOutput
 from lad_kernels.own_objective import Objective, Tokens, evaluate, refuse_independent, refuse_joint, refuse_nan
-from lad_kernels.packing import Packing
 from lad_kernels.step import LossTerms, Step, Wanted, attach
 
 if TYPE_CHECKING:
@@ -113,18 +112,18 @@ def linear_policy_loss(
         loss_mask = torch.ones_like(target_ids, dtype=torch.bool)  # so that those beyond the last bound are dropped
     alike = {"loss_mask": loss_mask, "return_entropy": return_entropy, "separable": separable, "backward": backward}
     operands = prepare(given, loss_mask, cu_seqlens, alike | {"tail_mass": tail_mass, "tail": tail})
-    packing, needs = operands.layout.packing, operands.needs()
-    sparsity, device = Sparsity.of(tail_mass, tail, backward, operands.hidden.dtype), operands.hidden.device
-    loss = _OwnLoss(objective, packing, sparsity, device, needs_entropy=return_entropy, separable=separable)
+    sparsity, needs = Sparsity.of(tail_mass, tail, backward, operands.hidden.dtype), operands.needs()
+    loss = _OwnLoss(operands, objective, sparsity, needs_entropy=return_entropy, separable=separable)
     if impl == "reference":
         return _reference(operands, given, loss, wanted)
     with torch.no_grad(), flops.counting() as tally:
         result = Step(operands.head(), loss, needs, wanted).run()
     total, metrics = attach(operands, result, tally[0])
+    place = operands.layout.packing.place
     return LossOutput(
         loss=total,
-        logprobs=packing.place(result.logprobs) if return_logprobs else None,
-        entropy=packing.place(result.entropy) if return_entropy else None,
+        logprobs=place(result.logprobs) if return_logprobs else None,
+        entropy=place(result.entropy) if return_entropy else None,
         advantages=None,
         metrics=metrics,
     )
@@ -139,18 +138,13 @@ class _OwnLoss:
     prior: Tensor | None = None
 
     def __init__(
-        self,
-        objective: Objective,
-        packing: Packing,
-        sparsity: Sparsity,
-        device: torch.device,
-        *,
-        needs_entropy: bool,
-        separable: bool,
+        self, operands: Operands, objective: Objective, sparsity: Sparsity, *, needs_entropy: bool, separable: bool
     ):
         self.sparsity, self.needs_entropy, self._objective = sparsity, needs_entropy, objective
         self.spans = "token" if separable else "all"
-        kept = torch.arange(packing.tokens, device=device) if packing.kept is None else packing.kept  # [M]
+        packing, kept = operands.layout.packing, operands.layout.packing.kept  # [M]
+        if kept is None:
+            kept = torch.arange(packing.tokens, device=operands.hidden.device)
         self._tokens = Tokens(kept, None if packing.cu_seqlens is None else packing.sequence, packing.shape)
         self._grad = torch.is_grad_enabled()
         self._chunks: list[tuple[slice, Tensor]] = []  # rows, and d loss / d logprob [C] of them alone

@@ -96,7 +96,4 @@ def _operator(name: str, kind: type) -> Any:
     return loss
 
 
-_OPERATORS = {
-    LADConfig: _operator("linear_lad_loss", LADConfig),
-    GRPOConfig: _operator("linear_grpo_loss", GRPOConfig),
-}
+_OPERATORS = {LADConfig: _operator("linear_lad_loss", LADConfig), GRPOConfig: _operator("linear_grpo_loss", GRPOConfig)}

@@ -267,12 +267,7 @@ class _CrossEntropy:
     @without_autocast
     def stats(self, packing: Packing, metrics: dict[str, Tensor]) -> CrossEntropyStats:
         """What `return_stats` asks for, after `terms`."""
-        logprobs, lse, entropy, correct = (
-            self.out.logprobs,
-            self.out.lse,
-            self.out.entropy,
-            self.out.correct,
-        )  # [M] each
+        logprobs, lse, entropy, *_, correct = self.out  # [M] each
         accuracy = correct.to(lse.dtype).sum() / max(len(correct), 1)  # []
         z_loss = (self.weights * self.z_loss * lse.square()).sum()  # []
         place = packing.place

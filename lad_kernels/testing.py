@@ -150,10 +150,11 @@ def sample_targets(hidden: Tensor, weight: Tensor, gen: torch.Generator, chunk: 
 
 def run_head(head: Callable, inputs: HeadInputs, *, entropy_upstream: Tensor | None = None) -> HeadOutputs:
     """Forward and backward of `head`, a function with the signature of `linear_logprobs`."""
-    leaves = [x.detach().clone().requires_grad_() for x in (inputs.hidden, inputs.weight)]
-    bias = None if inputs.bias is None else inputs.bias.detach().clone().requires_grad_()
+    given = (inputs.hidden, inputs.weight, inputs.bias)
+    hidden, weight, bias = (None if x is None else x.detach().clone().requires_grad_() for x in given)
     out = head(
-        *leaves,
+        hidden,
+        weight,
         inputs.targets,
         bias=bias,
         loss_mask=inputs.loss_mask,
@@ -165,9 +166,8 @@ def run_head(head: Callable, inputs: HeadInputs, *, entropy_upstream: Tensor | N
         objective = objective + (out.entropy * entropy_upstream.to(out.entropy.dtype)).sum()
     objective.backward()
     entropy = None if out.entropy is None else out.entropy.detach()
-    return HeadOutputs(
-        out.logprobs.detach(), entropy, leaves[0].grad, leaves[1].grad, None if bias is None else bias.grad
-    )
+    dbias = None if bias is None else bias.grad
+    return HeadOutputs(out.logprobs.detach(), entropy, hidden.grad, weight.grad, dbias)
 
 
 def regions(out: HeadOutputs, inputs: HeadInputs) -> dict[str, Tensor]:

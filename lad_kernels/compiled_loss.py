@@ -20,23 +20,23 @@ from lad_kernels.objective import (
     metric_names,
     without_columns,
 )
-from lad_kernels.operators import stacked, unstacked, widest
+from lad_kernels.operators import operator, stacked, unstacked, widest, with_gradients
 from lad_kernels.outputs import LossOutput
 from lad_kernels.policy_step import prepared, run
 from lad_kernels.step import HEAD_METRICS, Wanted, all_metrics
-from lad_kernels.step_operator import gradients_of, step_operator
+from lad_kernels.step_operator import DIFFERENTIABLE, GRADIENTS, empty_gradients, gradients_of
 
 # In the shape of target_ids, or [0] where not wanted; advantages [B] of given rewards; metrics [K] of `_metric_names`.
-_OUTPUTS = "Tensor loss, Tensor logprobs, Tensor entropy, Tensor advantages, Tensor metrics"
+_OUTPUTS = f"(Tensor loss, Tensor logprobs, Tensor entropy, Tensor advantages, Tensor metrics, {GRADIENTS})"
 
 
 def compiled_loss(given: HeadArguments, inputs: PolicyInputs, config: PolicyConfig, wanted: Wanted) -> LossOutput:
     """The operator's call, for torch.compile and torch.export to trace."""
     inputs = without_columns(inputs, given.target_ids, "target_ids")
     call, given = _OPERATORS[type(config)], in_autocast_dtype(given)
-    outputs = call(*given.flat(), *flat_inputs(inputs, config), wanted.entropy, wanted.logprobs)
-    loss, logprobs, entropy, advantages, metrics = outputs
     needs = Needs.of(given.hidden_states, given.lm_head_weight, given.bias)
+    outputs = call(*given.flat(), *flat_inputs(inputs, config), wanted.entropy, wanted.logprobs, list(needs))
+    loss, logprobs, entropy, advantages, metrics, *_ = outputs
     return LossOutput(
         loss=loss,
         logprobs=logprobs if wanted.logprobs else None,
@@ -55,13 +55,30 @@ def _metric_names(config: PolicyConfig, wanted: Wanted, needs: Needs) -> tuple[s
 def _operator(name: str, kind: type) -> Any:
     """`lad_kernels::name`, for configs of a kind."""
 
-    def arguments_of(arguments: tuple) -> tuple[HeadArguments, PolicyInputs, PolicyConfig, Wanted]:
-        *flat, entropy, logprobs = arguments
+    def arguments_of(arguments: tuple) -> tuple[HeadArguments, PolicyInputs, PolicyConfig, Wanted, Needs]:
+        *flat, entropy, logprobs, needs = arguments
         inputs, config = inputs_of(kind, flat[ARGUMENTS:])
-        return HeadArguments.of_flat(flat[:ARGUMENTS]), inputs, config, Wanted(logprobs, entropy)
+        return HeadArguments.of_flat(flat[:ARGUMENTS]), inputs, config, Wanted(logprobs, entropy), Needs(*needs)
 
-    def without_values(*arguments: Any, needs: Needs) -> tuple[Tensor, ...]:
-        given, inputs, config, wanted = arguments_of(arguments)
+    @operator(name, f"({SCHEMA}, {INPUTS}, bool return_entropy, bool return_logprobs, bool[] needs) -> {_OUTPUTS}")
+    def loss(*arguments: Any) -> tuple[Tensor, ...]:
+        given, inputs, config, wanted, needs = arguments_of(arguments)
+        inputs, operands = prepared(given, inputs, config, wanted, needs)
+        result, count = run(operands, inputs, config, wanted, given, needs)
+        empty, place = functools.partial(result.logprobs.new_empty, 0), operands.layout.packing.place
+        advantages = result.terms.advantages
+        return (
+            result.terms.loss,
+            place(result.logprobs) if wanted.logprobs else empty(),
+            empty() if result.entropy is None else place(result.entropy),
+            empty() if inputs.rewards is None or advantages is None else advantages,
+            stacked(all_metrics(result, count), _metric_names(config, wanted, needs)),
+            *gradients_of(operands, result, needs),
+        )
+
+    @loss.register_fake
+    def _(*arguments: Any) -> tuple[Tensor, ...]:
+        given, inputs, config, wanted, needs = arguments_of(arguments)
         hidden, targets = given.hidden_states, given.target_ids
         new = functools.partial(hidden.new_empty, dtype=torch.promote_types(hidden.dtype, torch.float32))
         entropy = wanted.entropy or config.entropy_coef != 0
@@ -72,27 +89,10 @@ def _operator(name: str, kind: type) -> Any:
             new(targets.shape if entropy else 0),
             new(0 if inputs.rewards is None else inputs.rewards.shape),
             hidden.new_empty(metrics, dtype=widest(hidden.device)),
+            *empty_gradients((hidden, given.lm_head_weight, given.bias), needs),
         )
 
-    schema = f"{SCHEMA}, {INPUTS}, bool return_entropy, bool return_logprobs"
-
-    @step_operator(name, schema, _OUTPUTS, without_values)
-    def loss(*arguments: Any, needs: Needs) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        given, inputs, config, wanted = arguments_of(arguments)
-        inputs, operands = prepared(given, inputs, config, wanted, needs)
-        result, count = run(operands, inputs, config, wanted, given, needs)
-        gradients = gradients_of(operands, result, needs)
-        empty, place = functools.partial(result.logprobs.new_empty, 0), operands.layout.packing.place
-        advantages = result.terms.advantages
-        outputs = (
-            result.terms.loss,
-            place(result.logprobs) if wanted.logprobs else empty(),
-            empty() if result.entropy is None else place(result.entropy),
-            empty() if inputs.rewards is None or advantages is None else advantages,
-            stacked(all_metrics(result, count), _metric_names(config, wanted, needs)),
-        )
-        return outputs, gradients
-
+    with_gradients(loss, DIFFERENTIABLE)
     return loss
 
 

@@ -37,11 +37,11 @@ from lad_kernels.head import (
     token_outputs,
 )
 from lad_kernels.objective import check_choice, check_number, check_tail
-from lad_kernels.operators import operator, stacked, unstacked, widest
+from lad_kernels.operators import operator, stacked, unstacked, widest, with_gradients
 from lad_kernels.outputs import CrossEntropyStats
 from lad_kernels.packing import Packing
 from lad_kernels.step import HEAD_METRICS, LossTerms, Step, StepResult, Wanted, all_metrics, attach
-from lad_kernels.step_operator import gradients_of, step_operator
+from lad_kernels.step_operator import DIFFERENTIABLE, GRADIENTS, empty_gradients, gradients_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -308,8 +308,8 @@ def _gradient(weights: Tensor, lse: Tensor, smoothing: float, z_loss: float) -> 
 
 
 # Each in the shape of target_ids, [0] where it is not wanted; numbers: accuracy, z-loss and metrics [2 + K].
-_OUTPUTS = "Tensor loss, Tensor correct, Tensor logprobs, Tensor entropy, Tensor numbers"
-_ARGUMENTS = (
+_OUTPUTS = f"(Tensor loss, Tensor correct, Tensor logprobs, Tensor entropy, Tensor numbers, {GRADIENTS})"
+_OPTIONS = (
     "int ignore_index, str reduction, float label_smoothing, float z_loss, Tensor? token_weights, str backward, "
     "float? tail_mass, str tail, bool return_stats"
 )
@@ -319,10 +319,10 @@ def _compiled(given: HeadArguments, options: _Options) -> Tensor | tuple[Tensor,
     """The operator's call, for torch.compile and torch.export to trace."""
     checks.constant("token_weights", options.token_weights)
     given = in_autocast_dtype(given)
-    loss, correct, logprobs, entropy, numbers = _operator(*given.flat(), *options)
+    needs = Needs.of(given.hidden_states, given.lm_head_weight, given.bias)
+    loss, correct, logprobs, entropy, numbers, *_ = _operator(*given.flat(), *options, list(needs))
     if not options.return_stats:
         return loss
-    needs = Needs.of(given.hidden_states, given.lm_head_weight, given.bias)
     values = unstacked(numbers, _numbers(needs), loss.dtype)
     accuracy, z_loss = values.pop("token_accuracy"), values.pop("z_loss")
     return loss, CrossEntropyStats(accuracy, correct, logprobs, entropy, z_loss, values)
@@ -333,26 +333,36 @@ def _numbers(needs: Needs) -> tuple[str, ...]:
     return ("token_accuracy", "z_loss", *(HEAD_METRICS if any(needs) else ()), "head_flops")
 
 
-def _without_values(*arguments: Any, needs: Needs) -> tuple[Tensor, ...]:
-    given, options = HeadArguments.of_flat(arguments[:ARGUMENTS]), _Options(*arguments[ARGUMENTS:])
-    hidden, stats, names = given.hidden_states, options.return_stats, _numbers(needs)
-    new = functools.partial(hidden.new_empty, dtype=torch.promote_types(hidden.dtype, torch.float32))
-    shape, count = (given.target_ids.shape, len(names)) if stats else ((0,), 0)
-    correct = hidden.new_empty(shape, dtype=torch.bool)
-    return new(()), correct, new(shape), new(shape), hidden.new_empty(count, dtype=widest(hidden.device))
+def _arguments(arguments: tuple) -> tuple[HeadArguments, _Options, Needs]:
+    *options, needs = arguments[ARGUMENTS:]
+    return HeadArguments.of_flat(arguments[:ARGUMENTS]), _Options(*options), Needs(*needs)
 
 
-@step_operator("linear_cross_entropy", f"{SCHEMA}, {_ARGUMENTS}", _OUTPUTS, _without_values)
-def _operator(*arguments: Any, needs: Needs) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    given = HeadArguments.of_flat(arguments[:ARGUMENTS])
-    options = _checked(given, _Options(*arguments[ARGUMENTS:]))
+@operator("linear_cross_entropy", f"({SCHEMA}, {_OPTIONS}, bool[] needs) -> {_OUTPUTS}")
+def _operator(*arguments: Any) -> tuple[Tensor, ...]:
+    given, options, needs = _arguments(arguments)
+    options = _checked(given, options)
     operands = _prepared(given, options, needs)
     result, count, loss = _run(operands, options, needs)
     gradients, new = gradients_of(operands, result, needs), result.logprobs.new_empty
     if not options.return_stats:
         nothing = (new(0, dtype=torch.bool), new(0), new(0), new(0, dtype=widest(new(0).device)))
-        return (result.terms.loss, *nothing), gradients
+        return result.terms.loss, *nothing, *gradients
     stats = loss.stats(operands.layout.packing, all_metrics(result, count))
     numbers = stats.metrics | {"token_accuracy": stats.token_accuracy, "z_loss": stats.z_loss}
     outputs = (stats.correct, stats.logprobs, stats.entropy, stacked(numbers, _numbers(needs)))
-    return (result.terms.loss, *outputs), gradients
+    return result.terms.loss, *outputs, *gradients
+
+
+@_operator.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    given, options, needs = _arguments(arguments)
+    hidden, stats, names = given.hidden_states, options.return_stats, _numbers(needs)
+    new = functools.partial(hidden.new_empty, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    shape, count = (given.target_ids.shape, len(names)) if stats else ((0,), 0)
+    correct, numbers = hidden.new_empty(shape, dtype=torch.bool), hidden.new_empty(count, dtype=widest(hidden.device))
+    gradients = empty_gradients((hidden, given.lm_head_weight, given.bias), needs)
+    return new(()), correct, new(shape), new(shape), numbers, *gradients
+
+
+with_gradients(_operator, DIFFERENTIABLE)

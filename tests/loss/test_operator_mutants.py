@@ -146,13 +146,12 @@ def plant(source: str, old: str, new: str, tmp_path, monkeypatch) -> None:
             monkeypatch.setattr(module, "linear_logprobs", mutant.linear_logprobs)
         monkeypatch.setattr(logprobs, "token_outputs", mutant.token_outputs)
     elif source == "step_operator.py":
-        monkeypatch.setattr(step_operator, "step_operator", mutant.step_operator)
-        monkeypatch.setattr(step_operator, "gradients_of", mutant.gradients_of)
+        for name in ("gradients_of", "empty_gradients"):
+            monkeypatch.setattr(step_operator, name, getattr(mutant, name))
         copy = mutate("compiled_loss.py", "import annotations", "import annotations  #", tmp_path)
         monkeypatch.setattr(loss, "compiled_loss", copy.compiled_loss)
     elif source == "operators.py":
-        for module in (operators, step_operator):
-            monkeypatch.setattr(module, "with_gradients", mutant.with_gradients)
+        monkeypatch.setattr(operators, "with_gradients", mutant.with_gradients)
         copy = mutate("compiled_loss.py", "import annotations", "import annotations  #", tmp_path)
         monkeypatch.setattr(loss, "compiled_loss", copy.compiled_loss)
         copy = mutate("objective/losses.py", "import annotations", "import annotations  #", tmp_path)

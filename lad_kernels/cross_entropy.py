@@ -157,8 +157,7 @@ def _by_token(given: HeadArguments, options: _Options) -> Tensor | tuple[Tensor,
         if torch.compiler.is_compiling():
             token_weights = _checked_weights(token_weights, given.target_ids, counts)
         weights = torch.where(counts, token_weights.to(weights.dtype), 0.0)
-    loss = _loss(out.logprobs, out.lse, out.mean_logit, smoothing, z_loss)
-    loss = _weighted(weights, loss)
+    loss = _loss(weights, out.logprobs, out.lse, out.mean_logit, smoothing, z_loss)
     if not stats:
         return loss
     logprobs, entropy, lse = out.logprobs.detach(), out.entropy.detach(), out.lse.detach()
@@ -254,7 +253,7 @@ class _CrossEntropy:
     def terms(self, out: HeadForward) -> LossTerms:
         weights, smoothing, self.out = self.weights, self.smoothing, out
         mean = self.head.mean_logits() if smoothing else None  # [M]
-        loss = _weighted(weights, _loss(out.logprobs, out.lse, mean, smoothing, self.z_loss)).sum()
+        loss = _loss(weights, out.logprobs, out.lse, mean, smoothing, self.z_loss).sum()
         gradient = _gradient(weights, out.lse, smoothing, self.z_loss)
         return LossTerms(loss, gradient, {}, mean_logit=-smoothing * weights if smoothing else None)
 
@@ -286,18 +285,15 @@ def _(token_weights: Tensor, target_ids: Tensor, counts: Tensor) -> Tensor:
     return torch.empty_like(token_weights)
 
 
-def _loss(logprobs: Tensor, lse: Tensor, mean_logit: Tensor | None, smoothing: float, z_loss: float) -> Tensor:
-    """l of every token without its weight, all of one shape."""
+def _loss(
+    weights: Tensor, logprobs: Tensor, lse: Tensor, mean_logit: Tensor | None, smoothing: float, z_loss: float
+) -> Tensor:
+    """l of every token, all of one shape; a weight of 0 gives 0 also where the rest is infinite."""
     loss = -logprobs
     if mean_logit is not None:
         loss = (1 - smoothing) * loss + smoothing * (lse - mean_logit)
     if z_loss:
         loss = loss + z_loss * lse.square()
-    return loss
-
-
-def _weighted(weights: Tensor, loss: Tensor) -> Tensor:
-    """Of one shape; a weight of 0 gives 0 also where a loss is infinite."""
     return torch.where(weights == 0, 0.0, weights * loss)
 
 

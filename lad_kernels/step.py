@@ -252,8 +252,7 @@ def attach(operands: Operands, result: StepResult, flops: int) -> tuple[Tensor, 
     """The loss [] with its gradient, and all metrics; `flops` were launched so far."""
     plan, loss = result.plan, result.terms.loss
     if plan is not None:
-        hidden, weight, bias, targets, layout = operands
-        loss = _LinearLoss.apply(hidden, weight, bias, targets, loss, layout, plan)
+        loss = _LinearLoss.apply(*operands, loss, plan)
     return loss, all_metrics(result, flops)
 
 
@@ -287,8 +286,8 @@ class _LinearLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        loss: Tensor,
         layout: Layout,
+        loss: Tensor,
         plan: BackwardPlan,
     ) -> Tensor:
         scaled_later = torch.float16 in [x.dtype for x in (hidden, weight, bias) if x is not None]
@@ -310,4 +309,4 @@ class _LinearLoss(torch.autograd.Function):
         plan, ctx.plan = ctx.plan.holding(tensors), replace(ctx.plan, ready=None)
         head = ctx.layout.holding(kept, temperatures).head(hidden, weight, bias, targets)
         gradients = plan.run(head, grad).shaped(hidden)
-        return gradients.hidden, gradients.weight, gradients.bias, None, grad, None, None
+        return gradients.hidden, gradients.weight, gradients.bias, None, None, grad, None

@@ -83,9 +83,8 @@ def join(
     own = ("hidden_states", "temperature", "logit_scale", "softcap", "impl")
     replicated = {**{name: getattr(given, name) for name in own}, **replicated}
     position = torch.arange(1, len(targets) + 1, device=targets.device)  # [M]
-    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     code = 8 * (given.bias is not None) + 4 * needs.hidden + 2 * needs.weight + needs.bias
-    facts = [len(weight), len(targets), hidden.shape[-1], kinds.index(hidden.dtype), code]
+    facts = [len(weight), len(targets), hidden.shape[-1], _code(hidden.dtype), code]
     names = ("function", *replicated)  # compared first: with another function the others mean something else
     codes = [_code(", ".join(replicated)), *map(_code, replicated.values())]
     codes += [0] * (_ARGUMENTS - len(codes))

@@ -184,12 +184,11 @@ def _padded_loss(
         new = torch.where(total > 0, 0.0, total) + slope[:, None].to(logp) * change
         old = None if old_logprobs is None else torch.where(total > 0, -total, 0.0).expand_as(logp)
         weights = (sums[2] / counts)[:, None].to(logp).expand_as(logp)
-    local: dict[str, Any] = {"importance_sampling_level": "token", "loss_agg_mode": "token-mean"}
-    local |= {"kl_coef": 0.0, "entropy_coef": 0.0}
-    own: dict[str, Any] = {"old_logprobs": old, "loss_mask": keep, "normalizer": normalizer}
-    own |= {"rollout_is_weights": weights * share, "ref_logprobs": None, "entropy": None}
-    ours = given._replace(**own)
-    out = policy_loss(new, ours, replace(config, **local), impl)  # type: ignore[type-var]
+    own = given._replace(old_logprobs=old, loss_mask=keep, normalizer=normalizer, rollout_is_weights=weights * share)
+    local = replace(
+        config, importance_sampling_level="token", loss_agg_mode="token-mean", kl_coef=0.0, entropy_coef=0.0
+    )  # type: ignore[type-var]
+    out = policy_loss(new, own._replace(ref_logprobs=None, entropy=None), local, impl)
     loss, metrics, many = out.loss, out.metrics, keep.sum().clamp(min=1)
     metrics["nonfinite_share"] = (chosen & ~keep).sum() / chosen.sum().clamp(min=1)
     each = (share / normalizer).expand_as(logp)[keep]  # [M] weight of a token

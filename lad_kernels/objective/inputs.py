@@ -123,10 +123,15 @@ class PackedInputs:
     group_ids: Tensor | None = None  # [B] integers, for rewards and for the target's norm
     rollout_is_weights: Tensor | None = None  # [B], or [M] if weights_by_token
     weights_by_token: bool = False
-    # Set by a backend's `prepare`, which leaves no rewards:
+    # Set by a backend's `prepare`:
     prepared: bool = False
     shift: Tensor | None = None  # [B] log of the mean of e^u over each sequence's group, if config.norms_target
     lengths: Tensor | None = None  # [B] tokens of each sequence that take part; None: no sequences
+
+    def with_advantages(self, advantages: Tensor, shift: Tensor | None) -> PackedInputs:
+        """Prepared: advantages [B] or [M] in the place of rewards, and all that does not depend on log-probs."""
+        lengths = None if self.cu_seqlens is None else lengths_of(self.cu_seqlens, self.usable)  # [B]
+        return replace(self, prepared=True, rewards=None, advantages=advantages, shift=shift, lengths=lengths)
 
     def chunk(self, rows: slice) -> PackedInputs:
         """Prepared inputs of the tokens `rows` [C]; values per sequence stay [B], even in a chunk of a part."""

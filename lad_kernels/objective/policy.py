@@ -11,7 +11,6 @@ the divergence or clipped term and k3_t = exp(ref - logp) - (ref - logp) - 1. De
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from lad_kernels.objective.advantages import advantages_of, group_log_mean_exp
 from lad_kernels.objective.config import DIVERGENCES, PolicyConfig
 from lad_kernels.objective.divergences import Terms, clip, grpo_terms, lad_terms
-from lad_kernels.objective.inputs import PackedInputs, lengths_of
+from lad_kernels.objective.inputs import PackedInputs
 from lad_kernels.packing import sequence_of
 
 _ALWAYS = (
@@ -46,8 +45,7 @@ def prepare(inputs: PackedInputs, config: Any) -> PackedInputs:
         advantages = advantages_of(inputs.rewards, inputs.group_ids, config.advantage_scale)
     if config.norms_target:
         shift = group_log_mean_exp(advantages / config.eta, inputs.group_ids)  # [B]
-    lengths = None if inputs.cu_seqlens is None else lengths_of(inputs.cu_seqlens, inputs.usable)  # [B]
-    return replace(inputs, prepared=True, rewards=None, advantages=advantages, shift=shift, lengths=lengths)
+    return inputs.with_advantages(advantages, shift)
 
 
 def coefficients(logprobs: Tensor, inputs: PackedInputs, config: PolicyConfig) -> Tensor:  # [C] -> [C]

@@ -19,7 +19,6 @@ Cost: two to three reads of the [M] tensors and, with groups, B^2 rewards out of
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lad_kernels.objective.config import DIVERGENCES, SETTINGS, PolicyConfig
-from lad_kernels.objective.inputs import PackedInputs, lengths_of
+from lad_kernels.objective.inputs import PackedInputs
 from lad_kernels.objective.kernels.advantages import _advantage, group_statistics
 from lad_kernels.objective.kernels.divergences import _exp, _exps, _minus, _policy_term
 from lad_kernels.objective.policy import PolicyTerms, metric_names
@@ -280,16 +279,13 @@ def _finish_kernel(
 
 def prepare(inputs: PackedInputs, config: Any) -> PackedInputs:
     """Advantages and group statistics, which do not depend on log-probs."""
-    advantages, shift, lengths = inputs.advantages, None, None  # [B] or [M], [B], [B]
+    advantages, shift = inputs.advantages, None  # [B] or [M], [B]
     if inputs.rewards is not None or config.norms_target:
         eta, scale = config.eta if config.norms_target else 1.0, config.advantage_scale
         advantages, shift = group_statistics(
             inputs.rewards, advantages, inputs.group_ids, scale=scale, eta=eta, target_norm=config.norms_target
         )
-    if inputs.cu_seqlens is not None:
-        lengths = lengths_of(inputs.cu_seqlens, inputs.usable)
-    shift = shift if config.norms_target else None
-    return replace(inputs, prepared=True, rewards=None, advantages=advantages, shift=shift, lengths=lengths)
+    return inputs.with_advantages(advantages, shift if config.norms_target else None)
 
 
 def coefficients(logprobs: Tensor, inputs: PackedInputs, config: PolicyConfig) -> Tensor:  # [C] -> [C]

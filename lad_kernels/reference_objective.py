@@ -173,13 +173,10 @@ class _Tokens:
         self.full_logprobs = logprobs
         self.logprobs = logprobs.reshape(-1)[self.kept].to(dtype)  # [M]
         old = self.logprobs.detach() if old_logprobs is None else self.pick(old_logprobs).to(dtype)
-        # 0 where both are equal, also where both are -inf
-        self.token_log_ratio = torch.where(
-            self.logprobs == old, self.logprobs - self.logprobs.detach(), self.logprobs - old
-        )
-        self.token_log_ratio = torch.where(self.logprobs.isinf() & (old == self.logprobs), 0.0, self.token_log_ratio)
+        new = self.logprobs
+        d = torch.where(new == old, new - new.detach(), new - old)  # 0 where both are equal, ...
+        self.token_log_ratio = d = torch.where(new.isinf() & (new == old), 0.0, d)  # ... also where both are -inf
         self.lengths = self.sum_sequences(torch.ones_like(self.logprobs))  # [B] kept tokens
-        d = self.token_log_ratio
         if config.importance_sampling_level != "token":
             d = self.sum_sequences(d)  # [B]
             if config.importance_sampling_level == "sequence":
@@ -213,15 +210,13 @@ class _Tokens:
         mode, ones = self.config.loss_agg_mode, torch.ones_like(self.logprobs)
         if normalizer is None:
             sequences = int((self.lengths > 0).sum())
-            normalizer = max(
-                1,
-                {
-                    "token-mean": len(self.kept),
-                    "seq-mean-token-mean": sequences,
-                    "seq-mean-token-sum": sequences,
-                    "seq-mean-token-sum-norm": self.count * (self.padded_length or 1),
-                }[mode],
-            )
+            counts = {
+                "token-mean": len(self.kept),
+                "seq-mean-token-mean": sequences,
+                "seq-mean-token-sum": sequences,
+                "seq-mean-token-sum-norm": self.count * (self.padded_length or 1),
+            }
+            normalizer = max(1, counts[mode])
         if mode == "seq-mean-token-mean":
             ones = ones / self.lengths[self.sequence]
         return ones / normalizer

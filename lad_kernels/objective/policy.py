@@ -109,7 +109,8 @@ class _TokenTerms(NamedTuple):
 
 def _token_terms(seq: _Sequences, logprobs: Tensor, inputs: PackedInputs, config: Any) -> _TokenTerms:
     logprobs, old = seq.clean(logprobs), seq.clean(inputs.old_logprobs)  # [M], [M]
-    own = _log_ratio(logprobs, old)  # [M]
+    # [M] exactly 0 where both are equal, -inf included
+    own = torch.zeros_like(logprobs) if old is None else torch.where(logprobs == old, 0.0, logprobs - old)
     raw_d = seq.level(own, config.importance_sampling_level)  # [M]
     bound = torch.inf if config.log_ratio_clamp is None else config.log_ratio_clamp
     d, stopped = raw_d.clamp(-bound, bound), raw_d.abs() > bound  # [M], [M]; NaN is not stopped
@@ -144,13 +145,6 @@ def _token_terms(seq: _Sequences, logprobs: Tensor, inputs: PackedInputs, config
         k3 = torch.where(beyond, config.kl_clamp or 0.0, k3)
         dlogprobs = dlogprobs - config.kl_coef * w * torch.where(beyond, 0.0, gap.expm1())
     return _TokenTerms(own, d, a, terms, over, clipped, clamped, w, s, k3, dlogprobs)
-
-
-def _log_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
-    """logp - logp_old [M]; exactly 0 where they are equal, -inf included."""
-    if old_logprobs is None:
-        return torch.zeros_like(logprobs)
-    return torch.where(logprobs == old_logprobs, 0.0, logprobs - old_logprobs)
 
 
 class _Sequences:

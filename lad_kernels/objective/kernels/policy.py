@@ -336,7 +336,9 @@ def _launch(
         normalizer,
         inputs.usable,
     )
-    scalars = (config.log_ratio_clamp, config.kl_coef, config.kl_clamp, config.entropy_coef, *_settings(config))
+    settings = [getattr(config, name) for name in SETTINGS[config.objective]]
+    settings += [0.0] * (4 - len(settings))  # as `divergences._policy_term` reads them
+    scalars = (config.log_ratio_clamp, config.kl_coef, config.kl_clamp, config.entropy_coef, *settings)
     if programs > 0:
         with torch.cuda.device_of(logprobs):
             _policy_kernel[(programs,)](
@@ -345,7 +347,7 @@ def _launch(
                 dentropy,
                 partials,
                 tokens,
-                *(math.inf if x is None else float(x) for x in scalars),
+                *(math.inf if x is None else float(x) for x in scalars),  # None: no bound
                 OBJECTIVE=config.objective,
                 LEVEL=config.importance_sampling_level,
                 DIVISOR=divisor,
@@ -366,12 +368,6 @@ def _source(inputs: PackedInputs, config: PolicyConfig) -> tuple[Tensor, str]:
     if inputs.shift is not None:
         return torch.stack([inputs.advantages, inputs.shift]), "shifted"  # [2, B]
     return inputs.advantages, "token" if inputs.advantages_by_token else "sequence"  # [M] or [B]
-
-
-def _settings(config: PolicyConfig) -> list[float | None]:
-    """The objective's own four settings, as `divergences._policy_term` reads them; None is infinity."""
-    own = [getattr(config, name) for name in SETTINGS[config.objective]]
-    return own + [0.0] * (4 - len(own))
 
 
 def _finish(partials: Tensor, config: PolicyConfig, has_entropy: bool) -> tuple[Tensor, dict[str, Tensor]]:

@@ -80,7 +80,12 @@ def linear_logprobs(
         capturable,
     )
     if impl == "reference":
-        return _reference(given, loss_mask, return_entropy)
+        from lad_kernels import reference
+
+        checks.plain_tensor("target_ids", target_ids)
+        checks.mask(loss_mask, target_ids, "target_ids")
+        head = prepare(given, loss_mask, None, {}).for_reference(given)
+        return without_autocast(reference.linear_logprobs)(**head, loss_mask=loss_mask, return_entropy=return_entropy)
     out = token_outputs(given, loss_mask, return_entropy=return_entropy)
     return LinearLogprobs(out.logprobs, out.entropy, out.lse)
 
@@ -111,16 +116,6 @@ def token_outputs(
     logprobs, entropy, lse, mean, correct, *_ = _forward(*given.flat(), loss_mask, *wanted, needs)
     entropy, mean, correct = (x if want else None for x, want in zip((entropy, mean, correct), wanted))
     return TokenOutputs(logprobs, entropy, lse, mean, correct)
-
-
-def _reference(given: HeadArguments, loss_mask: Tensor | None, return_entropy: bool) -> LinearLogprobs:
-    """The specification on validated arguments."""
-    from lad_kernels import reference
-
-    checks.plain_tensor("target_ids", given.target_ids)
-    checks.mask(loss_mask, given.target_ids, "target_ids")
-    head = prepare(given, loss_mask, None, {}).for_reference(given)
-    return without_autocast(reference.linear_logprobs)(**head, loss_mask=loss_mask, return_entropy=return_entropy)
 
 
 # Each in the shape of target_ids, [0] where it is not wanted; lse_rest: rounding error of lse; rows [R]: of every rank.

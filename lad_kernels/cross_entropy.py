@@ -13,7 +13,6 @@ Sources: z-loss arXiv 2204.02311 section 5; smoothing arXiv 1512.00567 section 7
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,7 +23,6 @@ from lad_kernels.autocast import without_autocast
 from lad_kernels.head import (
     ARGUMENTS,
     SCHEMA,
-    Head,
     HeadArguments,
     HeadForward,
     LogitGradient,
@@ -106,7 +104,17 @@ def linear_cross_entropy(
         return _compiled(given, options)
     options = _checked(given, options)
     if impl == "reference":
-        return _reference(given, options)
+        from lad_kernels import reference
+
+        return without_autocast(reference.linear_cross_entropy)(
+            **_prepared(given, options).for_reference(given),
+            ignore_index=options.ignore_index,
+            reduction=options.reduction,
+            label_smoothing=options.label_smoothing,
+            z_loss=options.z_loss,
+            token_weights=options.token_weights,
+            return_stats=options.return_stats,
+        )
     if reduction == "none":
         if vocab_group is not None and not torch.compiler.is_compiling():
             _prepared(given, options)  # ranks compare what the operator of log-probs is not given: z_loss and weights
@@ -129,21 +137,6 @@ class _Options(NamedTuple):
     tail_mass: float | None
     tail: str
     return_stats: bool
-
-
-def _reference(given: HeadArguments, options: _Options) -> Tensor | tuple[Tensor, CrossEntropyStats]:
-    """The specification on validated arguments."""
-    from lad_kernels import reference
-
-    return without_autocast(reference.linear_cross_entropy)(
-        **_prepared(given, options).for_reference(given),
-        ignore_index=options.ignore_index,
-        reduction=options.reduction,
-        label_smoothing=options.label_smoothing,
-        z_loss=options.z_loss,
-        token_weights=options.token_weights,
-        return_stats=options.return_stats,
-    )
 
 
 @without_autocast
@@ -178,7 +171,7 @@ def _prepared(given: HeadArguments, options: _Options, needs: Needs | None = Non
 def _run(operands: Operands, options: _Options, needs: Needs) -> tuple[StepResult, int, _CrossEntropy]:
     """The forward, how many flops it launched, and the loss with its outputs."""
     stats = options.return_stats
-    loss = _CrossEntropy.of(operands, options)
+    loss = _CrossEntropy(operands, options)
     with torch.no_grad(), flops.counting() as tally:
         return Step(operands.head(), loss, needs, Wanted(stats, stats, stats)).run(), tally[0], loss
 
@@ -216,25 +209,17 @@ def _checked(given: HeadArguments, options: _Options) -> _Options:
     return options._replace(label_smoothing=smoothing, z_loss=z_loss, tail_mass=tail_mass)
 
 
-@dataclass
 class _CrossEntropy:
     """The loss of M tokens as the head's step sees it."""
 
-    head: Head  # of the same tokens
-    weights: Tensor  # [M] w, the reduction's divisor in it
-    smoothing: float
-    z_loss: float
-    sparsity: Sparsity
-    out: HeadForward | None = None  # [M] kept for the statistics
-    spans: str = "token"
-    needs_outputs: bool = True
-    needs_entropy: bool = False
+    spans = "token"
+    needs_outputs = True
+    needs_entropy = False
     cu_seqlens: Tensor | None = None
     prior: Tensor | None = None
 
-    @classmethod
     @without_autocast
-    def of(cls, operands: Operands, options: _Options) -> _CrossEntropy:
+    def __init__(self, operands: Operands, options: _Options):
         hidden, targets = operands.hidden, operands.targets
         wide = torch.promote_types(hidden.dtype, torch.float32)
         weights = hidden.new_ones(len(targets), dtype=wide)  # [M]
@@ -243,15 +228,13 @@ class _CrossEntropy:
         if options.reduction == "mean":
             total = weights.sum()  # []
             weights = weights / torch.where(total == 0, 1.0, total)
-        sparsity = Sparsity.of(options.tail_mass, options.tail, options.backward, hidden.dtype)
-        return cls(operands.head(), weights, options.label_smoothing, options.z_loss, sparsity)
-
-    @property
-    def known_before(self) -> bool:
-        return self.z_loss == 0
+        self.head, self.weights = operands.head(), weights
+        self.smoothing, self.z_loss = options.label_smoothing, options.z_loss
+        self.sparsity = Sparsity.of(options.tail_mass, options.tail, options.backward, hidden.dtype)
+        self.known_before = self.z_loss == 0
 
     def terms(self, out: HeadForward) -> LossTerms:
-        weights, smoothing, self.out = self.weights, self.smoothing, out
+        weights, smoothing, self.out = self.weights, self.smoothing, out  # the outputs are kept for `stats`
         mean = self.head.mean_logits() if smoothing else None  # [M]
         loss = _loss(weights, out.logprobs, out.lse, mean, smoothing, self.z_loss).sum()
         gradient = _gradient(weights, out.lse, smoothing, self.z_loss)

@@ -50,13 +50,10 @@ def compiled_policy_loss(
     if separable and checks.reads_all_values():
         parts = (slice(None), *_HALVES)
         gradients = tuple(_gradient(objective, logprobs, entropy, tokens, part) for part in parts)
-    return LossOutput(
-        loss=_objective_loss(loss, logprobs, kept, *gradients),
-        logprobs=out.logprobs.detach() if wanted.logprobs else None,
-        entropy=out.entropy.detach() if wanted.entropy else None,
-        advantages=None,
-        metrics=metrics,
-    )
+    loss = _objective_loss(loss, logprobs, kept, *gradients)
+    logprobs = out.logprobs.detach() if wanted.logprobs else None
+    entropy = out.entropy.detach() if wanted.entropy else None
+    return LossOutput(loss, logprobs, entropy, advantages=None, metrics=metrics)
 
 
 def _gradient(

@@ -222,12 +222,9 @@ def _linear_loss(given: HeadArguments, inputs: PolicyInputs, config: PolicyConfi
     if given.impl == "reference":
         return reference_loss(operands, given, inputs, config, wanted)
     result, count = run(operands, inputs, config, wanted, given, operands.needs())
-    packing, advantages = operands.layout.packing, result.terms.advantages
+    place = operands.layout.packing.place
+    logprobs = place(result.logprobs) if wanted.logprobs else None
+    entropy = None if result.entropy is None else place(result.entropy)
+    advantages = result.terms.advantages if inputs.advantages is None else inputs.advantages.detach()
     total, metrics = attach(operands, result, count)
-    return LossOutput(
-        loss=total,
-        logprobs=packing.place(result.logprobs) if wanted.logprobs else None,
-        entropy=None if result.entropy is None else packing.place(result.entropy),
-        advantages=advantages if inputs.advantages is None else inputs.advantages.detach(),
-        metrics=metrics,
-    )
+    return LossOutput(total, logprobs, entropy, advantages, metrics)

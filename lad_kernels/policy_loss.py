@@ -120,13 +120,9 @@ def linear_policy_loss(
         result = Step(operands.head(), loss, needs, wanted).run()
     total, metrics = attach(operands, result, tally[0])
     place = operands.layout.packing.place
-    return LossOutput(
-        loss=total,
-        logprobs=place(result.logprobs) if return_logprobs else None,
-        entropy=place(result.entropy) if return_entropy else None,
-        advantages=None,
-        metrics=metrics,
-    )
+    logprobs = place(result.logprobs) if return_logprobs else None
+    entropy = place(result.entropy) if return_entropy else None
+    return LossOutput(total, logprobs, entropy, advantages=None, metrics=metrics)
 
 
 class _OwnLoss:
@@ -154,8 +150,7 @@ class _OwnLoss:
         joint = gradient.onehot  # [M]
         if self.spans == "token" and checks.reads_all_values() and self._grad and len(joint):
             for part in (slice(0, None, 2), slice(1, None, 2)):
-                chosen = torch.arange(len(joint), device=joint.device)[part]
-                self._chunks.append((part, self.gradient_of(chosen, _rows(out, part), True).onehot))
+                self.gradient(part, out)
         for rows, alone in self._chunks:
             refuse_joint(joint, rows, alone, self._tokens.positions)
         self._chunks.clear()
@@ -219,10 +214,6 @@ def _reference(operands: Operands, given: HeadArguments, loss: _OwnLoss, wanted:
     out = reference.linear_logprobs(**head, loss_mask=mask, return_entropy=loss.needs_entropy)
     entropy = packing.take(out.entropy) if wanted.entropy else None  # [M]
     total, metrics = loss.call(packing.take(out.logprobs), entropy, loss._tokens)
-    return LossOutput(
-        loss=total,
-        logprobs=out.logprobs.detach() if wanted.logprobs else None,
-        entropy=out.entropy.detach() if wanted.entropy else None,
-        advantages=None,
-        metrics=metrics,
-    )
+    logprobs = out.logprobs.detach() if wanted.logprobs else None
+    entropy = out.entropy.detach() if wanted.entropy else None
+    return LossOutput(total, logprobs, entropy, advantages=None, metrics=metrics)

@@ -183,13 +183,8 @@ def _compiled(logprobs: Tensor, inputs: PolicyInputs, config: PolicyConfig, impl
     outputs = _OPERATORS[type(config)](logprobs, *flat_inputs(inputs, config), impl)
     loss, logp, entropy, metrics, *_ = outputs
     names = metric_names(config, entropy=inputs.entropy is not None)
-    return LossOutput(
-        loss,
-        logp,
-        None if inputs.entropy is None else entropy,
-        inputs.advantages.detach(),
-        unstacked(metrics, names, loss.dtype),
-    )
+    entropy = None if inputs.entropy is None else entropy
+    return LossOutput(loss, logp, entropy, inputs.advantages.detach(), unstacked(metrics, names, loss.dtype))
 
 
 def _operator(name: str, kind: type) -> Any:

@@ -152,8 +152,7 @@ def head(
     for name, x in (("hidden_states", hidden), ("lm_head_weight", weight), ("target_ids", targets), ("bias", bias)):
         if x is not None:
             plain_tensor(name, x)
-            if name != "hidden_states":
-                _same_device(name, x, hidden, "hidden_states")
+            _same_device(name, x, hidden, "hidden_states")
     if hidden.ndim not in (2, 3):
         raise ValueError(f"hidden_states: expected [N, D] or [B, T, D], got {_shape(hidden)}")
     if weight.ndim != 2:
@@ -272,9 +271,7 @@ def layout(like: Tensor, like_name: str, cu_seqlens: Tensor | None) -> int | Non
 def mask(x: Tensor | None, like: Tensor, like_name: str) -> None:
     """A mask keeps or drops; weights between 0 and 1 would be ignored, so they are refused."""
     per_token("loss_mask", x, like, like_name, floating=False)
-    if x is None or not x.dtype.is_floating_point or not may_read(x):
-        return
-    if not bool(((x == 0) | (x == 1)).all()):
+    if x is not None and x.dtype.is_floating_point and may_read(x) and not bool(((x == 0) | (x == 1)).all()):
         raise ValueError(
             "loss_mask: expected zeros and ones, got other values; pass weights as rollout_is_weights, one per token"
         )
@@ -348,9 +345,8 @@ def rewards(x: Tensor, like: Tensor | None = None, like_name: str = "") -> None:
 def groups(count: int, device: torch.device, group_size: int | None, group_ids: Tensor | None) -> Tensor:
     """The id [B] of each completion's group, from exactly one of group_size and group_ids."""
     if (group_size is None) == (group_ids is None):
-        raise ValueError(
-            "group_size, group_ids: expected exactly one, got " + ("neither" if group_size is None else "both")
-        )
+        given = "neither" if group_size is None else "both"
+        raise ValueError(f"group_size, group_ids: expected exactly one, got {given}")
     if group_ids is None:
         if isinstance(group_size, bool) or not isinstance(group_size, numbers.Integral) or group_size < 2:
             why = "; alone in its group every completion has advantage 0" if group_size == 1 else ""
@@ -371,8 +367,6 @@ def groups(count: int, device: torch.device, group_size: int | None, group_ids: 
 
 def normalizer(value: float | Tensor | None) -> None:
     """A positive number or a 0-d tensor."""
-    if value is None:
-        return
     if isinstance(value, Tensor):
         plain_tensor("normalizer", value)
         if value.numel() != 1:
@@ -381,7 +375,7 @@ def normalizer(value: float | Tensor | None) -> None:
             raise TypeError("normalizer: expected a number, got torch.bool; pass mask.sum(), not mask.any()")
         if may_read(value) and not 0 < float(value) < math.inf:
             raise ValueError(f"normalizer: expected a finite number > 0, got {float(value)}; clamp it: .clamp(min=1)")
-    elif not is_number(value) or not math.isfinite(value) or value <= 0:
+    elif value is not None and not (is_number(value) and math.isfinite(value) and value > 0):
         raise ValueError(
             f"normalizer: expected a finite number > 0, got {value!r}; for token-mean it is the number of loss tokens "
             f"in the global batch"

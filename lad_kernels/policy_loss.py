@@ -173,10 +173,9 @@ class _OwnLoss:
         entropy = out.entropy if self.needs_entropy else None
         with torch.set_grad_enabled(self._grad):
             inputs = [x.detach().clone().requires_grad_(self._grad) for x in (out.logprobs, entropy) if x is not None]
-            loss, metrics = self.call(inputs[0], inputs[1] if entropy is not None else None, tokens)
-            nothing = LogitGradient.of_logprobs(torch.zeros_like(out.logprobs))
+            loss, metrics = self.call(tokens, *inputs)
             if not self._grad or not len(out.logprobs):
-                return loss, metrics, nothing
+                return loss, metrics, LogitGradient.of_logprobs(torch.zeros_like(out.logprobs))
             found: Sequence[Tensor | None] = [None] * len(inputs)
             if loss.requires_grad:
                 found = torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)
@@ -189,10 +188,8 @@ class _OwnLoss:
         prob = -c if c_entropy is None else -c - c_entropy * entropy  # [m]
         return loss if keep else loss.detach(), metrics, LogitGradient(c, prob, c_entropy)
 
-    def call(
-        self, logprobs: Tensor, entropy: Tensor | None, tokens: Tokens
-    ) -> tuple[Tensor, dict[str, Tensor]]:  # [m], [m]
-        """Loss and metrics of the objective, checked; a differentiable 0 for no token."""
+    def call(self, tokens: Tokens, logprobs: Tensor, entropy: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of the objective of log-probs and entropy [m], checked; a differentiable 0 for no token."""
         if not len(logprobs):
             return logprobs.sum(), {}
         return evaluate(self._objective, logprobs, entropy, tokens)
@@ -213,7 +210,7 @@ def _reference(operands: Operands, given: HeadArguments, loss: _OwnLoss, wanted:
     head = operands.for_reference(given)
     out = reference.linear_logprobs(**head, loss_mask=mask, return_entropy=loss.needs_entropy)
     entropy = packing.take(out.entropy) if wanted.entropy else None  # [M]
-    total, metrics = loss.call(packing.take(out.logprobs), entropy, loss._tokens)
+    total, metrics = loss.call(loss._tokens, packing.take(out.logprobs), entropy)
     logprobs = out.logprobs.detach() if wanted.logprobs else None
     entropy = out.entropy.detach() if wanted.entropy else None
     return LossOutput(total, logprobs, entropy, advantages=None, metrics=metrics)

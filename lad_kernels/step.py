@@ -208,10 +208,7 @@ class Step:
             want_correct=self.wanted.correct,
             needs=self.needs,
         )
-        if result is None:
-            return None
-        out, gradients = result
-        return out, gradients, whole[0] if whole else None
+        return None if result is None else (*result, whole[0] if whole else None)
 
     def _active(self, gradient: LogitGradient) -> Tensor | None:  # [M] -> [A]
         """Tokens with a gradient; None: all, or not to be asked for."""

@@ -176,8 +176,7 @@ class _Sequences:
         return (total / self.lengths if level == "sequence" else total)[self.index]
 
     def mean(self, x: Tensor) -> Tensor:  # [M] -> []
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return self.clean(x.to(wide)).sum() / self._tokens
+        return self.clean(x.to(torch.promote_types(x.dtype, torch.float32))).sum() / self._tokens
 
     def effective_share(self, d: Tensor) -> Tensor:  # [M] -> []
         """(sum r)^2 / (n sum r^2) of r = e^d, relative to the largest ratio: no power of it overflows."""

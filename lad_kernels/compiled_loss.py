@@ -37,13 +37,11 @@ def compiled_loss(given: HeadArguments, inputs: PolicyInputs, config: PolicyConf
     needs = Needs.of(given.hidden_states, given.lm_head_weight, given.bias)
     outputs = call(*given.flat(), *flat_inputs(inputs, config), wanted.entropy, wanted.logprobs, list(needs))
     loss, logprobs, entropy, advantages, metrics, *_ = outputs
-    return LossOutput(
-        loss=loss,
-        logprobs=logprobs if wanted.logprobs else None,
-        entropy=entropy if wanted.entropy or config.entropy_coef != 0 else None,
-        advantages=advantages if inputs.advantages is None else inputs.advantages.detach(),
-        metrics=unstacked(metrics, _metric_names(config, wanted, needs), loss.dtype),
-    )
+    logprobs = logprobs if wanted.logprobs else None
+    entropy = entropy if wanted.entropy or config.entropy_coef != 0 else None
+    advantages = advantages if inputs.advantages is None else inputs.advantages.detach()
+    metrics = unstacked(metrics, _metric_names(config, wanted, needs), loss.dtype)
+    return LossOutput(loss, logprobs, entropy, advantages, metrics)
 
 
 def _metric_names(config: PolicyConfig, wanted: Wanted, needs: Needs) -> tuple[str, ...]:

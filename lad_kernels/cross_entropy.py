@@ -142,7 +142,8 @@ class _Options(NamedTuple):
 @without_autocast
 def _by_token(given: HeadArguments, options: _Options) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     """One loss per token, in the shape of target_ids, out of the head's differentiable outputs."""
-    counts, smoothing, z_loss, stats = given.target_ids != options.ignore_index, *options[2:4], options.return_stats
+    counts, stats = given.target_ids != options.ignore_index, options.return_stats
+    smoothing, z_loss = options.label_smoothing, options.z_loss
     out = token_outputs(given, counts, return_entropy=stats, return_mean_logit=smoothing > 0, return_correct=stats)
     weights = counts.to(out.lse.dtype)  # the shape of target_ids, 0 where ignored
     if options.token_weights is not None:

@@ -231,10 +231,10 @@ def check_outputs(
     actual: HeadOutputs, inputs: HeadInputs, *, entropy_upstream: Tensor | None = None
 ) -> dict[str, tuple[float, float]]:
     """The rule on outputs already computed."""
-    run = lambda dtype: run_head(  # noqa: E731
-        reference.linear_logprobs, inputs.cast(dtype), entropy_upstream=entropy_upstream
+    truth, contract = (
+        regions(run_head(reference.linear_logprobs, inputs.cast(dtype), entropy_upstream=entropy_upstream), inputs)
+        for dtype in (torch.float64, torch.float32)
     )
-    truth, contract = regions(run(torch.float64), inputs), regions(run(torch.float32), inputs)
     lse = exact_lse(inputs)[inputs.loss_mask]  # [kept]
     report, failed = {}, []
     for name, x in regions(actual, inputs).items():

@@ -180,8 +180,7 @@ _OUTPUTS = "(Tensor loss, Tensor logprobs, Tensor entropy, Tensor metrics, Tenso
 def _compiled(logprobs: Tensor, inputs: PolicyInputs, config: PolicyConfig, impl: str) -> LossOutput:
     """The operator's call, for torch.compile and torch.export to trace."""
     inputs = without_columns(inputs, logprobs, "logprobs")
-    outputs = _OPERATORS[type(config)](logprobs, *flat_inputs(inputs, config), impl)
-    loss, logp, entropy, metrics, *_ = outputs
+    loss, logp, entropy, metrics, *_ = _OPERATORS[type(config)](logprobs, *flat_inputs(inputs, config), impl)
     names = metric_names(config, entropy=inputs.entropy is not None)
     entropy = None if inputs.entropy is None else entropy
     return LossOutput(loss, logp, entropy, inputs.advantages.detach(), unstacked(metrics, names, loss.dtype))

@@ -101,7 +101,7 @@ def needs_sample(work: Work, sparsity: Sparsity, *, all_active: bool) -> bool:
 
 
 def sample_step(work: Work) -> int:
-    """Every how manieth word a sample is scored with: all of them, or every second."""
+    """1 where a sample is scored with all words, 2 where with every second."""
     return 1 if cost.sample(work) <= WHOLE * cost.one_pass(work) else 2
 
 

@@ -47,7 +47,7 @@ class BackwardPlan:
     def holding(self, tensors: Sequence[Tensor | None]) -> BackwardPlan:
         """The same with these tensors; autograd does not notice changes to gradients that are ready."""
         active, lse, onehot, prob, entropy, mean_logit, rows, scale, dense, *gradients = tensors
-        routing = None if self.routing is None else self.routing._replace(rows=rows, scale=scale, dense=dense)
+        routing = None if self.routing is None else Routing(rows, scale, self.routing.offsets, dense)
         ready = None if self.ready is None else HeadGradients(*(None if x is None else x.data for x in gradients))
         gradient = LogitGradient(onehot, prob, entropy)
         return replace(

@@ -2,7 +2,7 @@
 
 `make test-launch` builds libcuda.c and runs this; it needs a C compiler, Python's headers, and minutes, no GPU. Every
 launch compiles, builds its tensor maps, packs its arguments, and is refused where a driver would refuse it. No number
-is checked: what a kernel would have written is 0, and each of the counts that the host reads is 1.
+is checked: what a kernel would have written is 0, and as the host reads it every vocabulary block has one pair.
 """
 
 from __future__ import annotations
@@ -55,6 +55,12 @@ def check_refusals() -> None:
     ]
     wrong += [launch(grid=(1, 70_000, 1)), launch(grid=(0, 1, 1)), launch(block=2048), launch(shared=240_000)]
     assert all(wrong) and STUB.stub_refused() == len(wrong)
+
+
+def told(x: torch.Tensor) -> list[int]:
+    """Where blocks begin, their end, that of the dense tokens' list, tokens with a gradient; of a short x ones."""
+    blocks = len(x) - 3
+    return [1] * len(x) if blocks < 1 else [*range(blocks + 1), blocks, blocks]
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -117,7 +123,7 @@ def main() -> int:
     check_refusals()
     torch.use_deterministic_algorithms(True)
     torch.empty, torch.empty_like = torch.zeros, torch.zeros_like
-    cuda_device.CudaTensor.tolist = lambda self: [1] * len(self)
+    cuda_device.CudaTensor.tolist = told
     dtypes = [getattr(torch, name) for name in sys.argv[1:]] or [torch.bfloat16, torch.float16, torch.float32]
     failed, first = 0, STUB.stub_launches()
     for name, run in itertools.chain(*map(heads, dtypes), objectives()):

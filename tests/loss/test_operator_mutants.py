@@ -118,8 +118,8 @@ BUGS = {
     "head/plan.py": {
         "scales of pairs": (
             "routed",
-            "_replace(rows=rows, scale=scale, dense=dense)",
-            "_replace(rows=rows, scale=None, dense=dense)",
+            "Routing(rows, scale, self.routing.offsets, dense)",
+            "Routing(rows, None, self.routing.offsets, dense)",
         ),
         "gradients that autograd watches": (
             "twice",

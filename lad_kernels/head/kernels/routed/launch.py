@@ -4,7 +4,7 @@
     dR = dZ * dz/draw,   dH = dR W,   dW = dR^T H,   db = column sums of dR              (logits as in tile.py)
 
 A block of 128 vocabulary rows is like an expert of a mixture: it multiplies the tokens routed to it. Pairs come
-sorted by block. A work item is up to block_n pairs of one block; items are listed on the device from the host's counts.
+sorted by block. A work item is up to block_n pairs of one block; the device lists them from where blocks begin.
 1. `pairs_kernel`, a program per item: gathers the tokens' hidden rows, recomputes z, writes dR [pairs, 128].
 2. `weight_kernel`, a program per (block, columns of D): dW of the block over all its pairs, in fp32, written once. A
    block without pairs writes zeros. `bias_kernel` sums the items' column sums of the un-rounded dR.

@@ -46,8 +46,7 @@ def folder() -> str:
 
 
 @pytest.fixture(scope="module")
-def model(folder):
-    torch.set_num_threads(1)
+def model(folder, one_thread):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 

@@ -33,8 +33,7 @@ pytestmark = ON_CPU
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    torch.set_num_threads(1)
+def folder(tmp_path_factory, one_thread) -> str:
     return save_model(tmp_path_factory.mktemp("model"))
 
 

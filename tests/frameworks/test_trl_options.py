@@ -144,8 +144,7 @@ TRANSLATED = {name: dict(loss_type=name) for name in LOSS_TYPES} | {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    torch.set_num_threads(1)
+def folder(tmp_path_factory, one_thread) -> str:
     return save_model(tmp_path_factory.mktemp("model"))
 
 

@@ -23,9 +23,8 @@ pytestmark = ON_CPU
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[bool, str]:
+def folders(tmp_path_factory, one_thread) -> dict[bool, str]:
     """A saved model by whether its head is tied."""
-    torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("models")
     configs = {tied: Qwen3Config(**SIZES, tie_word_embeddings=tied) for tied in (False, True)}
     return {tied: save_model(root / str(tied), config) for tied, config in configs.items()}

@@ -18,8 +18,7 @@ from lad_kernels.frameworks import trl_options
 
 
 @pytest.fixture
-def run(tmp_path) -> Run:
-    torch.set_num_threads(1)
+def run(tmp_path, one_thread) -> Run:
     return Run(tmp_path / "rows.json", dry_run=True)
 
 

@@ -209,8 +209,7 @@ CASES = {f.__name__: f for f in (lad, saved_head, ddp, zero3)}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    torch.set_num_threads(1)
+def folder(tmp_path_factory, one_thread) -> str:
     root = tmp_path_factory.mktemp("models")
     for name in ("untied", "tied"):
         save_model(root / name, Qwen3Config(**SIZES, tie_word_embeddings=name == "tied"))

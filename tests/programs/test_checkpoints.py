@@ -28,6 +28,7 @@ from integration.trainer import train
 from lad_kernels import preflight
 from lad_kernels.preflight import Refused, claim_folder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
 TINY = TrainConfig(
     steps=2,
@@ -52,14 +53,6 @@ FLAGS = [
     "--warm-batch=4",
     "--out",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

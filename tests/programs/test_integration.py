@@ -40,18 +40,10 @@ from integration.trainer import (
 from lad_kernels import linear_lad_loss
 from lad_kernels.preflight import Refused
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = TrainConfig(
     steps=2, prompts_per_step=4, group_size=4, train_size=60, held_out_size=10, hidden_size=32, layers=1, warm_steps=3
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors: a second thread waits more than it works."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

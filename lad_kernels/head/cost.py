@@ -26,6 +26,7 @@ from lad_kernels.head.records import BLOCK, JOINT, MANY
 CPU_SPEEDS = "LAD_KERNELS_CPU_SPEEDS"  # environment: speeds of this CPU, read when the package is imported
 CPU_FIELDS = ("flops", "bytes", "element", "gathered", "block")
 SQUARE = 1.5  # rate of tiles of 128 by 128 over those of 64 by 128, which read half as much again for a flop
+PACKED = 3  # times longer than copying W a CPU's product of a few tokens with it takes (2.3 to 3.7 on a Xeon)
 _HBM3E = 100 << 30  # bytes: a Hopper with more has an H200's faster memory
 
 
@@ -145,6 +146,7 @@ def score(work: Work) -> float:
 def sample(work: Work, step: int = 1) -> float:
     """Seconds of the forward of `step` times `work.sample` tokens with every step-th word, bound by reading those."""
     read = work.itemsize * work.vocab_size * work.hidden_size / speeds(work).bytes / step
+    read *= 1 if work.triton else PACKED
     return max(_product(work, work.sample) + speeds(work).element * work.sample * work.vocab_size, read)
 
 

@@ -77,6 +77,7 @@ def test_the_call_looks_where_it_matters_and_costs_little():
     assert not looks(work, 3e-4, "dense")
     assert not looks(work, 3e-4, "routed")
     assert not looks(dataclasses.replace(work, tokens=512))  # reading W alone costs more than it may
+    assert not looks(Work(128, 128, 32_000, 4, "cpu_avx512"))  # a tenth of the call was measured
     assert not looks(dataclasses.replace(work, tokens=0))
     exact = Work(2048, 896, 151_936, 4, "cpu")
     assert not looks(exact, 0.0, known=False)  # one pass drops what two passes drop

@@ -79,19 +79,15 @@ class Head:
 
     def forward(self, *, want_entropy: bool, want_block_lse: bool = False, want_correct: bool = False) -> HeadForward:
         """Log-probs, lse, entropy, block masses of the M tokens, and whether each target is the likeliest word."""
-        operands = (self.hidden, self.weight, self.targets, self.bias, self.transform)
+        forward: Callable[..., HeadForward] = pytorch.forward
         if self.triton:
-            from lad_kernels.head.kernels import forward
-
-            return forward.forward(
-                *operands,
-                want_entropy=want_entropy,
-                want_block_lse=want_block_lse,
-                want_correct=want_correct,
-                tokens=self.tokens,
-            )
-        return pytorch.forward(
-            *operands,
+            from lad_kernels.head.kernels.forward import forward
+        return forward(
+            self.hidden,
+            self.weight,
+            self.targets,
+            self.bias,
+            self.transform,
             want_entropy=want_entropy,
             want_block_lse=want_block_lse,
             want_correct=want_correct,

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -176,21 +176,11 @@ def route(
         mean = lost.mass.sum() / lost.active  # []
         return mean, lost.mass.amax(), (lost.by_token * slope).norm(), lost.by_block.norm()  # [] each
 
-    choice: Any = choose
+    known, choice = (targets, lse, logprobs, block_lse, gradient), choose
     if triton:
         from lad_kernels.head.kernels.routed.route import choose as choice
     routing, active, bounds = choice(
-        targets,
-        lse,
-        logprobs,
-        block_lse,
-        gradient,
-        theta,
-        lengths,
-        bound,
-        dense_share=dense_share,
-        unbiased=unbiased,
-        most_pairs=most_pairs,
+        *known, theta, lengths, bound, dense_share=dense_share, unbiased=unbiased, most_pairs=most_pairs
     )
     pairs = len(routing.rows) + len(routing.dense) * len(block_lse)
     return routing, ErrorBound(active, pairs, *bounds)

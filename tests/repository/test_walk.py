@@ -103,7 +103,7 @@ def test_from_the_public_function_to_the_product():
             "part: Any, needs, sparsity, *, want",
             "",
         ),
-        ("head/head", "return forward.forward(", "return path.forward(", "nobody knows what path.forward is"),
+        ("head/head", "return forward(", "return path.forward(", "nobody knows what path.forward is"),
         ("step", "forward_for_backward(", "self.anything(", "does not call forward_for_backward"),
     ],
 )

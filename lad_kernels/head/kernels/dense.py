@@ -37,14 +37,7 @@ from torch import Tensor
 
 from lad_kernels.head import flops
 from lad_kernels.head.kernels import tile_table
-from lad_kernels.head.kernels.tile import (
-    LN_2,
-    LOG2_E,
-    add_at,
-    logit_tile,
-    row_levels,
-    tile_order,
-)
+from lad_kernels.head.kernels.tile import LN_2, LOG2_E, add_at, logit_tile, row_levels, tile_order
 from lad_kernels.head.kernels.tile_table import Tiles
 from lad_kernels.head.records import BLOCK, GradientSums, HeadGradients, LogitGradient, LogitTransform, Needs
 

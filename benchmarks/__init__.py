@@ -8,5 +8,6 @@ python -m benchmarks.report        RESULTS.md from benchmarks/results/
 python -m benchmarks.plot          the sweep's picture from the same files
 python -m benchmarks.states        tokens of a pretrained policy, for the data named real: cached, or packed to carry
 python -m benchmarks.studies.training
-                                   whether routing changes training; `bfloat16`: the head on a CPU with AMX
+                                   whether routing changes training; `bfloat16`: the head on a CPU with AMX;
+                                   `since FOLDER`: what has become slower since that checkout
 """

@@ -17,6 +17,7 @@ from benchmarks.harness.provider import JOBS, Provider
 from benchmarks.harness.providers import all_providers, split_available
 from benchmarks.harness.results import RESULTS, Results
 from benchmarks.harness.shapes import SETS, TINY
+from benchmarks.studies import since
 from lad_kernels import reference
 from lad_kernels.head import dispatch, memory
 
@@ -199,3 +200,31 @@ def test_predicted_memory_is_within_the_budget():
                 size, float32_dw = memory.peak_bytes(work, path, int(kept * work.tokens * work.blocks))
                 room = 4 * work.vocab_size * work.hidden_size if path == "one_pass" and not float32_dw else 0
                 assert 0 <= size <= memory.BUDGET + room
+
+
+def test_two_checkouts_are_called_in_turn(tmp_path, monkeypatch):
+    monkeypatch.setattr(since, "ROUNDS", (3, 3))
+    path = tmp_path / "batch.pt"
+    since.write(make_batch(TINY[0], "peaked", torch.float32, "cpu"), path)
+    with since.Checkout(ROOT) as one, since.Checkout(ROOT) as other:
+        for job, tails in since.JOBS.items():
+            for tail_mass in tails:
+                found = since.pairs(one, other, (path, job, tail_mass))
+                assert len(found) == 3
+                assert all(seconds > 0 for pair in found for seconds in pair)
+
+
+def test_versions_that_disagree_are_not_timed():
+    class Answers:
+        def __init__(self, answer: list[float] | None):
+            self.answer = answer
+
+        def call(self, *case: object) -> list[float] | None:
+            return self.answer
+
+    one, other, older = Answers([1.0, 2.0, 3.0]), Answers([1.0, 2.0, 3.1]), Answers(None)
+    with pytest.raises(SystemExit, match="expected gradients that agree"):
+        since.pairs(one, other, ("batch.pt", "lad", 0.0))
+    with pytest.raises(SystemExit, match="expected gradients that agree"):
+        since.pairs(one, Answers([1.0, 2.0, float("nan")]), ("batch.pt", "lad", 0.0))
+    assert since.pairs(older, one, ("batch.pt", "ce", 0.0)) is None

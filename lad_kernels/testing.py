@@ -175,11 +175,8 @@ def regions(out: HeadOutputs, inputs: HeadInputs) -> dict[str, Tensor]:
     mask = inputs.loss_mask
     target_rows = torch.zeros(len(inputs.weight), dtype=torch.bool, device=mask.device)
     target_rows[inputs.targets[mask]] = True
-    parts = {"logprobs": out.logprobs[mask]}
-    if out.entropy is not None:
-        parts["entropy"] = out.entropy[mask]
-    if out.dhidden is not None:
-        parts["dH"] = out.dhidden[mask]
+    by_token = {"logprobs": out.logprobs, "entropy": out.entropy, "dH": out.dhidden}
+    parts = {name: x[mask] for name, x in by_token.items() if x is not None}
     for name, x in (("dW", out.dweight), ("dbias", out.dbias)):
         if x is not None:
             parts[f"{name} target rows"], parts[f"{name} other rows"] = x[target_rows], x[~target_rows]
@@ -218,15 +215,6 @@ def check_head(
     return check_outputs(actual, inputs, entropy_upstream=entropy_upstream)
 
 
-@torch.no_grad()
-def exact_lse(inputs: HeadInputs) -> Tensor:
-    """Log-sum-exp [N] by `reference` in float64."""
-    exact = inputs.cast(torch.float64)
-    return reference.linear_logprobs(
-        exact.hidden, exact.weight, exact.targets, bias=exact.bias, loss_mask=exact.loss_mask, **exact.options
-    ).lse  # [N]
-
-
 def check_outputs(
     actual: HeadOutputs, inputs: HeadInputs, *, entropy_upstream: Tensor | None = None
 ) -> dict[str, tuple[float, float]]:
@@ -235,7 +223,11 @@ def check_outputs(
         regions(run_head(reference.linear_logprobs, inputs.cast(dtype), entropy_upstream=entropy_upstream), inputs)
         for dtype in (torch.float64, torch.float32)
     )
-    lse = exact_lse(inputs)[inputs.loss_mask]  # [kept]
+    exact = inputs.cast(torch.float64)
+    out = reference.linear_logprobs(
+        exact.hidden, exact.weight, exact.targets, bias=exact.bias, loss_mask=exact.loss_mask, **exact.options
+    )
+    lse = out.lse[inputs.loss_mask]  # [kept]
     report, failed = {}, []
     for name, x in regions(actual, inputs).items():
         error = relative_error(x, truth[name])

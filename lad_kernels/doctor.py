@@ -97,35 +97,34 @@ class Installed(NamedTuple):
         return f"missing: pip install 'lad_kernels[{self.extra}]'" if self.extra else "missing"
 
 
-def requirements() -> tuple[dict[str, Requirement], dict[str, str]]:
-    """Package -> requirement, and package -> first extra that brings it, from the metadata of lad_kernels."""
+def requirements() -> dict[str, tuple[str, str | None]]:
+    """Package -> (version range, first extra that brings it), from the metadata of lad_kernels.
+
+    The extra is empty where none is needed, None where the requirement is not for this platform.
+    """
     try:
         lines = metadata.requires("lad_kernels") or []
         extras = metadata.metadata("lad_kernels").get_all("Provides-Extra")
     except metadata.PackageNotFoundError:
-        return {}, {}
-    needed: dict[str, Requirement] = {}
-    brought: dict[str, str] = {}
+        return {}
+    found: dict[str, tuple[str, str | None]] = {}
     for requirement in map(Requirement, lines):
         marker = requirement.marker
-        for extra in ("", *extras):
-            if marker is None or marker.evaluate({"extra": extra}):
-                brought.setdefault(requirement.name, extra)
-        needed.setdefault(requirement.name, requirement)
-    return needed, brought
+        bring = (extra for extra in ("", *extras) if marker is None or marker.evaluate({"extra": extra}))
+        found.setdefault(requirement.name, (str(requirement.specifier), next(bring, None)))
+    return found
 
 
 def packages() -> list[Installed]:
     """The packages of PACKAGES on this machine."""
-    needed, brought = requirements()
-    installed = []
+    needed, installed = requirements(), []
     for name in PACKAGES:
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
             version = None
-        specifier = str(needed[name].specifier) if name in needed else ""
-        installed.append(Installed(name, version, specifier, brought.get(name, ""), brought.get(name) == ""))
+        supported, extra = needed.get(name, ("", None))
+        installed.append(Installed(name, version, supported, extra or "", extra == ""))
     return installed
 
 
@@ -220,20 +219,18 @@ def self_check(device: torch.device, impl: str, dtype: torch.dtype = torch.float
     return max(((ours - truth).norm() / truth.norm()).item() for ours, truth in zip(*results))
 
 
-def import_error(name: str) -> str | None:
-    """Why a package cannot be imported; None if it can."""
+def import_problem(name: str) -> str | None:
+    """Why a package cannot be used, None if it can; verl itself hides a plugin of its workers that fails to load."""
     try:
         importlib.import_module(name.replace("-", "_"))
     except Exception as error:  # whatever a broken installation raises is the answer
         return f"{name} cannot be imported: {type(error).__name__}: {error}"
-    return None
-
-
-def verl_plugin() -> str:
-    """One line on our plugin in a worker of verl; verl itself hides a plugin that fails to load."""
+    if name != "verl":
+        return None
     from lad_kernels.frameworks import verl
 
-    return verl.status()
+    line = verl.status()
+    return None if line.endswith("are registered") else line
 
 
 def package_problems(installed: list[Installed], wanted: tuple[str, ...], triton_needed: bool) -> list[str]:
@@ -243,10 +240,8 @@ def package_problems(installed: list[Installed], wanted: tuple[str, ...], triton
         ours = part.required and (part.name != "triton" or triton_needed or part.version is not None)
         if (ours or part.name in wanted) and not part.fits:
             problems.append(" ".join(filter(None, (part.name, part.version, part.verdict, part.supported))))
-        elif part.name in wanted and (reason := import_error(part.name)):
-            problems.append(reason)
-        elif part.name == "verl" and "verl" in wanted and not (line := verl_plugin()).endswith("are registered"):
-            problems.append(line)
+        elif part.name in wanted and (problem := import_problem(part.name)):
+            problems.append(problem)
     known = [part.name for part in installed]
     return problems + [f"{name}: expected one of {', '.join(known)}" for name in wanted if name not in known]
 
@@ -269,13 +264,13 @@ def main(asked: Asked, console: Console | None = None) -> int:
     console.print(table("Machine", ("what", "found"), machine(device, unavailable)))
     rows = [(p.name, p.version or "-", p.supported or "-", p.verdict) for p in installed]
     console.print(table("Packages", ("package", "installed", "supported", "verdict"), rows))
-    if not requirements()[0]:
+    if not requirements():
         console.print("lad_kernels is not installed here, so supported ranges are unknown: pip install -e .")
     if asked.impl == "triton" and unavailable:
         problems.append(f"impl='triton' was asked for, but {unavailable}")
     else:
-        title = f"Path of {asked.tokens:,} tokens, {str(dtype).removeprefix('torch.')}, on {device}"
-        console.print(f"[italic]{title}[/]")
+        precision = str(dtype).removeprefix("torch.")
+        console.print(f"[italic]Path of {asked.tokens:,} tokens, {precision}, on {device}[/]")
         for shape, call, reason in paths(asked, device, dtype):
             console.print(f"- [bold]{shape}, {call}[/]: {escape(reason)}", highlight=False)
         if device.type == "cpu":

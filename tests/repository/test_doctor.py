@@ -157,11 +157,13 @@ def test_doctor_fails_on_an_old_torch_and_on_a_package_that_does_not_import(monk
 
 
 def test_doctor_asks_whether_verl_finds_the_plugin(monkeypatch):
+    from lad_kernels.frameworks import verl
+
     ranges(monkeypatch, "torch>=2.11")
     versions(monkeypatch, verl="0.9.1")
     monkeypatch.setattr(doctor.importlib, "import_module", lambda name: None)
     for line, expected in (("verl 0.9.1: all of it are registered", 0), ("verl 0.9.1: NOT registered", 1)):
-        monkeypatch.setattr(doctor, "verl_plugin", lambda line=line: line)
+        monkeypatch.setattr(verl, "status", lambda line=line: line)
         assert report(monkeypatch, device="cpu", require=("verl",))[0] == expected
         assert report(monkeypatch, device="cpu")[0] == 0
 

@@ -39,28 +39,16 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, err
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A model that packages of a registry hold as a GGUF file.
+    """A model that packages of a registry hold as a GGUF file."""
 
-    Attributes:
-        title: the model's own name.
-        packages: those that hold the file, or its parts in their order.
-        command: what installs them.
-        download: their size, MB.
-        room: size of the converted folder, bytes.
-        seconds: time of the conversion on one CPU core.
-        tokens: special tokens that transformers reads wrongly from this file, and what they are.
-        merges: the file has the tokens' scores in place of merges, without which transformers splits all text into
-            characters.
-    """
-
-    title: str
-    packages: tuple[str, ...]
-    command: str
-    download: int
-    room: int
-    seconds: int
-    tokens: dict[str, str]
-    merges: bool = False
+    title: str  # the model's own name
+    packages: tuple[str, ...]  # that hold the file, or its parts in their order
+    command: str  # what installs them
+    download: int  # their size, MB
+    room: int  # size of the converted folder, bytes
+    seconds: int  # time of the conversion on one CPU core
+    tokens: dict[str, str]  # special tokens that transformers reads wrongly from this file, and what they are
+    merges: bool = False  # missing in the file, which has scores: transformers would split all text into characters
 
 
 KNOWN = {
@@ -155,7 +143,7 @@ def find(name: str, flag: str = "model") -> Source:
     Raises:
         Refused: a package is not installed, or its file is not there or not as long as pip recorded it.
     """
-    parts, versions = [], []
+    parts = []
     for package in KNOWN[name].packages:
         try:
             found = metadata.distribution(package)
@@ -168,8 +156,7 @@ def find(name: str, flag: str = "model") -> Source:
             got = "none" if path is None or not path.is_file() else f"another file in {path}"
             raise _damaged(flag, package, got)
         parts.append((path, base64.urlsafe_b64decode(records[0].hash.value + "=").hex()))
-        versions.append(found.version)
-    return Source(tuple(parts), versions[0])
+    return Source(tuple(parts), metadata.version(KNOWN[name].packages[0]))
 
 
 def _damaged(flag: str, package: str, got: str) -> Refused:
@@ -230,11 +217,7 @@ def _alone(path: Path, console: Any) -> AbstractContextManager:
 
 
 def _check_before(model: KnownModel, source: Source, parent: Path, flag: str) -> None:
-    """What would otherwise fail after half a minute.
-
-    Raises:
-        Refused: a package that reads the file is missing, the file is damaged, or the disk is full.
-    """
+    """Raises Refused for what would fail after half a minute: a missing package, a damaged file, a full disk."""
     missing = next((p for p in NEEDED if importlib.util.find_spec(p) is None), None)
     if missing:
         raise Refused(
@@ -257,11 +240,7 @@ def _no_room(flag: str, folder: Path, reason: str) -> Refused:
 
 
 def convert(model: KnownModel, parts: list[Path], folder: Path) -> None:
-    """Read a GGUF file by transformers and save it in `folder`, in float32.
-
-    transformers' own result of `gguf_file` calls itself quantised and cannot be saved: `dequantize` makes it an
-    ordinary model.
-    """
+    """Read a GGUF file by transformers and save it in `folder`, in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -276,7 +255,7 @@ def convert(model: KnownModel, parts: list[Path], folder: Path) -> None:
     for name, token in model.tokens.items():
         setattr(tokenizer, name, token)
     tokenizer.clean_up_tokenization_spaces = False  # decoding changes nothing
-    plain = GgufConfig(dequantize=True)
+    plain = GgufConfig(dequantize=True)  # else the model calls itself quantised and cannot be saved
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, quantization_config=plain, **given)
     read.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

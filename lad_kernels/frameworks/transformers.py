@@ -29,6 +29,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -129,27 +131,17 @@ def patch_loss(
         TypeError, ValueError: as `attach_fused_head`; a model with a loss of its own making.
     """
     head = attach_fused_head(model)
-    name, own = type(head.model).__name__, getattr(head.model, "loss_function", None)
-    if getattr(own, "__name__", None) != "ForCausalLMLoss" or "loss_function(" not in _source(type(head.model).forward):
+    name, own, source = type(head.model).__name__, getattr(head.model, "loss_function", None), ""
+    with suppress(OSError):
+        source = inspect.getsource(type(head.model).forward)
+    if getattr(own, "__name__", None) != "ForCausalLMLoss" or "loss_function(" not in source:
         raise ValueError(
             f"model: expected {name} to compute its loss by transformers' ForCausalLMLoss, got one of its own making, "
             f"which linear_cross_entropy does not know; give the loss by fused_head"
         )
-    head.loss_options = {
-        "label_smoothing": label_smoothing,
-        "z_loss": z_loss,
-        "backward": backward,
-        "tail_mass": tail_mass,
-        "tail": tail,
-    }
+    routing = {"backward": backward, "tail_mass": tail_mass, "tail": tail}
+    head.loss = partial(linear_cross_entropy, label_smoothing=label_smoothing, z_loss=z_loss, **routing)
     return head
-
-
-def _source(function: Callable[..., Any]) -> str:
-    try:
-        return inspect.getsource(function)
-    except OSError:
-        return ""
 
 
 class FusedHead:
@@ -157,7 +149,7 @@ class FusedHead:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.loss_options: dict[str, Any] | None = None  # of `patch_loss`
+        self.loss: Callable[..., Tensor] | None = None  # of `patch_loss`
         self._before = model.__dict__.get("forward")  # another library's patch; None for the class's own method
         self._checked: dict[tuple, LogitTransform] = {}  # by `HeadCall.describe`; replaced, never written to
         self._measured: dict[LogitTransform, LogitTransform] = {}  # by the transform that the config names
@@ -227,15 +219,8 @@ class FusedHead:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)  # [B, T]
 
         def loss(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:  # [B, T, D], [V, D]
-            return linear_cross_entropy(
-                hidden,
-                weight,
-                targets.to(hidden.device),
-                ignore_index=ignore_index,
-                reduction="mean" if count is None else "sum",
-                **self.loss_options,
-                **head,
-            )
+            ids, reduction = targets.to(hidden.device), "mean" if count is None else "sum"
+            return self.loss(hidden, weight, ids, ignore_index=ignore_index, reduction=reduction, **head)
 
         out = self.run(model, loss, args, kwargs)
         total = out.result if count is None else out.result / torch.as_tensor(count).to(out.result.device)
@@ -282,7 +267,7 @@ def _forward_of(cls: type) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, fused_head: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
         if fused_head is not None:
             return self._fused_head.run(self, fused_head, args, kwargs)
-        if self._fused_head.loss_options is not None and self.training and kwargs.get("labels") is not None:
+        if self._fused_head.loss is not None and self.training and kwargs.get("labels") is not None:
             return self._fused_head.supervised(self, args, kwargs)
         if active_call() is not None:
             with current_call(None):

@@ -36,8 +36,6 @@ except Exception as error:
 
 BACKEND = "lad_kernels"
 CLIP_RATIO = 0.2  # verl's default of clip_ratio, clip_ratio_low and clip_ratio_high, which sets no bound here
-# Fields of LADConfig that the policy loss configuration has under the same name; verl's clip range may set the bounds.
-OWN = ("divergence", "eta", "importance_sampling_level", "centered", "log_ratio_clamp", "target_clamp")
 
 
 @dataclass
@@ -77,10 +75,10 @@ class LADPolicyLossConfig(PolicyLossConfig):
                 f"clip_ratio: expected clip_ratio_low and clip_ratio_high to go with it, got {both!r} while they are "
                 f"{low!r}, which is what verl reads; set these two"
             )
-        own = self.epsilon_low, self.epsilon_high
-        low, high = ratio_bounds(own, (low, high), CLIP_RATIO, "the actor's clip_ratio")
-        others = {name: getattr(self, name) for name in OWN}
-        return LADConfig(loss_agg_mode=loss_agg_mode, epsilon_low=low, epsilon_high=high, **others)
+        own = {name: getattr(self, name) for name in LADPolicyLossConfig.__annotations__ if name != "loss_mode"}
+        bounds = ratio_bounds((self.epsilon_low, self.epsilon_high), (low, high), CLIP_RATIO, "the actor's clip_ratio")
+        own["epsilon_low"], own["epsilon_high"] = bounds
+        return LADConfig(loss_agg_mode=loss_agg_mode, **own)
 
 
 def lad_policy_loss(

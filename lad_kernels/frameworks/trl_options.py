@@ -27,13 +27,12 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: TRL lacks a packag
     unusable, trl_has_fused_head = f"one that cannot be imported ({error})", False
 
 # Options of TRL that have no meaning for LAD: refused unless they keep TRL's default.
-SAPO, VESPO = "TRL's loss_type='sapo' alone reads it; drop it", "TRL's loss_type='vespo' alone reads it; drop it"
 ADAPTIVE = "only a constant entropy_coef is supported"
 REFUSED = {
     "loss_type": "LAD is the loss; loss_agg_mode chooses the average ('token-mean' averages as TRL's dapo does)",
     "delta": "LAD has no dual clip; epsilon_low and epsilon_high bound the ratio",
-    **dict.fromkeys(SETTINGS["sapo"], SAPO),
-    **dict.fromkeys(SETTINGS["vespo"], VESPO),
+    **dict.fromkeys(SETTINGS["sapo"], "TRL's loss_type='sapo' alone reads it; drop it"),
+    **dict.fromkeys(SETTINGS["vespo"], "TRL's loss_type='vespo' alone reads it; drop it"),
     "off_policy_mask_threshold": "LAD drops no sequences; log_ratio_clamp stops the gradient of those far off",
     "use_adaptive_entropy": ADAPTIVE,
     **dict.fromkeys(("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"), ADAPTIVE),

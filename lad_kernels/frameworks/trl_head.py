@@ -66,8 +66,7 @@ class ChunkedLogProbs:
         )
         squares = None
         if "log_sum_sq_probs" in outputs:  # sum of e^2z is that of the logits at half the temperature
-            squares = (
-                token_outputs(head._replace(temperature=temperature / 2), None).lse.detach() - 2 * out.lse.detach()
-            )
+            halved = token_outputs(head._replace(temperature=temperature / 2), None)
+            squares = halved.lse.detach() - 2 * out.lse.detach()
         mean = None if out.mean_logit is None else out.mean_logit.detach()
         return out.logprobs, out.entropy, squares, mean, out.correct

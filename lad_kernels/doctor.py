@@ -98,10 +98,7 @@ class Installed(NamedTuple):
 
 
 def requirements() -> dict[str, tuple[str, str | None]]:
-    """Package -> (version range, first extra that brings it), from the metadata of lad_kernels.
-
-    The extra is empty where none is needed, None where the requirement is not for this platform.
-    """
+    """Package -> (version range, first extra that brings it; empty: ours, None: not on this platform)."""
     try:
         lines = metadata.requires("lad_kernels") or []
         extras = metadata.metadata("lad_kernels").get_all("Provides-Extra")
@@ -201,21 +198,13 @@ def self_check(device: torch.device, impl: str, dtype: torch.dtype = torch.float
     mask = (torch.rand(48, generator=generator) < 0.8).to(device)  # [N]
     rewards = torch.tensor([0.0, 1, 0, 0, 1, 1, 0, 1])  # [B]
     cu_seqlens = torch.tensor([0, 3, 10, 11, 20, 25, 30, 40, 48], dtype=torch.int32, device=device)  # [B + 1]
+    layout: dict[str, Any] = {"group_size": 4, "loss_mask": mask, "cu_seqlens": cu_seqlens}
     results = []
     for kind, precision in ((impl, dtype), ("reference", torch.float64)):
-        h, w = (x.to(device, precision).requires_grad_() for x in (hidden, weight))
-        loss = linear_lad_loss(
-            h,
-            w,
-            targets,
-            old.to(device, precision),
-            rewards=rewards.to(device, precision),
-            group_size=4,
-            loss_mask=mask,
-            cu_seqlens=cu_seqlens,
-            impl=kind,
-        ).loss
-        results.append((loss.detach(), *torch.autograd.grad(loss, (h, w))))
+        h, w, o, r = (x.to(device, precision) for x in (hidden, weight, old, rewards))
+        leaves = h.requires_grad_(), w.requires_grad_()
+        loss = linear_lad_loss(*leaves, targets, o, rewards=r, impl=kind, **layout).loss
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
     return max(((ours - truth).norm() / truth.norm()).item() for ours, truth in zip(*results))
 
 

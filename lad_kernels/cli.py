@@ -20,6 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
+from lad_kernels import profile_sparsity
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -79,10 +83,7 @@ def bench(arguments: list[str]) -> int:
         "Those that matter:\n  --bench-set tiny | small | full | sweep | gpu   --one-thread   --save   -k EXPRESSION"
     )
     parser = argparse.ArgumentParser(
-        "lad-kernels bench",
-        description=text,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "lad-kernels bench", description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--gpu", action="store_true", help="benchmarks/gpu.sh: everything for one CUDA device")
     given, rest = parser.parse_known_args(arguments)
@@ -103,15 +104,11 @@ def _require_checkout(command: str, folder: str) -> None:
 
 def profile(arguments: list[str]) -> int:
     from lad_kernels.flags import parse_flags
-
-    text = "What tail_mass would keep of a policy's logit gradient, by entropy: a table and a plot."
-    asked = parse_flags(ProfileConfig, arguments, "lad-kernels profile", text)
-    import torch
-
-    from lad_kernels import profile_sparsity
     from lad_kernels.preflight import Refused, check_device, check_model, claim_folder, complain
     from lad_kernels.pretrained import model_folder
 
+    text = "What tail_mass would keep of a policy's logit gradient, by entropy: a table and a plot."
+    asked = parse_flags(ProfileConfig, arguments, "lad-kernels profile", text)
     device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         check_device(device)
@@ -126,11 +123,10 @@ def profile(arguments: list[str]) -> int:
     except Refused as error:
         return complain("lad-kernels profile", f"--{error}", 2)
     torch.manual_seed(asked.seed)
-    given = (
-        {"input_ids": torch.load(asked.ids, weights_only=True).to(device)}
-        if asked.ids is not None
-        else _own_samples(model, tokenizer, asked)
-    )
+    if asked.ids is not None:
+        given = {"input_ids": torch.load(asked.ids, weights_only=True).to(device)}
+    else:
+        given = _own_samples(model, tokenizer, asked)
     result = profile_sparsity(model, **given, temperature=asked.temperature, tail_mass=asked.tail_mass)
     print(result)
     print(f"written: {result.save_png(asked.out)}")
@@ -155,8 +151,6 @@ def _load(path: str, device: str) -> tuple[Any, Any]:
 
 def _own_samples(model: Any, tokenizer: Any, asked: ProfileConfig) -> dict[str, Any]:
     """Arguments of `profile_sparsity`: completions that the policy samples itself, and a mask of their tokens."""
-    import torch
-
     prompts = [line for line in asked.prompts.read_text().splitlines() if line.strip()]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

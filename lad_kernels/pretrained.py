@@ -106,10 +106,12 @@ def model_folder(name: str, *, flag: str = "model") -> str:
     if not folder.is_dir():
         try:
             _create(folder, name, source, flag)
-        except OSError as error:
-            if error.errno not in _DISK:
+        except Exception as error:  # safetensors reports a full disk by an error of its own
+            full = error.errno in _DISK if isinstance(error, OSError) else type(error).__name__ == "SafetensorError"
+            if not full:
                 raise
-            raise _no_room(flag, folder, error.strerror) from error
+            reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+            raise _no_room(flag, folder, reason) from error
     _verify(folder, flag)
     return str(folder)
 
@@ -197,10 +199,6 @@ def _create(folder: Path, name: str, source: Source, flag: str) -> None:
             _seal(part)
             part.rename(folder)
             flush(folder.parent)
-        except Exception as error:
-            if type(error).__name__ != "SafetensorError":  # by which safetensors reports a full disk
-                raise
-            raise _no_room(flag, folder, " ".join(str(error).split())) from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
         console.print("Converted.")
@@ -244,12 +242,13 @@ def convert(model: KnownModel, parts: list[Path], folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    gguf = parts[0] if len(parts) == 1 else folder / "joined.gguf"
+    joined = folder / "joined.gguf"
+    gguf = parts[0] if len(parts) == 1 else joined
     if len(parts) > 1:
-        with gguf.open("wb") as joined:
+        with joined.open("wb") as whole:
             for path in parts:
                 with path.open("rb") as file:
-                    shutil.copyfileobj(file, joined)
+                    shutil.copyfileobj(file, whole)
     given: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
     tokenizer = _from_scores(gguf) if model.merges else AutoTokenizer.from_pretrained(gguf.parent, **given)
     for name, token in model.tokens.items():
@@ -259,8 +258,7 @@ def convert(model: KnownModel, parts: list[Path], folder: Path) -> None:
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, quantization_config=plain, **given)
     read.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if len(parts) > 1:
-        gguf.unlink()
+    joined.unlink(missing_ok=True)
 
 
 def _from_scores(gguf: Path) -> Any:

@@ -12,8 +12,6 @@ from lad_kernels.head import HeadArguments, token_outputs
 
 __all__ = ("ChunkedLogProbs",)
 
-_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-
 
 class ChunkedLogProbs:
     """Stands in for `trl.kernels.ChunkedLogProbFunction`."""
@@ -28,7 +26,7 @@ class ChunkedLogProbs:
         chunk_size: int,
         final_logit_softcapping: float | None = None,
         logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = _OUTPUTS,
+        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Log-probs, and of `outputs` entropy, log sum_v p_v^2, mean logit and whether the target is likeliest.
 

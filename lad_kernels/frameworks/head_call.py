@@ -126,19 +126,12 @@ def original_class(module: nn.Module) -> type:
     return type(module).__dict__.get("_before_fused_head", type(module))
 
 
-def restore(model: nn.Module) -> None:
-    """Give every module its own class back."""
-    for module in model.modules():
-        module.__class__ = original_class(module)
-
-
 class HeadCall:
     """`function` in place of the product of `outer`, the output embeddings of a model.
 
     Args:
         outer: the head module; its class is replaced once, for good.
-        function: called as `function(hidden [B, T, D], weight [V, D], bias=, logit_scale=, softcap=)`,
-            and `vocab_group=` with the local rows of a head that is sharded over ranks.
+        function: called as `attach_fused_head` says.
         guess: the transform to begin with where nothing was measured yet.
         context: what the model's treatment of its logits may depend on, besides the head itself.
         checked: transforms that were measured, by `describe`.

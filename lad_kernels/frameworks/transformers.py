@@ -40,7 +40,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from lad_kernels import linear_cross_entropy
-from lad_kernels.frameworks.head_call import HeadCall, Leaves, active_call, current_call, restore
+from lad_kernels.frameworks.head_call import HeadCall, Leaves, active_call, current_call, original_class
 from lad_kernels.frameworks.logit_transform import LogitTransform, logit_transform
 
 REMEMBERED = 32  # states of a model whose head was checked: training mode, dtypes, adapters
@@ -183,7 +183,8 @@ class FusedHead:
         else:
             self.model.forward = self._before
         self.unhook()
-        restore(self.model)
+        for module in self.model.modules():
+            module.__class__ = original_class(module)
         del self.model._replicate_for_data_parallel, self.model._fused_head
 
     def watch(self, model: nn.Module) -> None:

@@ -38,7 +38,7 @@ def ratio_bounds(
 
 
 def say_bounds(who: str, low: float | None, high: float | None, unset: str) -> None:
-    """Warn of the bound in effect, which Python shows once; `unset` looks as if it set one, and does not."""
+    """Warn of the bound in effect, which Python shows once; `unset` names what seems to set one and does not."""
     if low is None and high is None:
         text = f"no bound on the ratio; {unset} sets none, epsilon_low and epsilon_high do"
     else:

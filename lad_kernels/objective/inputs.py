@@ -166,9 +166,9 @@ def tokens_by_input(inputs: PolicyInputs, packing: Packing, config: PolicyConfig
     return finite
 
 
-def has_values_by_token(x: Tensor, packing: Packing) -> bool:
-    """False: one per sequence. Where N equals B, a packed [B] is read as one per sequence."""
-    return packing.cu_seqlens is None or x.shape != (len(packing.cu_seqlens) - 1,)
+def has_values_by_token(x: Tensor | None, packing: Packing) -> bool:
+    """False: none, or one per sequence. Where N equals B, a packed [B] is read as one per sequence."""
+    return x is not None and (packing.cu_seqlens is None or x.shape != (len(packing.cu_seqlens) - 1,))
 
 
 def lengths_of(cu_seqlens: Tensor, usable: Tensor | None) -> Tensor:  # [B + 1], [M] -> [B]

@@ -16,18 +16,15 @@ from lad_kernels.packing import Packing
 
 
 class Objective:
-    """The objective of one call, on M packed tokens.
-
-    Args:
-        inputs: validated.
-        config: any objective's.
-        impl: as the user gave it; not `reference`.
-        like: a tensor with the dtype and device of the log-probs.
-    """
+    """The objective of one call, on M packed tokens; `inputs` are validated, `like` is as the log-probs will be."""
 
     def __init__(self, inputs: PolicyInputs, packing: Packing, config: PolicyConfig, impl: str, like: Tensor):
         self.config, self.dtype, self.device = config, torch.promote_types(like.dtype, torch.float32), like.device
-        self._backend = _backend(impl, self.device, self.dtype)
+        self._backend: ModuleType = policy
+        if checks.use_triton(impl, self.device, self.dtype):
+            from lad_kernels.objective.kernels import policy as kernels  # of the same three functions
+
+            self._backend = kernels
         self._finite, self._inside = tokens_by_input(inputs, packing, config), packing.inside  # [M], [M]
         self._inputs = self._pack(inputs, packing)
 
@@ -42,14 +39,11 @@ class Objective:
         return terms
 
     def coefficients(self, rows: slice, logprobs: Tensor) -> Tensor:  # [C] -> [C]
-        """d loss / d logprob of the tokens `rows`, without an entropy term.
+        """d loss / d logprob of the tokens `rows`, whose log-probs alone are given, without an entropy term.
 
-        In Triton the same bits as in `terms`; in PyTorch equal to an ulp or two, because vectorised CPU code rounds the
-        last elements differently.
-
-        Args:
-            rows: any tokens where ratios are per token; whole sequences at the sequence levels.
-            logprobs: of these tokens alone.
+        `rows` are any tokens where ratios are per token, whole sequences at the sequence levels. In Triton the same
+        bits as in `terms`; in PyTorch equal to an ulp or two, because vectorised CPU code rounds the last elements
+        differently.
         """
         with torch.no_grad():
             if not self._inputs.prepared:  # group statistics, for all chunks and for `terms`
@@ -64,8 +58,8 @@ class Objective:
             sequences = len(packing.cu_seqlens) - 1
             group_ids = checks.groups(sequences, self.device, inputs.group_size, inputs.group_ids)
 
-        def by_token(x: Tensor | None) -> bool:
-            return x is not None and has_values_by_token(x, packing)
+        advantages_by_token = has_values_by_token(inputs.advantages, packing)
+        weights_by_token = has_values_by_token(inputs.rollout_is_weights, packing)
 
         def packed(x: Tensor | None, by_token: bool = True) -> Tensor | None:  # per token -> [M]; per sequence [B]
             if x is None:
@@ -78,12 +72,12 @@ class Objective:
             usable=usable,
             old_logprobs=packed(inputs.old_logprobs),
             ref_logprobs=packed(inputs.ref_logprobs),
-            advantages=packed(inputs.advantages, by_token(inputs.advantages)),
-            advantages_by_token=by_token(inputs.advantages),
+            advantages=packed(inputs.advantages, advantages_by_token),
+            advantages_by_token=advantages_by_token,
             rewards=packed(inputs.rewards, False),
             group_ids=group_ids,
-            rollout_is_weights=packed(inputs.rollout_is_weights, by_token(inputs.rollout_is_weights)),
-            weights_by_token=by_token(inputs.rollout_is_weights),
+            rollout_is_weights=packed(inputs.rollout_is_weights, weights_by_token),
+            weights_by_token=weights_by_token,
         )
 
     def _divisor(self, given: float | Tensor | None, packing: Packing, usable: Tensor | None) -> Tensor:  # [M] -> []
@@ -106,12 +100,3 @@ class Objective:
         if inside is None:
             return ((len(finite) - finite.sum()) / max(len(finite), 1)).to(self.dtype)
         return ((inside & ~finite).sum() / inside.sum().clamp(min=1)).to(self.dtype)
-
-
-def _backend(impl: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module with `prepare`, `policy_terms` and `coefficients`: policy.py, or the one of that name in kernels/."""
-    if not checks.use_triton(impl, device, dtype):
-        return policy
-    from lad_kernels.objective.kernels import policy as kernels
-
-    return kernels

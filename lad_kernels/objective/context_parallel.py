@@ -136,25 +136,19 @@ def context_parallel_loss(
     position = torch.arange(len(logprobs), device=lengths.device) - (lengths.cumsum(0) - lengths)[sequence_ids]  # [S]
     index = sequence_ids, position
 
-    def pad(x: Tensor) -> Tensor:  # [S] -> [B, longest]
-        return x.new_zeros(len(lengths), int(lengths.max())).index_put(index, x)
+    def pad(x: Tensor | None) -> Tensor | None:  # [S] -> [B, longest]
+        return None if x is None else x.new_zeros(len(lengths), int(lengths.max())).index_put(index, x)
 
     given = given._replace(loss_mask=torch.ones_like(sequence_ids) if loss_mask is None else loss_mask)
-    tensors = {name: getattr(given, name) for name in (*PER_TOKEN, "rollout_is_weights")}
-    padded: dict[str, Any] = {name: pad(x) for name, x in tensors.items() if x is not None}
-    given = given._replace(**padded)
-    out = _padded_loss(pad(logprobs), given, config, group, impl)
+    padded: dict[str, Any] = {name: pad(getattr(given, name)) for name in (*PER_TOKEN, "rollout_is_weights")}
+    out = _padded_loss(pad(logprobs), given._replace(**padded), config, group, impl)
     return out._replace(logprobs=out.logprobs[index], entropy=None if entropy is None else out.entropy[index])
 
 
 def _padded_loss(
-    logprobs: Tensor,  # [B, S], as are all per token
-    given: PolicyInputs,
-    config: PolicyConfig,
-    group: dist.ProcessGroup,
-    impl: str,
+    logprobs: Tensor, given: PolicyInputs, config: PolicyConfig, group: dist.ProcessGroup, impl: str
 ) -> LossOutput:
-    """`context_parallel_loss` of checked, padded tensors [B, S]."""
+    """`context_parallel_loss` of checked, padded tensors: logprobs and all per token [B, S]."""
     old_logprobs, ref_logprobs, normalizer = given.old_logprobs, given.ref_logprobs, given.normalizer
     level, mode = config.importance_sampling_level, config.loss_agg_mode
     logp = logprobs.detach().to(torch.promote_types(logprobs.dtype, torch.float32))

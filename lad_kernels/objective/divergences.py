@@ -8,9 +8,6 @@ one is below 1e37, infinite with its sign or large beyond, and never NaN.
 
 `above_start` is loss(d, u) - loss(0, u), derived by hand for each divergence, because the e^u terms of the loss
 itself (hundreds at eta 0.25) would swallow it. At r = 0 (log pi = -inf) every product of r with a logarithm is 0.
-
-A new divergence is a function here, a branch in `kernels/divergences.py`, a line in `reference_objective.py`, a key in
-`config.py`, and its facts derived by hand in tests/support/divergence_facts.py.
 """
 
 from __future__ import annotations

@@ -132,9 +132,8 @@ def policy_loss(logprobs: Tensor, inputs: PolicyInputs, config: PolicyConfig, im
         return loss(logprobs, config=config, **{k: v for k, v in inputs._asdict().items() if k != "rewards"})
     packing, logp, entropy, terms = _evaluate(logprobs, inputs, config, impl)
     loss = _AttachGradient.apply(logp, entropy, terms.loss, terms.dlogprobs, terms.dentropy)
-    unpack = packing.place
-    entropy = None if entropy is None else unpack(entropy.detach())  # [N] or [B, T]
-    return LossOutput(loss, unpack(logp.detach()), entropy, inputs.advantages.detach(), terms.metrics)
+    entropy = None if entropy is None else packing.place(entropy.detach())  # [N] or [B, T]
+    return LossOutput(loss, packing.place(logp.detach()), entropy, inputs.advantages.detach(), terms.metrics)
 
 
 def _checked(logprobs: Tensor, inputs: PolicyInputs, config: PolicyConfig, impl: str) -> PolicyInputs:
@@ -207,12 +206,11 @@ def _operator(name: str, kind: type) -> Any:
         inputs, config = inputs_of(kind, flat)
         shape, entropy = logprobs.shape, inputs.entropy
         new = functools.partial(logprobs.new_empty, dtype=torch.promote_types(logprobs.dtype, torch.float32))
-        metrics = len(metric_names(config, entropy=entropy is not None))
         return (
             new(()),
             logprobs.new_empty(shape),
             new(0) if entropy is None else entropy.new_empty(shape),
-            logprobs.new_empty(metrics, dtype=widest(logprobs.device)),
+            logprobs.new_empty(len(metric_names(config, entropy=entropy is not None)), dtype=widest(logprobs.device)),
             new(shape),
             new(shape if config.entropy_coef != 0 else 0),
         )

@@ -54,11 +54,8 @@ def coefficients(logprobs: Tensor, inputs: PackedInputs, config: PolicyConfig) -
 
 
 def policy_terms(
-    logprobs: Tensor,  # [M]
-    entropy: Tensor | None,  # [M]
-    inputs: PackedInputs,
-    config: PolicyConfig,
-) -> PolicyTerms:
+    logprobs: Tensor, entropy: Tensor | None, inputs: PackedInputs, config: PolicyConfig
+) -> PolicyTerms:  # [M], [M]
     """The objective of all tokens."""
     inputs = inputs if inputs.prepared else prepare(inputs, config)
     seq = _Sequences(logprobs, inputs)
@@ -151,10 +148,8 @@ class _Sequences:
     """Sums, means and broadcasts over packed tokens, some of which take part, and their sequences."""
 
     def __init__(self, like: Tensor, inputs: PackedInputs):  # [M]
-        usable, cu_seqlens = inputs.usable, inputs.cu_seqlens  # [M], [B + 1]
-        self._usable = usable
-        self._tokens = max(len(like), 1) if usable is None else usable.sum().clamp(min=1)
-        self.sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
+        self._usable, cu_seqlens = inputs.usable, inputs.cu_seqlens  # [M], [B + 1]
+        self._tokens = max(len(like), 1) if self._usable is None else self._usable.sum().clamp(min=1)
         if cu_seqlens is not None:
             self._spans = cu_seqlens.diff().long()  # [B]
             self.lengths = inputs.lengths.clamp(min=1).to(like.dtype)  # [B]
@@ -170,7 +165,7 @@ class _Sequences:
 
     def level(self, d: Tensor, level: str) -> Tensor:
         """Token log-ratios [M] -> the log-ratio in each token's loss [M]. Linear, and its own transpose."""
-        if level == "token" or self.sequences == 0:
+        if level == "token" or len(self._spans) == 0:
             return d
         total = torch.segment_reduce(d, "sum", lengths=self._spans, unsafe=True)  # [B]
         return (total / self.lengths if level == "sequence" else total)[self.index]

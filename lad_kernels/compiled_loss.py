@@ -64,12 +64,11 @@ def _operator(name: str, kind: type) -> Any:
         inputs, operands = prepared(given, inputs, config, wanted, needs)
         result, count = run(operands, inputs, config, wanted, given, needs)
         empty, place = functools.partial(result.logprobs.new_empty, 0), operands.layout.packing.place
-        advantages = result.terms.advantages
         return (
             result.terms.loss,
             place(result.logprobs) if wanted.logprobs else empty(),
             empty() if result.entropy is None else place(result.entropy),
-            empty() if inputs.rewards is None or advantages is None else advantages,
+            empty() if inputs.rewards is None else result.terms.advantages,
             stacked(all_metrics(result, count), _metric_names(config, wanted, needs)),
             *gradients_of(operands, result, needs),
         )
@@ -79,14 +78,12 @@ def _operator(name: str, kind: type) -> Any:
         given, inputs, config, wanted, needs = arguments_of(arguments)
         hidden, targets = given.hidden_states, given.target_ids
         new = functools.partial(hidden.new_empty, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        entropy = wanted.entropy or config.entropy_coef != 0
-        metrics = len(_metric_names(config, wanted, needs))
         return (
             new(()),
             new(targets.shape if wanted.logprobs else 0),
-            new(targets.shape if entropy else 0),
+            new(targets.shape if wanted.entropy or config.entropy_coef != 0 else 0),
             new(0 if inputs.rewards is None else inputs.rewards.shape),
-            hidden.new_empty(metrics, dtype=widest(hidden.device)),
+            hidden.new_empty(len(_metric_names(config, wanted, needs)), dtype=widest(hidden.device)),
             *empty_gradients((hidden, given.lm_head_weight, given.bias), needs),
         )
 

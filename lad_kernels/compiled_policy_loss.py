@@ -61,11 +61,8 @@ def _gradient(
 ) -> Tensor:  # [M], [M] -> [C]
     """Of the loss of some tokens by their log-probs."""
     some, chosen = tokens.select(part), None if entropy is None else entropy.detach()[part]
-
-    def loss(x: Tensor) -> Tensor:  # [C]
-        return evaluate(objective, x, chosen, some)[0]
-
-    return torch.func.grad(loss)(logprobs.detach()[part]).detach()
+    gradient = torch.func.grad(lambda x: evaluate(objective, x, chosen, some)[0])  # [C] -> [C]
+    return gradient(logprobs.detach()[part]).detach()
 
 
 @operator("tokens_that_count", "(Tensor target_ids, Tensor? loss_mask, Tensor? cu_seqlens) -> Tensor")
@@ -77,11 +74,6 @@ def _tokens_that_count(target_ids: Tensor, loss_mask: Tensor | None, cu_seqlens:
     if cu_seqlens is not None:
         counts &= torch.arange(len(target_ids), device=target_ids.device) < cu_seqlens[-1]
     return counts
-
-
-@_tokens_that_count.register_fake
-def _(target_ids: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    return torch.empty_like(target_ids, dtype=torch.bool)
 
 
 @operator("objective_input", "(Tensor x, Tensor positions) -> Tensor")
@@ -113,12 +105,13 @@ def _objective_loss(
     """A loss that is a number, unless a log-prob is none; with the gradients also a sum of one term per token."""
     if checks.may_read(loss) and not logprobs.isnan().any():
         refuse_nan(loss, positions)
-    if joint is not None and even is not None and odd is not None:
+    if joint is not None:
         for part, alone in zip(_HALVES, (even, odd)):
             refuse_joint(joint, part, alone, positions)
     return loss.clone()
 
 
+_tokens_that_count.register_fake(lambda target_ids, *_: torch.empty_like(target_ids, dtype=torch.bool))
 for _like in (_objective_input, _objective_gradient, _objective_loss):
     _like.register_fake(lambda x, *_: torch.empty_like(x))
 

@@ -65,20 +65,15 @@ def evaluate(
             f"objective: expected a scalar floating loss on {logprobs.device}, got {loss.dtype} "
             f"{list(loss.shape)} on {loss.device}; sum over the tokens"
         )
-    return loss, _checked(metrics, loss)
-
-
-def _checked(metrics: Mapping[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
-    """0-d and detached."""
-    found = {}
+    reported = {}  # 0-d and detached
     for name, value in metrics.items():
         if name in HEAD_METRICS or name == "head_flops":
             raise ValueError(f"objective: metric {name!r} is one of the head's own; give yours another name")
         x = value if isinstance(value, Tensor) else torch.as_tensor(value)
         if x.numel() != 1:
             raise ValueError(f"objective: expected 0-d metrics, got {list(x.shape)} for {name!r}; reduce it")
-        found[name] = x.detach().reshape(()).to(loss.device)
-    return found
+        reported[name] = x.detach().reshape(()).to(loss.device)
+    return loss, reported
 
 
 def refuse_independent() -> None:

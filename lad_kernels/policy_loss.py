@@ -24,6 +24,7 @@ from lad_kernels.head import (
     flops,
     in_autocast_dtype,
     prepare,
+    select,
 )
 from lad_kernels.objective import check_tail
 from lad_kernels.outputs import LossOutput
@@ -157,7 +158,8 @@ class _OwnLoss:
         return LossTerms(loss, gradient, metrics)
 
     def gradient(self, rows: slice, out: HeadForward) -> LogitGradient:  # [C]
-        gradient = self._evaluate(_rows(out, rows), self._tokens.select(rows))[2]
+        some = HeadForward(out.logprobs[rows], out.lse[rows], select(out.entropy, rows), None)  # [C]
+        gradient = self._evaluate(some, self._tokens.select(rows))[2]
         self._chunks.append((rows, gradient.onehot))
         return gradient
 
@@ -193,11 +195,6 @@ class _OwnLoss:
         if not len(logprobs):
             return logprobs.sum(), {}
         return evaluate(self._objective, logprobs, entropy, tokens)
-
-
-def _rows(out: HeadForward, rows: slice) -> HeadForward:
-    """Log-probs and entropy [C] of some tokens."""
-    return HeadForward(out.logprobs[rows], out.lse[rows], None if out.entropy is None else out.entropy[rows], None)
 
 
 @without_autocast

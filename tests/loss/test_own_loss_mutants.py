@@ -43,8 +43,8 @@ POLICY = {  # bug: check that shows it, source, mutant
     "a frozen model's objective": ("frozen", "self._grad = torch.is_grad_enabled()", "self._grad = False"),
     "all tokens for a chunk's": (
         "one pass",
-        "self._evaluate(_rows(out, rows), self._tokens.select(rows))[2]",
-        "self._evaluate(_rows(out, rows), self._tokens.select(slice(0, len(out.logprobs[rows]))))[2]",
+        "self._evaluate(some, self._tokens.select(rows))[2]",
+        "self._evaluate(some, self._tokens.select(slice(0, len(out.logprobs[rows]))))[2]",
     ),
     "a sample of the first tokens": (
         "sample",

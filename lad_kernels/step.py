@@ -134,14 +134,14 @@ class Step:
         if every.block_lse is not None and self.head.triton:
             # Asking for the active tokens would wait for the forward; kernels that choose pairs queue up behind it.
             return self._planned(every, every, terms, terms.gradient, None, all_given=True)
-        active = self._active(terms.gradient)
+        active = None if self.capturable else terms.gradient.active()  # [A]; None: all, or not to be asked for
         gradient = terms.gradient.select(active)  # [A]
         return self._planned(every, select_active(every, active), terms, gradient, active)
 
     def _gradient_first(self, outputs: bool) -> StepResult:
         """The gradient depends on no output: tokens without one are scored only if their outputs are asked for."""
         gradient = self.loss.gradient(slice(0, len(self.head.targets)), self._zeros())  # [M]
-        active, ready = self._active(gradient), None  # [A]
+        active, ready = None if self.capturable else gradient.active(), None  # [A]
         part, gradient = self.head.select(active), gradient.select(active)
         result = self._one_pass(part, gradient)
         if result is None:
@@ -172,12 +172,8 @@ class Step:
     ) -> tuple[HeadForward, HeadGradients, LossTerms | None] | None:
         """Forward and gradient of `part` at once, if the gradient is known inside a chunk and it is worth it.
 
-        Args:
-            part: the active tokens [A] if their gradient is known before, else all M.
-            known: [A] that gradient; None: it follows from the outputs.
-
-        Returns:
-            Outputs, gradients, and the loss where a single chunk has computed all of it; None: not in one pass.
+        `part` has all M tokens, or where the gradient is known before the head the active ones [A], and `known` theirs.
+        Returns outputs, gradients, and the loss where a single chunk has computed all of it; None: not in one pass.
         """
         loss, spans = self.loss, "token" if known is not None else self.loss.spans
         want_all = self.want_entropy and self.wanted.correct
@@ -209,10 +205,6 @@ class Step:
             needs=self.needs,
         )
         return None if result is None else (*result, whole[0] if whole else None)
-
-    def _active(self, gradient: LogitGradient) -> Tensor | None:  # [M] -> [A]
-        """Tokens with a gradient; None: all, or not to be asked for."""
-        return None if self.capturable else gradient.active()
 
     def _of_all_tokens(self, out: HeadForward, active: Tensor | None, outputs: bool) -> HeadForward:
         """Outputs [M]: of the active tokens, and of the others if they are asked for, else zeros."""

@@ -168,8 +168,15 @@ class FusedHeadMixin:
 
         def head(hidden: Tensor, weight: Tensor, **transform: Any) -> LinearLogprobs:  # [B, L, D], [V, D]
             ids = labels[:, 1:].to(hidden.device)
-            wanted = {"loss_mask": ids != -100, "temperature": self.temperature, "return_entropy": want_entropy}
-            return linear_logprobs(hidden[:, :-1], weight, ids, **wanted, **transform)
+            return linear_logprobs(
+                hidden[:, :-1],
+                weight,
+                ids,
+                loss_mask=ids != -100,
+                temperature=self.temperature,
+                return_entropy=want_entropy,
+                **transform,
+            )
 
         out = model(**inputs, use_cache=False, fused_head=head)
         (logprobs, entropy, _), aux_loss = _on(labels.device, (out.result, out.aux_loss))

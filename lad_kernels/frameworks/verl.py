@@ -173,8 +173,7 @@ def linear_cross_entropy(
     if reduction != "none":
         raise ValueError(f"reduction: expected 'none', got {reduction!r}; reduce the returned [N] log-probs")
     h, ids = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)  # [N, D], [N]
-    given = {"temperature": temperature, "vocab_group": dist_process_group}
-    out = linear_logprobs(h, weight, ids, return_entropy=True, **given)
+    out = linear_logprobs(h, weight, ids, temperature=temperature, return_entropy=True, vocab_group=dist_process_group)
     return out.logprobs.contiguous(), out.entropy.contiguous()
 
 

@@ -72,37 +72,27 @@ class TokenTree:
     """Sequences that share their beginnings: one node a token, numbered in the order of insertion."""
 
     def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self._parent: list[int] = []
-        self._depth: list[int] = []
-        self._child: dict[tuple[int, int], int] = {}
+        self._nodes: dict[tuple[int, int], int] = {}  # (the node before, token) -> node
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self._nodes)
 
     def add(self, tokens: list[int] | Answer, node: int = -1) -> int:
         """The node at which `tokens`, continued from `node` (-1: the beginning), end."""
         for token in tokens:
-            key = (node, token)
-            if key not in self._child:
-                self._child[key] = len(self.tokens)
-                self.tokens.append(token)
-                self._parent.append(node)
-                self._depth.append(self._depth[node] + 1 if node >= 0 else 0)
-            node = self._child[key]
+            node = self._nodes.setdefault((node, token), len(self))
         return node
 
     def inputs(self, device: torch.device, first: int = 0) -> dict[str, Tensor]:
         """Arguments of the model for the nodes from `first` on; the nodes before are in its cache."""
-        size = len(self)
-        sees = torch.zeros(size, size, dtype=torch.bool)  # [K, K]
-        for node, parent in enumerate(self._parent):
+        tokens = [token for _, token in self._nodes]
+        sees = torch.eye(len(self), dtype=torch.bool)  # [K, K]
+        for (parent, _), node in self._nodes.items():
             if parent >= 0:
-                sees[node] = sees[parent]
-            sees[node, node] = True
+                sees[node] |= sees[parent]
         return {
-            "input_ids": torch.tensor([self.tokens[first:]], device=device),  # [1, K - first]
-            "position_ids": torch.tensor([self._depth[first:]], device=device),  # [1, K - first]
+            "input_ids": torch.tensor([tokens[first:]], device=device),  # [1, K - first]
+            "position_ids": (sees[None, first:].sum(-1) - 1).to(device),  # [1, K - first], ancestors of each
             "attention_mask": sees[None, None, first:].to(device),  # [1, 1, K - first, K]
         }
 

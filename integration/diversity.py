@@ -102,7 +102,7 @@ class Learner:
     def draw(self) -> Batch:
         """A batch of the current policy."""
         problems = self._chooser.sample(self.split.train, PROMPTS)
-        answers = sample(self.model, problems, GROUP, self.split.newline, self._generator).answers
+        answers = sample(self.model, problems, GROUP, self.split.newline, self._generator)
         rewards = [float(a in set(p.right)) for p, group in zip(problems, answers) for a in group]
         paths = paths_of(problems, answers, self.device)
         with torch.no_grad():

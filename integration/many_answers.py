@@ -181,18 +181,11 @@ def measures(right: list[Tensor], start: list[Tensor]) -> dict[str, float]:
     return {name: torch.stack([row[name] for row in rows]).mean().item() for name in rows[0]}
 
 
-class Draws(NamedTuple):
-    """Sampled answers, `group_size` a problem."""
-
-    answers: list[list[Answer]]
-    entropy: float  # of the next token, nats, mean over sampled tokens
-
-
 @torch.no_grad()
 def sample(
     model: PreTrainedModel, problems: list[Problem], group_size: int, newline: int, generator: torch.Generator
-) -> Draws:
-    """Answers at temperature 1, up to a newline or the length of the longest right answer."""
+) -> list[list[Answer]]:
+    """`group_size` answers a problem at temperature 1, up to a newline or the length of the longest right answer."""
     weight = model.get_output_embeddings().weight.float()  # [V, D]
     eos = model.generation_config.eos_token_id
     ends = {newline, *(eos if isinstance(eos, list) else [eos])}
@@ -200,26 +193,22 @@ def sample(
     tree, cache, done = TokenTree(), DynamicCache(config=model.config), 0
     at = [node for problem in problems for node in [tree.add(problem.prompt)] * group_size]  # [B] node of each draw
     answers: list[list[int]] = [[] for _ in at]
-    live, spread, counted = list(range(len(at))), 0.0, 0
+    live = list(range(len(at)))
     for _ in range(longest):
         hidden = hidden_states(model, tree.inputs(model.device, done), past_key_values=cache)  # [K - done, D]
         waiting = Counter(at[draw] for draw in live)
         nodes = sorted(waiting)
         logprobs = (hidden[torch.tensor(nodes) - done] @ weight.T).log_softmax(-1).cpu()  # [W, V]
-        entropy = torch.special.entr(logprobs.exp()).sum(-1)  # [W]
         done = len(tree)
         drawn = {
             node: torch.multinomial(row.exp(), waiting[node], replacement=True, generator=generator).tolist()
             for node, row in zip(nodes, logprobs)
         }
-        spread += sum(entropy[i].item() * waiting[node] for i, node in enumerate(nodes))
-        counted += len(live)
         for draw in live:
             answers[draw].append(drawn[at[draw]].pop())
-        live = [draw for draw in live if answers[draw][-1] not in ends and len(answers[draw]) < longest]
+        live = [draw for draw in live if answers[draw][-1] not in ends]
         if not live:
             break
         for draw in live:
             at[draw] = tree.add(answers[draw][-1:], at[draw])
-    groups = [[tuple(x) for x in answers[i : i + group_size]] for i in range(0, len(at), group_size)]
-    return Draws(groups, spread / counted)
+    return [[tuple(x) for x in answers[i : i + group_size]] for i in range(0, len(at), group_size)]

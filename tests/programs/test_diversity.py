@@ -84,7 +84,7 @@ def test_probabilities_of_right_answers_sum_what_sampling_finds(model, problems)
     p = right_probabilities(model, problems)
     assert [len(x) for x in p] == [3, 2]
     draws = sample(model, problems, 4000, NEWLINE, torch.Generator().manual_seed(0))
-    for problem, exact, group in zip(problems, p, draws.answers):
+    for problem, exact, group in zip(problems, p, draws):
         for answer, chance in zip(problem.right, exact.tolist()):
             spread = math.sqrt(chance * (1 - chance) / len(group))
             assert abs(group.count(answer) / len(group) - chance) < 5 * spread + 1e-4

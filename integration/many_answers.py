@@ -50,7 +50,6 @@ def make_problems(tokenizer: PreTrainedTokenizerBase) -> Split:
     Raises:
         ValueError: the tokenizer joins the end of a prompt with an answer, or a newline is not one token.
     """
-
     problems, newline = [], tokenizer("\n", add_special_tokens=False).input_ids
     for low, high in BOUNDS:
         text = f"{SOLVED}A number larger than {low} but smaller than {high}: "
@@ -105,12 +104,6 @@ class Paths(NamedTuple):
     token: Tensor  # [R, T]
     mask: Tensor  # [R, T] bool
 
-    def steps(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The distinct (node, token) pairs: nodes [S], tokens [S], and for each of R x T its pair [R, T]."""
-        pairs = torch.stack([self.node, self.token], -1).where(self.mask[..., None], -1)  # [R, T, 2]
-        distinct, index = pairs.flatten(0, 1).unique(dim=0, return_inverse=True)  # [S, 2], [R * T]
-        return distinct[:, 0].clamp(min=0), distinct[:, 1].clamp(min=0), index.view_as(self.node)
-
 
 def paths_of(problems: list[Problem], answers: list[list[Answer]], device: torch.device) -> Paths:
     """`answers[i]` continue the prompt of `problems[i]`."""
@@ -142,8 +135,11 @@ class Scores(NamedTuple):
 
 
 def score(model: PreTrainedModel, paths: Paths, return_entropy: bool = False) -> Scores:
-    """Equal answers have equal log-probs, so the head runs once for all of them."""
-    nodes, tokens, index = paths.steps()  # [S], [S], [R, T]
+    """Equal answers have equal log-probs, so the head runs once for each distinct pair of a node and its token."""
+    pairs = torch.stack([paths.node, paths.token], -1).where(paths.mask[..., None], -1)  # [R, T, 2]
+    distinct, index = pairs.flatten(0, 1).unique(dim=0, return_inverse=True)  # [S, 2], [R * T]
+    nodes, tokens = distinct[:, 0].clamp(min=0), distinct[:, 1].clamp(min=0)  # [S], [S]
+    index = index.view_as(paths.node)  # [R, T]
     hidden = hidden_states(model, paths.tree.inputs(nodes.device))[nodes]  # [S, D]
     weight = model.get_output_embeddings().weight  # [V, D]
     out = linear_logprobs(hidden, weight, tokens, return_entropy=return_entropy)  # [S]

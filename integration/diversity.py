@@ -59,11 +59,8 @@ class Run:
 
     @property
     def label(self) -> str:
-        return f"{self.name}, {self.rollout}"
-
-    @property
-    def rollout(self) -> str:
-        return {1: "on-policy", FROZEN: "pi_old fixed"}.get(self.batches, f"{self.batches} mini-batches")
+        rollout = {1: "on-policy", FROZEN: "pi_old fixed"}.get(self.batches, f"{self.batches} mini-batches")
+        return f"{self.name}, {rollout}"
 
 
 BEST = LADConfig(epsilon_low=0.2, epsilon_high=0.2, target_norm="group", eta=1.0)
@@ -116,7 +113,6 @@ class Learner:
         logprobs, entropy = score(self.model, batch.paths, return_entropy=config.entropy_coef != 0)  # [R, T], [R, T]
         loss = lad_loss if isinstance(config, LADConfig) else grpo_loss
         advantages = group_advantages(batch.rewards, group_size=GROUP, scale=config.advantage_scale)  # [R]
-        groups = {"group_size": GROUP} if config.norms_target else {}
         out = loss(
             logprobs,
             batch.old_logprobs,
@@ -125,7 +121,7 @@ class Learner:
             config=config,
             ref_logprobs=batch.ref_logprobs,
             entropy=entropy,
-            **groups,
+            group_size=GROUP,
         )
         out.loss.backward()
         return {name: float(value) for name, value in out.metrics.items()} | {"reward": batch.rewards.mean().item()}
@@ -167,11 +163,9 @@ def train(learner: Learner, seconds: float, write: Callable[[Record], None], *, 
 
 def _batches(learner: Learner, updates: int) -> Iterator[Batch]:
     """One batch an update, drawn a rollout at a time."""
-    done = 0
-    while done < updates:
-        size = min(learner.run.batches or updates, updates - done)
-        yield from [learner.draw() for _ in range(size)]
-        done += size
+    size = learner.run.batches or updates
+    for first in range(0, updates, size):
+        yield from [learner.draw() for _ in range(min(size, updates - first))]
 
 
 def looks_of(records: list[Record]) -> list[dict[str, float]]:
@@ -245,27 +239,19 @@ def run_all(
 
 def runs_sheet(runs: list[Run], results: list[list[Record]]) -> Sheet:
     """The start, and the end of every run, on the held-out problems."""
+
+    def measured(record: Record) -> list[str]:
+        seen = record["held_out"]
+        return [f"{seen['accuracy']:.2f}", f"{seen['distinct']:.1f}", f"{seen['entropy']:.2f}"]
+
     columns = ["run", "updates, s", "accuracy", "distinct in 64", "entropy, nats", f"distinct at {AT_ACCURACY:.2f}"]
-    rows = [_row("start", "", results[0][0], "")]
+    rows = [["start", "", *measured(results[0][0]), ""]]
     for run, records in zip(runs, results):
-        reached = at_accuracy(looks_of(records), "distinct")
-        last = records[-1]
+        reached, last = at_accuracy(looks_of(records), "distinct"), records[-1]
         took = f"{last['update']}, {last['seconds']:.0f}"
-        rows.append(_row(run.label, took, last, "never" if reached is None else f"{reached:.1f}"))
+        rows.append([run.label, took, *measured(last), "never" if reached is None else f"{reached:.1f}"])
     title = f"{HELD_OUT} held-out problems: accuracy, and how many of the right answers the policy still gives"
     return Sheet(title, columns, rows)
-
-
-def _row(name: str, took: str, record: Record, reached: str) -> list[str]:
-    held_out = record["held_out"]
-    return [
-        name,
-        took,
-        f"{held_out['accuracy']:.2f}",
-        f"{held_out['distinct']:.1f}",
-        f"{held_out['entropy']:.2f}",
-        reached,
-    ]
 
 
 def cut_short(runs: list[Run], results: list[list[Record]], seconds: float) -> str:

@@ -72,26 +72,27 @@ def load_policy(config: TrainConfig) -> Policy:
 
 def initial_state(policy: Policy, config: TrainConfig) -> State:
     """A fresh state, or the one saved in `config.resume`; sets the global random generators to match."""
-    optimizer = make_optimizer(policy, config.learning_rate)
     generator = torch.Generator(policy.device).manual_seed(config.seed)
+    state = State(policy, make_optimizer(policy, config.learning_rate), generator)
     random.seed(config.seed)
     torch.manual_seed(config.seed)
     if config.resume is None:
-        return State(policy, optimizer, generator)
+        return state
     path = checkpoint.find(config.resume)
     checkpoint.verify(path, STATE)
     saved = torch.load(path / STATE, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(saved["optimizer"])
+    state.optimizer.load_state_dict(saved["optimizer"])
+    state.step = saved["step"]
     kind, states = policy.device.type, saved["random"]
-    if (kind == "cpu") != (len(states) == 2) or kind not in states:
+    if states.keys() != {"python", "cpu", kind}:
         logger.warning("the checkpoint comes from another kind of device: sampling starts again from the seed")
-        return State(policy, optimizer, generator, saved["step"])
+        return state
     generator.set_state(saved["generator"])
     random.setstate(states["python"])
     torch.set_rng_state(states["cpu"])
     if kind != "cpu":
         torch.get_device_module(policy.device).set_rng_state(states[kind], policy.device)
-    return State(policy, optimizer, generator, saved["step"])
+    return state
 
 
 def make_optimizer(policy: Policy, learning_rate: float) -> torch.optim.AdamW:

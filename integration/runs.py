@@ -100,14 +100,10 @@ def side_by_side(
 
 
 class Signals:
-    """Handles Ctrl-C and SIGTERM: recorded inside `held()`, `Interrupted` elsewhere; a second one ends the process.
-
-    Attributes:
-        caught: number of the signal, or None.
-    """
+    """Handles Ctrl-C and SIGTERM: recorded inside `held()`, `Interrupted` elsewhere; a second one ends the process."""
 
     def __init__(self) -> None:
-        self.caught: int | None = None
+        self.caught: signal.Signals | None = None
         self._holding = False
         self._former: dict[int, Any] = {}
 
@@ -134,6 +130,6 @@ class Signals:
         if self.caught is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.caught = number
+        self.caught = signal.Signals(number)
         if not self._holding:
             raise Interrupted

@@ -28,7 +28,6 @@ import json
 import math
 import os
 import random
-import signal
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -314,18 +313,12 @@ def run_program(config: TrainConfig, console: Console, signals: Signals) -> int:
     with signals.held(), make_progress(console) as progress:
         train(policy, task, config, progress, lambda: signals.caught)
     if signals.caught:
-        console.print(
-            f"stopped by {signal_name(signals)}; the checkpoint is saved, go on with: {again}", soft_wrap=True
-        )
+        console.print(f"stopped by {signals.caught.name}; the checkpoint is saved, go on with: {again}", soft_wrap=True)
         return 128 + signals.caught
     console.print("held-out, before:", before)
     console.print("held-out, after: ", evaluate(policy, task, config))
     console.print(f"checkpoint: {Path(config.out) / checkpoint.LINK}")
     return 0
-
-
-def signal_name(signals: Signals) -> str:
-    return signal.Signals(signals.caught).name
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -353,7 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
         advice = (
             f"go on with: lad-kernels train --resume {out}" if saved else "nothing is lost, for nothing was trained yet"
         )
-        console.print(f"stopped by {signal_name(signals)}; {advice}", soft_wrap=True)
+        console.print(f"stopped by {signals.caught.name}; {advice}", soft_wrap=True)
         return 128 + signals.caught
 
 

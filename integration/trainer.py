@@ -134,9 +134,8 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, run: Rollout, confi
         for start in rows[first : first + per_update : config.micro_batch]:
             part = slice(start, min(start + config.micro_batch, first + per_update))
             batch = pack(run.prompts[part], run.completions[part], policy.device)
-            old = None
-            if config.updates_per_rollout > 1:
-                old = logprobs_of(policy, batch, config.temperature).logprobs  # [N]
+            reused = config.updates_per_rollout > 1
+            old = logprobs_of(policy, batch, config.temperature).logprobs if reused else None  # [N]
             minibatch.append((batch, old, advantages[part]))
         minibatches.append(minibatch)
     policy.model.train()
@@ -251,15 +250,14 @@ def train(
     return records
 
 
-def train_step(state: State, task: Task, config: TrainConfig, rewards: EqualRewards | None = None) -> dict[str, Any]:
+def train_step(state: State, task: Task, config: TrainConfig, rewards: EqualRewards) -> dict[str, Any]:
     """A rollout and its updates; returns the step's record."""
     started = time.perf_counter()
     for group in state.optimizer.param_groups:
         group["lr"] = config.learning_rate * min(1.0, (state.step + 1) / max(1, config.learning_rate_warmup))
     entries = problems_of_step(task, state.step, config)
     run = rollout(state.policy, task, entries, config.group_size, config, state.generator)
-    if rewards is not None:
-        rewards.see(run.scores.tolist(), run.texts)
+    rewards.see(run.scores.tolist(), run.texts)
     metrics = update(state.policy, state.optimizer, run, config)
     state.step += 1
     tokens = sum(map(len, run.prompts)) + sum(map(len, run.completions))

@@ -25,7 +25,6 @@ from integration.report import Sheet
 from lad_kernels import lad_loss, linear_lad_loss
 
 VOCABULARY = 151_936  # Qwen's
-PROVIDERS = ("eager", "ours")
 
 
 def eager(hidden: Tensor, weight: Tensor, target: Tensor, old_logp: Tensor, advantages: Tensor) -> Tensor:
@@ -38,6 +37,9 @@ def eager(hidden: Tensor, weight: Tensor, target: Tensor, old_logp: Tensor, adva
 def ours(hidden: Tensor, weight: Tensor, target: Tensor, old_logp: Tensor, advantages: Tensor) -> Tensor:
     """The same number, with logits that exist a chunk at a time."""
     return linear_lad_loss(hidden, weight, target, old_logp, advantages=advantages).loss
+
+
+PROVIDERS = {"eager": (eager, "eager torch, stored logits"), "ours": (ours, "linear_lad_loss")}
 
 
 def resident_bytes(line: str = "VmRSS") -> int:
@@ -62,7 +64,7 @@ def measure(provider: str, tokens: int, hidden_size: int, device: str) -> dict[s
     target = torch.randint(VOCABULARY, (tokens,), **arguments)  # [N]
     advantages = torch.randn(tokens, **arguments)  # [N], one per token
     old_logp = torch.full((tokens,), -12.0, device=device)  # [N]
-    loss = {"eager": eager, "ours": ours}[provider]
+    loss, _ = PROVIDERS[provider]
     if cuda:
         loss(hidden, weight, target, old_logp, advantages).backward()  # compiles the kernels
         hidden.grad = weight.grad = None
@@ -94,8 +96,7 @@ def compare_memory(tokens: int, hidden_size: int, device: str) -> dict[str, dict
 def memory_sheet(results: dict[str, dict[str, float]], tokens: int, hidden_size: int, device: str) -> Sheet:
     """One row per provider."""
     title = f"Loss and gradients at V = {VOCABULARY:,}, N = {tokens:,}, D = {hidden_size:,} on {device}"
-    labels = {"eager": "eager torch, stored logits", "ours": "linear_lad_loss"}
-    rows = [[labels[name], f"{r['bytes'] / 2**20:,.0f}", f"{r['seconds']:.2f}"] for name, r in results.items()]
+    rows = [[PROVIDERS[name][1], f"{r['bytes'] / 2**20:,.0f}", f"{r['seconds']:.2f}"] for name, r in results.items()]
     return Sheet(title, ["provider", "peak MiB above inputs", "seconds"], rows)
 
 

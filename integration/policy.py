@@ -71,11 +71,6 @@ class Policy:
     sampling: GenerationConfig  # see `sampling_config`
 
     @property
-    def end_ids(self) -> list[int]:
-        """Every id that ends a completion."""
-        return self.sampling.eos_token_id
-
-    @property
     def set_aside(self) -> str:
         """Options of the model's generation configuration that sampling ignores: `name=value, ...`, or empty."""
         own = {name: getattr(self.model.generation_config, name, None) for name in SET_ASIDE}
@@ -264,7 +259,7 @@ def sample(
             num_return_sequences=group_size,
             temperature=float(temperature),
         )  # [B, T + new]
-    return [up_to_end(row, policy.end_ids) for row in out[:, width:].tolist()]
+    return [up_to_end(row, policy.sampling.eos_token_id) for row in out[:, width:].tolist()]
 
 
 def up_to_end(tokens: list[int], end_ids: list[int]) -> list[int]:

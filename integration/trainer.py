@@ -84,7 +84,8 @@ def rollout(
         temperature=config.temperature,
         generator=generator,
     )
-    ended = [row[:-1] if row[-1] in policy.end_ids else row for row in completions]  # it may decode to text
+    ends = policy.sampling.eos_token_id
+    ended = [row[:-1] if row[-1] in ends else row for row in completions]  # it may decode to text
     texts = tokenizer.batch_decode(ended, skip_special_tokens=True)
     answers = [form.read(text) for text in texts]
     scores = task.scores([entry for entry in entries for _ in range(group_size)], answers)

@@ -21,18 +21,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Form:
-    """A form of prompt and the answer that it asks for.
+    """A form of prompt and the answer that it asks for."""
 
-    Attributes:
-        prompt: `chat`: the tokenizer's chat template, with reasoning-gym's system message; `plain`: the problem alone;
-            `few_shot`: `shots` training problems with their answers, a line each, then the problem's line.
-        shots: solved problems before a few-shot prompt's own.
-        answer: what of a completion is scored. `tag`: the last <answer> tag's content, `first_line`, or `whole`.
-    """
-
+    # chat: the tokenizer's chat template, with reasoning-gym's system message; plain: the problem alone; few_shot:
+    # `shots` training problems with their answers, a line each, then the problem's line.
     prompt: str
     shots: int
-    answer: str
+    answer: str  # what of a completion is scored: tag (the last <answer> tag's content), first_line or whole
 
     def ask(self, task: Task, entry: Entry, tokenizer: PreTrainedTokenizerBase) -> str | list[dict[str, str]]:
         """The prompt: messages for a chat template, else text."""

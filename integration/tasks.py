@@ -60,27 +60,20 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 class Task:
     """One reasoning-gym dataset, split into training and held-out problems.
 
-    Attributes:
-        name: a reasoning-gym dataset name.
-        train_size, held_out_size: problems generated; training ones that also occur in the held-out set are dropped.
-        seed: the training problems use it, the held-out ones `seed + 1_000_003`.
-        options: dataset options; None takes `DEFAULT_OPTIONS`.
-        stopped: how many answers scored 0 because scoring was stopped, by reason.
-
     Raises:
         ValueError: reasoning-gym has no such dataset, its scorer is not known to be safe, or this platform cannot
             contain it.
     """
 
     name: str = "countdown"
-    train_size: int = 3000
-    held_out_size: int = 200
-    seed: int = 0
-    options: dict[str, Any] | None = None
+    train_size: int = 3000  # problems generated; those that also occur in the held-out set are dropped
+    held_out_size: int = 200  # problems generated
+    seed: int = 0  # of the training problems; the held-out ones use `seed + 1_000_003`
+    options: dict[str, Any] | None = None  # of the dataset; none takes `DEFAULT_OPTIONS`
     train: list[Entry] = field(init=False, repr=False)
     longest: int = field(init=False)  # characters of the longest training answer
     held_out: list[Entry] = field(init=False, repr=False)
-    stopped: Counter[str] = field(init=False, default_factory=Counter)
+    stopped: Counter[str] = field(init=False, default_factory=Counter)  # scorings that were stopped, by reason
 
     def __post_init__(self) -> None:
         scoring.check(self.name)
@@ -90,14 +83,12 @@ class Task:
         compares = type(self._dataset).score_answer is ProceduralDataset.score_answer
         self._contained = scoring.needs_worker(self.name, compares)
         self._specification = pickle.dumps((self.name, own))
-        held_out = reasoning_gym.create_dataset(
-            self.name, seed=self.seed + 1_000_003, size=self.held_out_size, **options
-        )
         self._scores: dict[tuple[str, str], float] = {}
-        self.held_out = [held_out[i] for i in range(self.held_out_size)]
+        self.held_out = list(
+            reasoning_gym.create_dataset(self.name, seed=self.seed + 1_000_003, size=self.held_out_size, **options)
+        )
         known = {self.key(entry) for entry in self.held_out}
-        generated = (self._dataset[i] for i in range(self.train_size))
-        self.train = [entry for entry in generated if self.key(entry) not in known]
+        self.train = [entry for entry in self._dataset if self.key(entry) not in known]
         if not self.train:
             raise ValueError(f"task {self.name!r}: every training problem also occurs in the held-out set")
         clean = normalize if self.name == "countdown" else str

@@ -205,14 +205,7 @@ def save_model(learner: Learner, tokenizer: Any, folder: Path) -> None:
 
 
 def run_all(
-    folder: str,
-    runs: list[Run],
-    seconds: float,
-    device: str,
-    out: Path,
-    console: Console,
-    *,
-    keep_models: bool = False,
+    folder: str, runs: list[Run], seconds: float, device: str, out: Path, console: Console, *, keep_models: bool = False
 ) -> list[list[Record]]:
     """All runs within about `seconds`, two side by side where there are two cores; returns each one's lines.
 

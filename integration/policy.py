@@ -90,13 +90,7 @@ def fast_bf16() -> bool:
 
 
 def build_policy(
-    path: str | None,
-    device: str,
-    *,
-    pretrained: bool,
-    seed: int = 0,
-    hidden_size: int = 128,
-    layers: int = 2,
+    path: str | None, device: str, *, pretrained: bool, seed: int = 0, hidden_size: int = 128, layers: int = 2
 ) -> Policy:
     """Load `path`, or build the small decoder; a head that cannot be fused raises here, before anything is trained."""
     device = torch.device(device)

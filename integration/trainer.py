@@ -49,14 +49,7 @@ from integration.runs import Interrupted, Signals, cut_log, open_log
 from integration.state import State, initial_state, load_policy, make_optimizer, save_checkpoint
 from integration.tasks import RIGHT, Entry, Task, build_task, encode_prompt, normalize
 from integration.train_config import TrainConfig, check_machine, parse_config
-from lad_kernels import (
-    GRPOConfig,
-    LADConfig,
-    group_advantages,
-    linear_cross_entropy,
-    linear_grpo_loss,
-    linear_lad_loss,
-)
+from lad_kernels import GRPOConfig, LADConfig, group_advantages, linear_cross_entropy, linear_grpo_loss, linear_lad_loss
 from lad_kernels.preflight import Refused, claim_folder, complain
 
 

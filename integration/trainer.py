@@ -5,9 +5,8 @@ supervised steps on generated solutions teach it the format, reinforcement learn
 `--model PATH_OR_ID --device cuda` the same loop fine-tunes a pretrained causal language model: fp32 weights, bf16
 autocast, flash-attention and Liger's layer kernels where they are installed.
 
-The logits of the training batch are never stored: the last hidden states go to `linear_lad_loss` or
-`linear_grpo_loss` with the head's weight, packed, [N, D] with `cu_seqlens`; `loss_mask` marks the rows that predict a
-completion token.
+The logits of the training batch are never stored: the last hidden states, packed, go to `linear_lad_loss` or
+`linear_grpo_loss` with the head's weight.
 
 Every run has a folder of its own, runs/train-DATE-TIME or `--out`; only `--overwrite` replaces another run. A run is
 reproducible from its seed, and on the CPU `--resume` continues it bit for bit, after Ctrl-C, SIGTERM, a crash or a full
@@ -94,12 +93,10 @@ def warm_start(policy: Policy, task: Task, config: TrainConfig) -> list[float]:
     """Supervised steps on generated solutions; returns the losses."""
     rng = random.Random(config.seed)
     optimizer = make_optimizer(policy, config.warm_learning_rate)
+    ramp = 0.2 if config.warm_steps == 10 else 0.1  # a tenth of 10 would be a ramp of length 0, by which torch divides
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        config.warm_learning_rate,
-        total_steps=config.warm_steps,
-        pct_start=0.2 if config.warm_steps == 10 else 0.1,
-    )  # a tenth of 10 would be a ramp of length 0, by which torch divides
+        optimizer, config.warm_learning_rate, total_steps=config.warm_steps, pct_start=ramp
+    )
     end, losses = [policy.tokenizer.eos_token_id], []
     for _ in range(config.warm_steps):
         entries = rng.choices(task.train, k=config.warm_batch)

@@ -44,7 +44,6 @@ SMALL = {
     "report_to": "none",
     "save_strategy": "no",
 }
-PRETRAINED = {"learning_rate": PRETRAINED_RATE}
 WRITTEN = ("start", "*.safetensors", "checkpoint-*")  # by which a run's folder is recognised
 
 
@@ -83,7 +82,7 @@ def parse(arguments: list[str] | None) -> tuple[TaskArguments, Any, Any]:
 
     from lad_kernels.frameworks.trl import LADConfig
 
-    for defaults in (SMALL, {**PRETRAINED, **cpu_options()}):
+    for defaults in (SMALL, {"learning_rate": PRETRAINED_RATE, **cpu_options()}):
         parser = TrlParser((TaskArguments, LADConfig, ModelConfig))
         parser.set_defaults_with_config(**defaults)
         given = parser.parse_args_and_config(arguments)

@@ -47,9 +47,8 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
         if not link.is_symlink() or os.readlink(link) != name:
             shutil.rmtree(folder / name, ignore_errors=True)
         reason = " ".join(str(error).split())
-        kept = (
-            f"the one in {link} is whole: go on with --resume {folder}" if link.exists() else "there is none before it"
-        )
+        whole = f"the one in {link} is whole: go on with --resume {folder}"
+        kept = whole if link.exists() else "there is none before it"
         raise SaveError(f"the checkpoint of step {step} could not be written ({reason}); {kept}") from error
     tidy(folder)
     return link

@@ -67,14 +67,13 @@ def compare(config: TrainConfig, seeds: int, folder: Path, console: Console) -> 
         for algorithm in ALGORITHMS
     ]
     jobs = [partial(run_once, each, start, task) for each in configs]
-    workers = min(len(jobs), os.cpu_count() or 1)
     with make_progress(console) as progress:
         bars = [progress.add_task(f"{c.algorithm} seed {c.seed}", total=c.steps, text="waiting") for c in configs]
 
         def show(i: int, records: list[dict[str, Any]]) -> None:
             progress.update(bars[i], completed=len(records), text=progress_line(records[-1]))
 
-        results = side_by_side(jobs, workers, [Path(each.out) for each in configs], show)
+        results = side_by_side(jobs, min(len(jobs), os.cpu_count() or 1), [Path(each.out) for each in configs], show)
     after = {name: [r for c, r in zip(configs, results) if c.algorithm == name] for name in ALGORITHMS}
     return Comparison(before, after, folder)
 

@@ -165,15 +165,14 @@ def measures(right: list[Tensor], start: list[Tensor]) -> dict[str, float]:
     for p, before in zip(right, start, strict=True):
         accuracy = p.sum()
         share, share_before = p / accuracy, before / before.sum()
-        rows.append(
-            {
-                "accuracy": accuracy,
-                "pass@8": 1 - (1 - accuracy).clamp(min=0) ** 8,
-                "distinct": (1 - (1 - p) ** 64).sum(),
-                "entropy": torch.special.entr(share).sum(),
-                "tv_to_start": 0.5 * (share - share_before).abs().sum(),
-            }
-        )
+        row = {
+            "accuracy": accuracy,
+            "pass@8": 1 - (1 - accuracy).clamp(min=0) ** 8,
+            "distinct": (1 - (1 - p) ** 64).sum(),
+            "entropy": torch.special.entr(share).sum(),
+            "tv_to_start": 0.5 * (share - share_before).abs().sum(),
+        }
+        rows.append(row)
     return {name: torch.stack([row[name] for row in rows]).mean().item() for name in rows[0]}
 
 

@@ -153,9 +153,8 @@ def main(arguments: list[str] | None = None) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", revision=model_args.model_revision)
 
     def dataset(entries: list[dict]) -> Dataset:
-        return Dataset.from_list(
-            [{"prompt": form.ask(task, entry, tokenizer), "number": i} for i, entry in enumerate(entries)]
-        )
+        rows = [{"prompt": form.ask(task, entry, tokenizer), "number": i} for i, entry in enumerate(entries)]
+        return Dataset.from_list(rows)
 
     def score(completions: list[Any], number: list[int], trainer_state: Any, **_: Any) -> list[float]:
         """The dataset's own score of each completion: text, or the messages that answer messages."""

@@ -46,7 +46,6 @@ class BanditResult(NamedTuple):
     target: Tensor  # [ARMS]
     policies: dict[str, Tensor]  # name -> [S, ARMS]
     distance: dict[str, Tensor]  # name -> [S], total variation to the target
-    effective: dict[str, Tensor]  # name -> [S], exp(entropy) of the policy
 
 
 def advantage_curve() -> Tensor:
@@ -96,8 +95,7 @@ def run_bandit(steps: int = 4000, seeds: int = 3, only: tuple[str, ...] | None =
     policies = dict(zip(losses, train_logits(losses, steps, seeds).softmax(-1)))
     target = torch.softmax(advantage_curve() / ETA, dim=0)  # [ARMS], pi_old is uniform
     distance = {name: 0.5 * (p - target).abs().sum(-1) for name, p in policies.items()}
-    effective = {name: torch.special.entr(p).sum(-1).exp() for name, p in policies.items()}
-    return BanditResult(target, policies, distance, effective)
+    return BanditResult(target, policies, distance)
 
 
 def bandit_sheet(result: BanditResult) -> Sheet:
@@ -107,7 +105,8 @@ def bandit_sheet(result: BanditResult) -> Sheet:
     rows = []
     for name, distance in result.distance.items():
         label = name if name.startswith("grpo") else f"lad {name}"
-        rows.append([label, mean_and_std(distance.tolist()), mean_and_std(result.effective[name].tolist(), 1)])
+        arms = torch.special.entr(result.policies[name]).sum(-1).exp()  # [S], exp(entropy)
+        rows.append([label, mean_and_std(distance.tolist()), mean_and_std(arms.tolist(), 1)])
     return Sheet(title, ["method", "total variation", "effective arms"], rows)
 
 

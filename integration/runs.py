@@ -81,11 +81,9 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 def side_by_side(
     jobs: list[Callable[[], Any]], workers: int, folders: list[Path], show: Callable[[int, list[dict[str, Any]]], None]
 ) -> list[Any]:
-    """The results of runs in other processes; until the last has ended, or one has failed, their lines are shown.
+    """The results of `jobs`, runs that other processes start in this order, `workers` at a time.
 
-    Args:
-        jobs: the runs, `workers` at a time, in the order of their start.
-        folders: of the runs; the i-th one's lines so far go to `show(i, lines)`, once there are any.
+    Until the last has ended, or one has failed, `show(i, lines)` gets the lines in `folders[i]`, once there are any.
     """
     ended = False
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:

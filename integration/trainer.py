@@ -289,10 +289,8 @@ def run_program(config: TrainConfig, console: Console, signals: Signals) -> int:
     task = build_task(config)
     if policy.pretrained:
         precision = "float32" if isinstance(policy.autocast(), nullcontext) else "bf16 autocast, float32 weights"
-        form = form_of(config, True)
-        console.print(
-            f"{precision}; prompt {form.prompt}, answer {form.answer}, learning rate {config.learning_rate:g}"
-        )
+        form, rate = form_of(config, True), config.learning_rate
+        console.print(f"{precision}; prompt {form.prompt}, answer {form.answer}, learning rate {rate:g}")
     if policy.set_aside:
         console.print(f"sampling from the distribution that is trained: the model's own {policy.set_aside} set aside")
     if config.model is None and config.resume is None:

@@ -95,7 +95,7 @@ def linear_lad_loss(
     checks.config(config, LADConfig, "linear_grpo_loss")
     given = HeadArguments(
         hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl
-    )
+    )._replace(capturable=capturable)
     inputs = PolicyInputs(
         old_logprobs=old_logprobs,
         advantages=advantages,
@@ -108,7 +108,7 @@ def linear_lad_loss(
         ref_logprobs=ref_logprobs,
         rollout_is_weights=rollout_is_weights,
     )
-    return _linear_loss(given._replace(capturable=capturable), inputs, config, Wanted(return_logprobs, return_entropy))
+    return _linear_loss(given, inputs, config, Wanted(return_logprobs, return_entropy))
 
 
 def linear_grpo_loss(
@@ -151,7 +151,7 @@ def linear_grpo_loss(
     checks.config(config, GRPOConfig, "linear_lad_loss")
     given = HeadArguments(
         hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl
-    )
+    )._replace(capturable=capturable)
     inputs = PolicyInputs(
         old_logprobs=old_logprobs,
         advantages=advantages,
@@ -164,7 +164,7 @@ def linear_grpo_loss(
         ref_logprobs=ref_logprobs,
         rollout_is_weights=rollout_is_weights,
     )
-    return _linear_loss(given._replace(capturable=capturable), inputs, config, Wanted(return_logprobs, return_entropy))
+    return _linear_loss(given, inputs, config, Wanted(return_logprobs, return_entropy))
 
 
 class LADLoss(nn.Module):

@@ -152,14 +152,9 @@ def run_head(head: Callable, inputs: HeadInputs, *, entropy_upstream: Tensor | N
     """Forward and backward of `head`, a function with the signature of `linear_logprobs`."""
     given = (inputs.hidden, inputs.weight, inputs.bias)
     hidden, weight, bias = (None if x is None else x.detach().clone().requires_grad_() for x in given)
+    want = entropy_upstream is not None
     out = head(
-        hidden,
-        weight,
-        inputs.targets,
-        bias=bias,
-        loss_mask=inputs.loss_mask,
-        return_entropy=entropy_upstream is not None,
-        **inputs.options,
+        hidden, weight, inputs.targets, bias=bias, loss_mask=inputs.loss_mask, return_entropy=want, **inputs.options
     )
     objective = (out.logprobs * inputs.upstream.to(out.logprobs.dtype)).sum()
     if entropy_upstream is not None:

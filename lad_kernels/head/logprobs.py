@@ -68,17 +68,8 @@ def linear_logprobs(
     """
     checks.vocab_group(vocab_group, impl)
     given = HeadArguments(
-        hidden_states,
-        lm_head_weight,
-        target_ids,
-        bias,
-        temperature,
-        logit_scale,
-        softcap,
-        vocab_group,
-        impl,
-        capturable,
-    )
+        hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl
+    )._replace(capturable=capturable)
     if impl == "reference":
         from lad_kernels import reference
 

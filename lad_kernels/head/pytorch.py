@@ -224,9 +224,8 @@ def backward(
     needs = needs._replace(bias=needs.bias and bias is not None)
     if len(hidden) == 0:
         inputs = zip((hidden, weight, bias), needs)
-        return _added(
-            HeadGradients(*(torch.zeros_like(x, dtype=narrow(x)) if need else None for x, need in inputs)), sums
-        )
+        zeros = HeadGradients(*(torch.zeros_like(x, dtype=narrow(x)) if need else None for x, need in inputs))
+        return _added(zeros, sums)
     dh = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if needs.hidden else None
     dw = weight.new_empty(weight.shape, dtype=narrow(weight)) if needs.weight else None
     db = bias.new_empty(bias.shape, dtype=narrow(bias)) if needs.bias else None

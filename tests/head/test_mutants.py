@@ -17,8 +17,8 @@ import test_routed_kernels
 import torch
 
 from lad_kernels import checks, linear_logprobs, reference
-from lad_kernels.head import head, kernels, memory, pytorch
-from lad_kernels.head.kernels import dense, forward  # noqa: F401  (bound in the folder)
+from lad_kernels.head import head, memory, pytorch
+from lad_kernels.head.kernels import dense, forward
 from lad_kernels.head.kernels.routed import runs, work
 from lad_kernels.testing import check_head, make_inputs
 
@@ -141,7 +141,7 @@ def check_triton(device: str) -> None:
 
 def plant_in_triton(monkeypatch, mutant) -> None:
     if hasattr(mutant, "forward"):
-        monkeypatch.setattr(kernels, "forward", mutant)
+        monkeypatch.setattr(forward, "forward", mutant.forward)
     else:  # three slabs of 256 columns
         monkeypatch.setattr(memory.Work, "token_chunk", lambda _, tokens, **listed: (tokens, 256 * (90 * 4 + 4 * 80)))
         monkeypatch.setattr(mutant, "_MIN_COLUMNS", 128)

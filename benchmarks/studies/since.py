@@ -1,7 +1,7 @@
 """CPU time of a forward and backward in this checkout over that in another one, in turn, on one thread.
 
-    git worktree add /tmp/before COMMIT
-    python -m benchmarks.studies.since /tmp/before     the shapes of `pytest benchmarks`; half an hour, 6 GB
+    git worktree add ../before COMMIT
+    python -m benchmarks.studies.since ../before     the shapes of `pytest benchmarks`; half an hour, 6 GB
 
 Each checkout has a process of its own, and each case is called in both, one right after the other, so the ratio of a
 pair holds where times jitter. Both gradients must agree before a case is timed. The C library keeps what is freed:

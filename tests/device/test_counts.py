@@ -23,7 +23,7 @@ LOGPROBS = Counter(_partials_kernel=1, _target_kernel=1, _finalize_kernel=1)  # 
 CHOICE = Counter(_token_kernel=1, _mark_kernel=1, _count_kernel=1, _drop_kernel=1, _list_kernel=1)
 PAIRS = Counter(items_kernel=1, pairs_kernel=1, weight_kernel=1, hidden_kernel=1, token_kernel=1, _scale_kernel=2)
 ONE_PASS = Counter(_target_kernel=1, _exponentials_kernel=1, _finalize_kernel=1, _scale_kernel=2)
-DENSE = Counter(_logit_gradient_kernel=1)  # of routed: tokens that are taken whole
+DENSE = Counter(_logit_gradient_kernel=1, _target_kernel=1, _target_columns_kernel=1)  # routed: of whole tokens
 POLICY, FINISH = Counter(_policy_kernel=1), Counter(_finish_kernel=1)
 
 

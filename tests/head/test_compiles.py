@@ -130,6 +130,7 @@ def test_no_spills_and_shared_memory_within_the_device(arch):
     assert {r["name"] for r in rows(arch)} == {
         *TILED,
         "_target_kernel",
+        "_target_columns_kernel",
         "_finalize_kernel",
         *ROUTED,
         *CHOICE,

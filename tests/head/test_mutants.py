@@ -126,7 +126,7 @@ TRITON_HEAD = {
         "dense.py", "tl.load(onehot + rows, mask=in_n, other=0.0)[:, None] * by_row",
         "tl.load(onehot + rows, mask=in_n, other=0.0)[:, None]"),
     "dense: entropy term missing": ("dense.py", "tl.fma(r - d, g_entropy,", "tl.fma(r - d, 0.0 * g_entropy,"),
-    "dense: rows' own scaling forgotten": ("dense.py", "by_row *= tl.exp2(-r)", "by_row *= tl.exp2(-r - 1)"),
+    "dense: rows' own scaling forgotten": ("dense.py", "by_row * tl.exp2(-r)", "by_row * tl.exp2(-r - 1)"),
     "dense: dH of the last slab": ("dense.py", "accumulate(dh[run], tile, part.weight, first=v0 == 0)",
                                    "accumulate(dh[run], tile, part.weight, first=True)"),
     "dense: bias of the wrong slab": ("dense.py", "None if self.bias is None else self.bias[columns]",

@@ -9,7 +9,7 @@ import pytest
 from test_routed_kernels import NEEDS, coefficients, inputs_of, route
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lad_kernels.head.kernels import dense
+from lad_kernels.head.kernels import dense, forward, target_columns
 from lad_kernels.head.kernels.routed import launch as routed
 from lad_kernels.head.kernels.routed import runs, work
 
@@ -22,7 +22,7 @@ class Operations(TorchDispatchMode):
     KERNELS = (
         *((runs, name) for name in ("pairs", "weight", "bias", "hidden", "token")),
         (work, "items"),
-        (dense, "_logit_gradient"),
+        *((dense, "_logit_gradient"), (forward, "_target"), (target_columns, "_target_columns")),
     )
 
     def __init__(self, monkeypatch):
@@ -43,13 +43,20 @@ class Operations(TorchDispatchMode):
         return sum(count for name, count in self.torch.items() if name not in self.FREE)
 
 
+WHOLE = dict(_logit_gradient=1, _target=1, _target_columns=1)
 LAUNCHES = {  # workspace, share of dense tokens, JOINT: launches by kernel, torch operations, six of them on the host
     "one run": (1 << 30, 0.0, 0, {}, 16),
     "one run, two slices of D": (101_000, 0.0, 0, dict(hidden=2, token=2), 16),
     "three runs": (60_000, 0.0, 0, dict(pairs=3, weight=3, hidden=6, token=6), 18),
-    "dense tokens": (1 << 30, 0.2, 99, dict(_logit_gradient=1, library=1), 23),
-    "dense tokens in two slabs": (60_000, 0.9, 99, dict(weight=2, _logit_gradient=2, library=2), 23),
-    "many dense tokens": (1 << 30, 0.2, 0, dict(_logit_gradient=1, library=2), 23),
+    "dense tokens": (1 << 30, 0.2, 99, WHOLE | dict(library=1), 23),
+    "dense tokens in two slabs": (
+        60_000,
+        0.9,
+        99,
+        WHOLE | dict(weight=2, _logit_gradient=2, _target_columns=2, library=2),
+        23,
+    ),
+    "many dense tokens": (1 << 30, 0.2, 0, WHOLE | dict(library=2), 23),
 }
 
 

@@ -32,6 +32,7 @@ B, T = 3, 40
 LAYOUTS = {"aligned": (128, 1024), "ragged": (96, 509), "unaligned": (67, 300), "smallest": (8, 130)}  # D, V
 WALKED = {  # of every path
     *("_partials_kernel", "_logit_gradient_kernel", "_exponentials_kernel", "_policy_kernel", "_list_kernel"),
+    *("_target_kernel", "_target_columns_kernel", "_scale_kernel"),
     *("items_kernel", "pairs_kernel", "weight_kernel", "bias_kernel", "hidden_kernel", "token_kernel"),
 }
 STUB = ctypes.CDLL("libcuda.so.1")

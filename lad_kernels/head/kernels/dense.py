@@ -15,7 +15,8 @@ memory for all of it passes token chunks and a float32 dW to add them to (`sums`
 Exact: nothing is dropped, no atomics, fixed order; two runs agree bitwise. The slab width depends on N, so the last
 bits of dH may depend on N (those of the forward do not). A token with three zero coefficients gets a dH of exactly 0.
 Precision is lost once, where dR is rounded to the dtype of the inputs for the tensor cores; db sums the un-rounded
-dR. float16 has too few exponents for dR (p c / N is soon below its smallest number, 6e-8), so the three vectors are
+dR. In 16 bits the targets' columns of dR are written apart (target_columns.py); db still takes their terms in the tile.
+float16 has too few exponents for dR (p c / N is soon below its smallest number, 6e-8), so the three vectors are
 multiplied by a power of two chosen on the device, and the float32 products divided by it. fp32 products run at
 torch's present matmul precision; this module never turns tf32 on.
 Left out: fusing dR with the products (6 N D V stays 6 N D V), and skipping tokens with zero coefficients (the caller
@@ -36,10 +37,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lad_kernels.head import flops
-from lad_kernels.head.kernels import tile_table
+from lad_kernels.head.kernels import target_columns, tile_table
+from lad_kernels.head.kernels.forward import target_logits
 from lad_kernels.head.kernels.tile import LN_2, LOG2_E, add_at, logit_tile, row_levels, tile_order
 from lad_kernels.head.kernels.tile_table import Tiles
-from lad_kernels.head.records import BLOCK, GradientSums, HeadGradients, LogitGradient, LogitTransform, Needs
+from lad_kernels.head.records import BLOCK, GradientSums, HeadGradients, LogitGradient, LogitTransform, Needs, select
 
 _MIN_COLUMNS = 1024  # narrower slabs would starve the products: split the rows instead
 _ROW_STEP = 256  # rows are split at multiples of this, hence of every block_n
@@ -55,7 +57,7 @@ def _logit_gradient_kernel(
     inv_temperature,  # [N] or a number
     targets,  # [N]
     lse,  # [N]
-    onehot,  # [N]
+    onehot,  # [N], or None: the targets' columns are written afterwards, and not summed
     prob,  # [N]
     entropy,  # [N] or None
     dr,  # [N, >= V] out, pointer or descriptor, or None
@@ -96,15 +98,16 @@ def _logit_gradient_kernel(
         level, r = row_levels(tl.load(lse + rows, mask=in_n, other=0.0)[:, None], factor, f)  # [BLOCK_N, 1] each
         d = tl.fma(x, f, -tl.where(in_n[:, None], level, 1e30))  # [BLOCK_N, BLOCK_V] log2 p + r
         by_row = slope if softcap is None else tl.full((BLOCK_N, 1), 1.0, tl.float32)  # [BLOCK_N, 1]
-        at_target = tl.load(onehot + rows, mask=in_n, other=0.0)[:, None] * by_row  # [BLOCK_N, 1]
-        by_row *= tl.exp2(-r)
-        weight = tl.load(prob + rows, mask=in_n, other=0.0)[:, None] * by_row  # [BLOCK_N, 1]
+        to_mass = by_row * tl.exp2(-r)  # [BLOCK_N, 1]
+        weight = tl.load(prob + rows, mask=in_n, other=0.0)[:, None] * to_mass  # [BLOCK_N, 1]
         if entropy is not None:
-            g_entropy = tl.load(entropy + rows, mask=in_n, other=0.0)[:, None] * by_row * LN_2  # [BLOCK_N, 1]
+            g_entropy = tl.load(entropy + rows, mask=in_n, other=0.0)[:, None] * to_mass * LN_2  # [BLOCK_N, 1]
             weight = tl.fma(r - d, g_entropy, weight)  # [BLOCK_N, BLOCK_V]
         g = tl.exp2(d) * weight  # [BLOCK_N, BLOCK_V] dR without the target's term, over a softcap's slope
-        y = (tl.load(targets + rows, mask=in_n, other=-1) - column0).to(tl.int32) - column  # [BLOCK_N] in the tile
-        g = add_at(g, y[:, None], at_target, BLOCK_V, THREAD)  # [BLOCK_N, BLOCK_V]
+        if onehot is not None:
+            at_target = tl.load(onehot + rows, mask=in_n, other=0.0)[:, None] * by_row  # [BLOCK_N, 1]
+            y = (tl.load(targets + rows, mask=in_n, other=-1) - column0).to(tl.int32) - column  # [BLOCK_N] in the tile
+            g = add_at(g, y[:, None], at_target, BLOCK_V, THREAD)  # [BLOCK_N, BLOCK_V]
         if softcap is not None:
             g *= slope
 
@@ -253,12 +256,23 @@ class _Slab(NamedTuple):
     lse: Tensor  # [N], over the whole vocabulary
     gradient: LogitGradient  # scaled
     column0: int  # the slab's first vocabulary row
+    logprobs: Tensor | None = None  # [N] of the targets, if their columns are written afterwards
+    slopes: Tensor | None = None  # [N] dz/draw of the targets, likewise
 
     def part(self, run: slice, columns: slice) -> _Slab:
         bias = None if self.bias is None else self.bias[columns]
         hidden, weight, targets, lse = self.hidden[run], self.weight[columns], self.targets[run], self.lse[run]
         transform, gradient = self.transform.select(run), self.gradient.select(run)
-        return _Slab(hidden, weight, targets, bias, transform, lse, gradient, columns.start)
+        known = (select(self.logprobs, run), select(self.slopes, run))
+        return _Slab(hidden, weight, targets, bias, transform, lse, gradient, columns.start, *known)
+
+    def with_targets(self, tiles: Tiles) -> _Slab:
+        """The same with what `target_columns` writes."""
+        inv_temperature = tile_table.inverse_temperature(self.transform)  # [N] or a number
+        given = (self.hidden, self.weight, self.targets, self.bias, inv_temperature, self.transform, tiles)
+        with tile_table.current(self.hidden.device):
+            _, logprobs, _, _, slopes = target_logits(*given, prior=self.lse, levels=True)  # [N] each
+        return self._replace(logprobs=logprobs, slopes=slopes)
 
 
 def _slabs(
@@ -278,6 +292,8 @@ def _slabs(
     rows, columns = split(N, D, V, item, workspace_bytes, staged=not left)
     assert rows == N or not left
     dr = whole.hidden.new_empty(rows, columns) if dh is not None or dw is not None else None  # [rows, columns]
+    if dr is not None and item == 2:
+        whole = whole.with_targets(tiles)
     staged = dw is not None and not left and (dw.dtype != torch.float32 or (add and down is not None))
     stage = dw.new_empty(columns, D, dtype=torch.float32) if staged else None  # [columns, D]
     for v0 in range(0, V, columns):
@@ -334,7 +350,7 @@ def _logit_gradient(
             inv_temperature,
             slab.targets,
             slab.lse,
-            gradient.onehot,
+            gradient.onehot if need_sums or slab.logprobs is None else None,
             gradient.prob,
             gradient.entropy,
             None if dr is None else tile_table.output(dr[:N, :V], tiles),
@@ -361,4 +377,6 @@ def _logit_gradient(
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
+        if slab.logprobs is not None:
+            target_columns.write(dr[:N, :V], slab.targets, slab.logprobs, slab.slopes, gradient, slab.column0)
     return None if sums is None else sums[:, :V].sum(0)  # [V]

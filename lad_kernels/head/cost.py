@@ -150,15 +150,18 @@ def sample(work: Work, step: int = 1) -> float:
     return max(_product(work, work.sample) + speeds(work).element * work.sample * work.vocab_size, read)
 
 
-def dense(work: Work, active: float, *, joint: bool = False) -> float:
-    """Seconds of the dense backward of the `active` tokens, those with a gradient; `joint`: but for writing dW."""
+def dense(work: Work, active: float, *, staged: bool = False) -> float:
+    """Seconds of the dense backward of the `active` tokens, those with a gradient; `staged`: dW passes through float32.
+
+    Which float16 takes always, uncounted.
+    """
     s, tokens = speeds(work), math.ceil(active)
     slabs, chunks = 0, _chunk_sums(work, tokens)
     if work.triton and tokens:  # each slab of the vocabulary reads and writes a float32 dH
         rows, workspace = work.token_chunk(tokens)
         slabs = math.ceil(work.vocab_size * work.itemsize * rows / workspace)
     traffic = 8 * active * work.hidden_size * slabs * work.need_hidden / s.bytes
-    if work.triton and tokens and work.itemsize == 2 and not joint:  # dW passes through float32
+    if work.triton and tokens and work.itemsize == 2 and staged:
         traffic += 10 * work.vocab_size * work.hidden_size * work.need_weight / s.bytes
     return (1 + work.products) * _product(work, active) + s.element * active * work.vocab_size + traffic + chunks
 
@@ -180,7 +183,7 @@ def routed(work: Work, pairs: float, dense_tokens: int = 0, active: float | None
         choosing = s.pair * work.tokens * work.blocks + max(s.waiting, read)
     else:
         gradients, choosing = gradients + read * work.need_weight, s.pair * work.tokens * work.blocks
-    whole = dense(work, dense_tokens, joint=dense_tokens <= JOINT)
+    whole = dense(work, dense_tokens, staged=dense_tokens > JOINT)
     chunks = _chunk_sums(work, tokens, pairs=int(pairs), dense=dense_tokens)
     return choosing + logits + gradients + whole + chunks + s.block * work.blocks
 

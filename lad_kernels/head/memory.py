@@ -127,9 +127,8 @@ def peak_bytes(work: Work, path: str, pairs: int = 0) -> tuple[int, bool]:
     listed = pairs if path == "routed" else 0
     rows, workspace = work.token_chunk(work.tokens, pairs=listed)
     several = rows < work.tokens
-    if path == "two_pass":  # a workspace for all logits, and for all of a 16-bit dW in float32, is never filled
-        staged = 4 * work.hidden_size if item == 2 and work.need_weight else 0
-        workspace = min(workspace, (item * rows + staged) * work.vocab_size)
+    if path == "two_pass":  # a workspace for all logits is never filled; float16's has dW in float32 besides
+        workspace = min(workspace, item * rows * work.vocab_size)
     backward = rows * (4 + item * several) * work.hidden_size + workspace - dw * several
     masses = MASS_BYTES * work.tokens * work.blocks + LIST_BYTES * listed if path == "routed" else 0
     held = TOKEN_BYTES * work.tokens + PAIR_BYTES * listed

@@ -156,7 +156,7 @@ def test_a_step_keeps_to_its_budget(case, device, monkeypatch):
     ],
 )
 def test_what_two_passes_take_is_predicted(kind, n, d, frozen, device, monkeypatch):
-    """With a budget that is never filled: logits of all tokens, a 16-bit dW in float32, dH in float32.
+    """With a budget that is never filled: logits of all tokens, dH in float32.
 
     The prediction is above what is measured, by up to a rounded dH, which does not exist at the peak.
     """

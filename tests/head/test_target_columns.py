@@ -1,4 +1,4 @@
-"""The targets' columns of dR, written after a slab's kernel: which numbers, and nothing but those."""
+"""The targets' columns of dR, written after a slab's kernel: which numbers, and nothing but those; dW of their slab."""
 
 from __future__ import annotations
 
@@ -77,6 +77,8 @@ DENSE_BUGS = {
     "slopes of other tokens": ("select(self.slopes, run)", "self.slopes"),
     "targets not written": ("target_columns.write(", "id("),
     "before the scale": ("prior=self.lse, levels", "prior=None, levels"),
+    "dW of the last run": ("item == 2 and rows == N and not add", "item == 2 and not add"),
+    "dW of float16 still scaled": ("then is None and down is None", "then is None"),
 }
 
 
@@ -93,6 +95,8 @@ def test_bug_in_their_use_is_caught(bug, monkeypatch, tmp_path, device):
     def check_all() -> None:
         for softcap in (30.0, None):
             check("triton", torch.bfloat16, device, softcap)
+        monkeypatch.setattr(memory.Work, "token_chunk", lambda _, tokens, **listed: (tokens, 1 << 20))
+        check("triton", torch.float16, device)
 
     if bug is None:
         check_all()

@@ -8,9 +8,10 @@ For each slab of Vc vocabulary rows a kernel recomputes z from the stored lse an
 multiplies. Vocabulary-major order means that every row of dW is complete after its slab: it is accumulated over all
 tokens in fp32 and cast once, without a V x D float32 buffer. dH is accumulated over the slabs in a float32 [N, D]
 buffer and cast once.
-Workspace: Vc columns of dR and, for 16-bit weights, of float32 dW. When even 1,024 columns of N tokens exceed it,
-rows are split too, and the slab of dW is accumulated over the row runs. In addition: float32 dH; a caller without
-memory for all of it passes token chunks and a float32 dW to add them to (`sums`).
+Workspace: Vc columns of dR. When even 1,024 columns of N tokens exceed it, rows are split too, and the slab of dW is
+accumulated over the row runs, in float32; that of whole rows in 16 bits leaves its product rounded, unless the caller
+adds to it (`then`) or float16 is scaled. In addition: float32 dH; a caller without memory for all of it passes token
+chunks and a float32 dW to add them to (`sums`).
 
 Exact: nothing is dropped, no atomics, fixed order; two runs agree bitwise. The slab width depends on N, so the last
 bits of dH may depend on N (those of the forward do not). A token with three zero coefficients gets a dH of exactly 0.
@@ -21,8 +22,8 @@ multiplied by a power of two chosen on the device, and the float32 products divi
 torch's present matmul precision; this module never turns tf32 on.
 Left out: fusing dR with the products (6 N D V stays 6 N D V), and skipping tokens with zero coefficients (the caller
 removes them first).
-Cost: 2 N D V flops per recomputation, dH and dW; 2 N V elements of dR, N D V / Vc float32 of dH, 8 V D bytes
-of dW in 16 bits.
+Cost: 2 N D V flops per recomputation, dH and dW; 2 N V elements of dR, 2 N D V / Vc float32 of dH; 8 V D bytes of
+a 16-bit dW that passes through float32.
 """
 
 from __future__ import annotations
@@ -289,12 +290,15 @@ def _slabs(
     (N, D), V, item = whole.hidden.shape, whole.weight.shape[0], whole.hidden.element_size()
     dh, dw, db = out
     left = leave_weight and dw is not None
-    rows, columns = split(N, D, V, item, workspace_bytes, staged=not left)
+    rows, columns = split(N, D, V, item, workspace_bytes, staged=False)
+    at_once = item == 2 and rows == N and not add and then is None and down is None  # dW leaves its products rounded
+    if not (left or at_once):
+        rows, columns = split(N, D, V, item, workspace_bytes)
     assert rows == N or not left
     dr = whole.hidden.new_empty(rows, columns) if dh is not None or dw is not None else None  # [rows, columns]
     if dr is not None and item == 2:
         whole = whole.with_targets(tiles)
-    staged = dw is not None and not left and (dw.dtype != torch.float32 or (add and down is not None))
+    staged = dw is not None and not (left or at_once) and (dw.dtype != torch.float32 or (add and down is not None))
     stage = dw.new_empty(columns, D, dtype=torch.float32) if staged else None  # [columns, D]
     for v0 in range(0, V, columns):
         slab = slice(v0, min(v0 + columns, V))
@@ -309,7 +313,9 @@ def _slabs(
             tile = None if dr is None else dr[: run.stop - n0, :width]  # [rows, width]
             if dh is not None:
                 accumulate(dh[run], tile, part.weight, first=v0 == 0)
-            if dw is not None and not left:
+            if dw is not None and at_once:
+                rounded_product(dw[slab], tile.t(), part.hidden)
+            elif dw is not None and not left:
                 accumulate(dw_sum, tile.t(), part.hidden, first=n0 == 0 and (staged or not add))
             if db is not None:
                 db_sum += column_sums

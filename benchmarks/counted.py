@@ -108,8 +108,8 @@ def count() -> dict[str, dict[str, int]]:
     return found
 
 
-def calls() -> dict[str, dict[str, int]]:
-    """Launches and host syncs, in a process whose kernels are interpreted."""
+def calls() -> dict[str, dict[str, float]]:
+    """Launches, bytes and host syncs, in a process whose kernels are interpreted."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.harness.calls"]
     return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
@@ -131,7 +131,8 @@ def main() -> None:
     for what, by_size in modelled.items():
         results.add("modelled, H200, V = 151,936", what=what, **{f"D = {d}": round(x, 3) for d, x in by_size.items()})
     for what, by_path in launched.items():
-        results.add("a call with a mask, one chunk", what=what, **by_path)
+        unit = ", over inputs and gradients" if what == "bytes" else ""
+        results.add("a call with a mask, one chunk", what=what + unit, **by_path)
     if given.json:
         every = {"counts": found, **modelled, **launched, "epilogue": epilogues}
         Path(given.json).write_text(json.dumps(every, indent=1) + "\n")

@@ -21,6 +21,7 @@ class Log:
         self.copies: Counter[str] = Counter()  # host to device, by line
         self.launches: Counter[str] = Counter()  # by kernel of Triton's
         self.operations: Counter[str] = Counter()  # of PyTorch that compute, fill or cast: one kernel each, or a few
+        self.moved = 0  # bytes that kernels load and store, and of tensors that operations are given and make
         self.allocated = self.peak = 0
         self._tensors: Counter[int] = Counter()  # that show a storage, by its address
 
@@ -30,6 +31,7 @@ class Log:
         self.copies.clear()
         self.launches.clear()
         self.operations.clear()
+        self.moved = 0
         self.peak = self.allocated
 
     def sync(self, operation: str) -> None:

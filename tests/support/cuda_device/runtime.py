@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
@@ -219,6 +220,16 @@ def _interpret_values() -> None:
         with torch._C._DisableTorchDispatch(), torch.no_grad():
             return call(self, *args, **kwargs)
 
+    def counted(access: Callable, mask: int) -> Callable:
+        def on_pointers(self, ptrs, *rest, **options):
+            LOG.moved += int(np.sum(rest[mask].data)) * (ptrs.get_element_ty().primitive_bitwidth // 8)
+            return access(self, ptrs, *rest, **options)
+
+        return on_pointers
+
+    builder = interpreter.InterpreterBuilder
+    builder.create_masked_load = counted(builder.create_masked_load, 0)
+    builder.create_masked_store = counted(builder.create_masked_store, 1)
     interpreter.GridExecutor.__call__ = on_values
 
 

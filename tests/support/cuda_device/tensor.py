@@ -159,8 +159,13 @@ def wrap(x: object) -> object:
 
 def run(func, args: tuple, kwargs: dict) -> Any:
     """One operation of ATen, unseen by modes above autograd."""
+    before = LOG.operations.total()
     with torch._C.DisableTorchFunction():
-        return _run(func, args, kwargs)
+        out = _run(func, args, kwargs)
+        if LOG.operations.total() > before:
+            touched = {id(x): x.inner for x in tree_flatten((args, kwargs, out))[0] if isinstance(x, CudaTensor)}
+            LOG.moved += sum(x.nbytes for x in touched.values())
+    return out
 
 
 def _run(func, args: tuple, kwargs: dict) -> Any:

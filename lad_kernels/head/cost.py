@@ -89,13 +89,16 @@ def cpu_speeds(assumed: Speeds) -> Speeds:
 
 # (architecture, bytes of an element). The others are not measured: data sheets, over an H100 SXM's 989 Tflop/s in 16
 # bits, 67 in float32, 3.35 TB/s and 132 processors of 16 exponentials a clock at 1.83 GHz. A100: 312, 19.5, 2.04, 108
-# at 1.41. A10: 125, 31, 0.6, 72 at 1.70. B200: 2,250, 75, 8.0, 148 at 1.97. MI300X: 1,307, 163, 5.3, 304 at 2.10.
+# at 1.41. A10: 125, 31, 0.6, 72 at 1.70. L40S: 362, 91.6, 0.864, 142 at 2.52. B200: 2,250, 75, 8.0, 148 at 1.97.
+# MI300X: 1,307, 163, 5.3, 304 at 2.10.
 SPEEDS = {
     **{("cpu", itemsize): cpu_speeds(_EPYC) for itemsize in (2, 4, 8)},
     ("sm_80", 2): _scaled(312 / 989, 2.04 / 3.35, 0.63),
     ("sm_80", 4): _scaled(19.5 / 989, 2.04 / 3.35, 0.63),
     ("sm_86", 2): _scaled(125 / 989, 0.6 / 3.35, 0.51),
     ("sm_86", 4): _scaled(31 / 989, 0.6 / 3.35, 0.51),
+    ("sm_89", 2): _scaled(362 / 989, 0.864 / 3.35, 1.48),
+    ("sm_89", 4): _scaled(91.6 / 989, 0.864 / 3.35, 1.48),
     ("sm_90", 2): _H100,
     ("h200", 2): _H200,
     ("h200", 4): replace(_H200, flops=_H200.flops * 67 / 989),
@@ -117,8 +120,12 @@ def architecture(device: torch.device, triton: bool) -> str:
     from lad_kernels.head.kernels import tile_table
 
     arch = tile_table.probe(device).arch
-    large = arch == "sm_90" and torch.cuda.get_device_properties(device).total_memory > _HBM3E
-    return "h200" if large else arch
+    if arch not in ("sm_86", "sm_90"):
+        return arch
+    card = torch.cuda.get_device_properties(device)
+    if arch == "sm_86":
+        return "sm_89" if (card.major, card.minor) == (8, 9) else arch
+    return "h200" if card.total_memory > _HBM3E else arch
 
 
 @cache

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+from unittest import mock
+
 from benchmarks.harness.shapes import Shape
 from lad_kernels.head import cost, memory
 
@@ -21,6 +25,9 @@ Worked out, not measured: {square} times that rate for tiles of 128 by 128, by w
 waiting for the host, by the host's own time on a CPU. bfloat16; times are shares of the three bare products of a dense
 step. No GPU has run the routed kernels as they are now. A policy's pairs are cheaper than the same share spread evenly
 over tokens, as here: most belong to a few tokens, which are multiplied whole.
+
+In brackets, the least and the most over all combinations of {flops_band} Tflop/s and {element_band} s a logit, between
+which measurements lay, of {square_band} times the rate for the larger tiles and of {waiting_band} ms of waiting.
 
 Memory is what a step takes at its peak beyond inputs and gradients, and beyond one float32 dW where that is named, in
 MiB. `tests/head/test_memory.py` holds the same paths to a small budget by counting their allocations.
@@ -42,22 +49,42 @@ def tile_share(epilogue: int, hidden_size: int) -> float:
 def modelled(epilogues: dict[str, int]) -> dict[str, dict[str, float]]:
     """Shares of the library's rate by kernel, and calls over three bare products, each by D."""
 
-    def over_products(tokens: int, hidden_size: int, kept: float | None) -> float:
-        work = memory.Work(tokens, hidden_size, VOCABULARY, 2, CARD)
-        products = 6 * tokens * hidden_size * VOCABULARY / cost.SPEEDS[CARD, 2].flops
-        if kept is None:
-            return cost.one_pass(work) / products
-        return (cost.score(work) + cost.routed(work, kept * tokens * work.blocks)) / products
-
-    calls = {
-        "flat_4096": (4096, None),
-        "flat_16384": (16_384, None),
-        "peaked_1": (16_384, KEPT[0]),
-        "peaked_5": (16_384, KEPT[1]),
-        "micro_batch_1": (2048, KEPT[0]),
+    calls = {  # N, and which of the paths of `over_products`
+        "flat_4096": (4096, 0),
+        "flat_16384": (16_384, 0),
+        "peaked_1": (16_384, 2),
+        "peaked_5": (16_384, 3),
+        "micro_batch_1": (2048, 2),
     }
+
+    def over(n: int, d: int, path: int) -> float:
+        return over_products(memory.Work(n, d, VOCABULARY, 2, CARD))[path]
+
     shares = {kernel: {str(d): tile_share(n, d) for d in SIZES} for kernel, n in epilogues.items()}
-    return shares | {name: {str(d): over_products(n, d, kept) for d in SIZES} for name, (n, kept) in calls.items()}
+    return shares | {name: {str(d): over(n, d, path) for d in SIZES} for name, (n, path) in calls.items()}
+
+
+# What the constants may be instead. Products and epilogues: as measured on the H200 (docs/LOG.md). Larger tiles: from
+# no gain. The host: 1.1 ms times the least of ten ratios of its time on a CPU (.44), to no gain.
+FLOPS, ELEMENT, SQUARE, WAITING = (6.38e14, 7.28e14), (2e-13, 4e-13), (1.0, 1.5), (4.8e-4, 1.1e-3)
+
+
+def over_products(work: memory.Work) -> list[float]:
+    """Times of one pass, two passes and routed calls of KEPT, over the three products."""
+    products = 6 * work.tokens * work.hidden_size * work.vocab_size / cost.speeds(work).flops
+    routed = [cost.score(work) + cost.routed(work, kept * work.tokens * work.blocks) for kept in KEPT]
+    times = [cost.one_pass(work), cost.score(work) + cost.dense(work, work.tokens), *routed]
+    return [seconds / products for seconds in times]
+
+
+def bands(work: memory.Work) -> list[tuple[float, float]]:
+    """(least, most) of each over all combinations of what the constants may be."""
+    found = []
+    for flops, element, square, waiting in itertools.product(FLOPS, ELEMENT, SQUARE, WAITING):
+        speeds = replace(cost.speeds(work), flops=flops, element=element, waiting=waiting)
+        with mock.patch.dict(cost.SPEEDS, {(CARD, 2): speeds}), mock.patch.object(cost, "SQUARE", square):
+            found.append(over_products(work))
+    return [(min(each), max(each)) for each in zip(*found)]
 
 
 def row(shape: Shape) -> list[str]:
@@ -65,8 +92,6 @@ def row(shape: Shape) -> list[str]:
     n, d, v = shape.tokens, shape.hidden_size, shape.vocab_size
     work = memory.Work(n, d, v, 2, CARD)
     products = 3 * shape.flops / cost.SPEEDS[CARD, 2].flops
-    routed = [cost.score(work) + cost.routed(work, kept * n * work.blocks) for kept in KEPT]
-    times = [cost.one_pass(work), cost.score(work) + cost.dense(work, n), *routed]
     pairs = int(KEPT[-1] * n * work.blocks)
     sizes = [memory.peak_bytes(work, path, pairs) for path in ("one_pass", "two_pass", "routed")]
     return [
@@ -74,7 +99,7 @@ def row(shape: Shape) -> list[str]:
         f"{d:,}",
         f"{v:,}",
         f"{1e3 * products:.1f}",
-        *(f"{t / products:.2f}" for t in times),
+        *(f"{t:.2f} ({low:.2f} to {high:.2f})" for t, (low, high) in zip(over_products(work), bands(work))),
         *(f"{size / 2**20:.0f}" + " + dW" * with_dw for size, with_dw in sizes),
     ]
 
@@ -90,6 +115,10 @@ def lines() -> list[str]:
         square=cost.SQUARE,
         element=speeds.element,
         waiting=1e3 * speeds.waiting,
+        flops_band=" to ".join(f"{1e-12 * x:.0f}" for x in FLOPS),
+        element_band=" to ".join(f"{x:.0e}" for x in ELEMENT),
+        square_band=" to ".join(map(str, SQUARE)),
+        waiting_band=" to ".join(f"{1e3 * x:.1f}" for x in WAITING),
     )
     header = ["N", "D", "V", "three products, ms", "one pass", "two passes", *(f"routed, {k:.1%} kept" for k in KEPT)]
     header += ["MiB: one pass", "MiB: two passes", f"MiB: routed, {KEPT[-1]:.1%} kept"]

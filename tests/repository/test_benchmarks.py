@@ -19,7 +19,7 @@ from benchmarks.harness.results import RESULTS, Results
 from benchmarks.harness.shapes import SETS, TINY
 from benchmarks.studies import since
 from lad_kernels import reference
-from lad_kernels.head import dispatch, memory
+from lad_kernels.head import cost, dispatch, memory
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -200,6 +200,18 @@ def test_predicted_memory_is_within_the_budget():
                 size, float32_dw = memory.peak_bytes(work, path, int(kept * work.tokens * work.blocks))
                 room = 4 * work.vocab_size * work.hidden_size if path == "one_pass" and not float32_dw else 0
                 assert 0 <= size <= memory.BUDGET + room
+
+
+def test_predicted_times_lie_in_their_bands():
+    """Which leave the cost model as it is; routed calls hang on more that was not measured."""
+    for shape in predicted.SHAPES:
+        work = memory.Work(shape.tokens, shape.hidden_size, shape.vocab_size, 2, predicted.CARD)
+        before, times, bands = cost.SPEEDS[predicted.CARD, 2], predicted.over_products(work), predicted.bands(work)
+        assert cost.SPEEDS[predicted.CARD, 2] is before
+        assert all(low <= time <= high for time, (low, high) in zip(times, bands, strict=True))
+        one, two, _, routed = (high / low for low, high in bands)
+        assert 1 < two < 1.05
+        assert 1 < one < 1.1 < routed < 1.3
 
 
 def test_two_checkouts_are_called_in_turn(tmp_path, monkeypatch):

@@ -63,6 +63,15 @@ def tanh_and_slope(x):
 
 
 @triton.jit
+def one_minus_exp(x):
+    """1 - e^x of x <= 0 to a few roundings: -2 e^(x / 2) sinh(x / 2) near zero, with the series of sinh."""
+    y = 0.5 * x
+    s = y * y
+    sinh = y * (1.0 + s * (1 / 6) * (1.0 + s * (1 / 20) * (1.0 + s * (1 / 42) * (1.0 + s * (1 / 72)))))
+    return tl.where(x > -1.0, -2.0 * tl.exp(y) * sinh, 1.0 - tl.exp(x))
+
+
+@triton.jit
 def is_largest(z, largest):
     """Whether no logit is larger by more than four float32 roundings."""
     return z >= largest - 4.8e-7 * tl.maximum(tl.abs(largest), 1.0)

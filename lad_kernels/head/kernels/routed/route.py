@@ -41,6 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lad_kernels.head.kernels import tile_table
+from lad_kernels.head.kernels.tile import one_minus_exp
 from lad_kernels.head.kernels.waiting import Later
 from lad_kernels.head.records import BLOCK, SLACK, Bound, Dropped, LogitGradient, Routing
 
@@ -68,15 +69,6 @@ def _draws(lse, tokens, blocks):
     x = _mix(lse.to(tl.uint32, bitcast=True) + tokens.to(tl.uint32) * 0x9E3779B1)  # [TOKENS]
     x = _mix(x[None, :] ^ (blocks.to(tl.uint32) * 0x27D4EB2F + 0x165667B1)[:, None])  # [BLOCKS, TOKENS]
     return (x >> 8).to(tl.float32) * (1.0 / 16777216)
-
-
-@triton.jit
-def _one_minus_exp(x):
-    """1 - e^x of x <= 0 to a few roundings: -2 e^(x / 2) sinh(x / 2) near zero, with the series of sinh."""
-    y = 0.5 * x
-    s = y * y
-    sinh = y * (1.0 + s * (1 / 6) * (1.0 + s * (1 / 20) * (1.0 + s * (1 / 42) * (1.0 + s * (1 / 72)))))
-    return tl.where(x > -1.0, -2.0 * tl.exp(y) * sinh, 1.0 - tl.exp(x))
 
 
 @triton.jit
@@ -159,7 +151,7 @@ def _token_kernel(
         most += tl.abs(g)
     tl.store(size + tokens, most, inside)
     at_target = tl.exp(logp)  # [TOKENS]
-    own = tl.abs(rest * at_target + c * _one_minus_exp(logp)) + tl.abs(c) * _MARGIN  # [TOKENS] dZ at the target
+    own = tl.abs(rest * at_target + c * one_minus_exp(logp)) + tl.abs(c) * _MARGIN  # [TOKENS] dZ at the target
     block = y.to(tl.int64) // _BLOCK  # [TOKENS]
     known = inside & (y >= 0) & (block < blocks)  # [TOKENS]
     log_mass = tl.load(block_lse + block * stride + tokens, known, other=0.0)  # [TOKENS]

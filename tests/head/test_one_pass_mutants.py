@@ -99,7 +99,11 @@ HOST = {
         "ratio = torch.where(prob == 0, -1.0, onehot / prob)",
         "ratio = -1.0",
     ),
-    "one part for all of p, 16 bits": ("smoothed", "+ (1 + ratio))", "+ 0)"),
+    "one part for all of p, 16 bits": (
+        "smoothed",
+        "LogitGradient(ratio, torch",
+        "LogitGradient(-ratio.sign().abs(), torch",
+    ),
     "dW of the last chunk": ("no prior", "scaled, first=rows.start == 0", "scaled, first=True"),
     "dbias of the last chunk": ("float32", "pair, first=False", "pair, first=True"),
     "dbias from coefficients of 8 bits": ("bfloat16", "(r - high).to(f.dtype)]", "0 * high]"),
@@ -107,8 +111,8 @@ HOST = {
     "hidden states of the first tokens": ("some tokens", "at = rows if tokens is None else tokens[rows]", "at = rows"),
     "confidence forgotten": (
         "no prior",
-        "sums * (torch.expm1(logprobs) + (1 + ratio))",
-        "-sums",
+        "targets, logprobs, sums, LogitGradient",
+        "targets, 0 * logprobs - 99, sums, LogitGradient",
     ),
     "slope forgotten at the target, 16 bits": (
         "bfloat16",
@@ -120,7 +124,7 @@ HOST = {
         "sums * slope if capped else sums,",
         "sums,",
     ),
-    "one-hot added": ("no prior", "f.scatter_(1, column,", "f.scatter_add_(1, column,"),
+    "one-hot added": ("float32", "f.scatter_(1, column,", "f.scatter_add_(1, column,"),
     "too large sums accepted": ("range", " & (row_sums <= _LARGEST_SUM)", ""),
     "NaN accepted": (
         "NaN",

@@ -24,6 +24,7 @@ def check_write(module, device: str) -> None:
     logp, slopes, onehot, prob, entropy = torch.randn(5, N, generator=gen).unbind()
     logp = -logp.abs()
     logp[[2, 3]] = torch.tensor([-torch.inf, torch.nan])  # an excluded word, and a token that is lost
+    logp[0], onehot[0], prob[0], entropy[0] = -1e-6, 1e3, -1e3, 0.0  # a certain policy: 1 - p
     p = logp.double().exp()
     want = (onehot + p * prob - entropy * torch.where(p == 0, 0.0, p * logp.double())) * slopes  # [N]
     rows = ((targets >= FIRST) & (targets < FIRST + V)).nonzero()[:, 0]
@@ -38,9 +39,10 @@ def check_write(module, device: str) -> None:
 
 
 BUGS = {
-    "softmax term missing": ("tl.exp(logp) * weight", "0.0 * weight"),
+    "softmax term missing": ("+ to_mass) - to_mass * one_minus_exp(logp)", ")"),
+    "a certain policy cancels": ("+ to_mass) - to_mass * one_minus_exp(logp)", ") + to_mass * tl.exp(logp)"),
     "one-hot missing": ("tl.load(onehot + rows, mask=mine, other=0.0)", "0.0"),
-    "entropy term missing": ("weight -= tl.load(entropy", "weight -= 0.0 * tl.load(entropy"),
+    "entropy term missing": ("g -= tl.load(entropy", "g -= 0.0 * tl.load(entropy"),
     "slope forgotten": ("g *= tl.load(slopes + rows, mask=mine, other=0.0)", "g *= 1.0"),
     "slab offset forgotten": ("other=-1) - column0", "other=-1) - 0"),
     "targets before the slab": ("(column >= 0) & ", ""),

@@ -47,7 +47,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lad_kernels.head import flops
-from lad_kernels.head.kernels import dense, tile_table
+from lad_kernels.head.kernels import dense, target_columns, tile_table
 from lad_kernels.head.kernels.forward import target_logits
 from lad_kernels.head.kernels.tile import LN_2, LOG2_E, below, is_largest, logit_tile, tile_order
 from lad_kernels.head.kernels.tile_table import Tiles
@@ -337,13 +337,12 @@ def _fill_targets(
     logprobs: Tensor,  # [C]
 ) -> None:
     """S (p_y + a / b) z'_y: where F is float32, from the tile's own E_y, whose error S shares; else from logp."""
-    column = targets.clamp(0, f.shape[1] - 1)[:, None]  # [C, 1]
     ratio = torch.where(prob == 0, -1.0, onehot / prob)  # [C]; b = 0 here where a = 0
     if f.dtype == torch.float32:
-        at_target = f.gather(1, column)[:, 0] + ratio * sums  # [C]
+        column = targets.clamp(0, f.shape[1] - 1)[:, None]  # [C, 1]
+        f.scatter_(1, column, f.gather(1, column) + (ratio * sums)[:, None])
     else:
-        at_target = sums * (torch.expm1(logprobs) + (1 + ratio))  # [C]
-    f.scatter_(1, column, at_target.to(f.dtype)[:, None])
+        target_columns.write(f, targets, logprobs, sums, LogitGradient(ratio, torch.ones_like(ratio)), 0)
 
 
 def _launch(

@@ -1,11 +1,11 @@
-"""dR of the targets, written over what the kernel of a slab left in their columns.
+"""dR of the targets in 16 bits, written over what the kernel of a slab left in their columns.
 
     dR[n, y] = (onehot[n] + p_y (prob[n] - entropy[n] log p_y)) dz/draw,   log p_y = z_y - lse      (dense.py, tile.py)
 
 In a slab's kernel the one-hot term costs a comparison and an addition for every four and every one of its elements: 160
 of a Hopper's 874 instructions after a tile's products. Here it is one product of a hidden state and a row of W for each
-token, then as many numbers a slab. Rounded once, from log p_y in float32, as the slab's are.
-Cost: 4 N D bytes read once, 32 N bytes a slab, and a launch for either.
+token, then as many numbers a slab. Rounded once; where the policy is certain, 1 - p_y is as good as log p_y.
+Cost: 4 N D bytes read once (one_pass.py has log p_y already), 32 N bytes a slab, and a launch for either.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lad_kernels.head.kernels.tile import one_minus_exp
 from lad_kernels.head.records import LogitGradient
 
 _TOKENS = 256  # of a program
@@ -39,10 +40,10 @@ def _target_columns_kernel(
     mine = (column >= 0) & (column < V) & (rows < N)  # [TOKENS]
     logp = tl.load(logprobs + rows, mask=mine, other=0.0)  # [TOKENS]
     logp = tl.where(logp < -1e30, -1e30, logp)  # [TOKENS] of an excluded word; a NaN stays
-    weight = tl.load(prob + rows, mask=mine, other=0.0)  # [TOKENS]
+    to_mass = tl.load(prob + rows, mask=mine, other=0.0)  # [TOKENS]
+    g = (tl.load(onehot + rows, mask=mine, other=0.0) + to_mass) - to_mass * one_minus_exp(logp)  # [TOKENS] dZ
     if entropy is not None:
-        weight -= tl.load(entropy + rows, mask=mine, other=0.0) * logp
-    g = tl.load(onehot + rows, mask=mine, other=0.0) + tl.exp(logp) * weight  # [TOKENS] dZ
+        g -= tl.load(entropy + rows, mask=mine, other=0.0) * logp * tl.exp(logp)
     g *= tl.load(slopes + rows, mask=mine, other=0.0)  # [TOKENS] dR
     tl.store(dr + rows * dr_stride + column, g.to(dr.dtype.element_ty), mask=mine)
 

@@ -5,6 +5,7 @@ Supported versions and extras are those of the installed package's own metadata,
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import platform
@@ -174,16 +175,15 @@ def paths(asked: Asked, device: torch.device, dtype: torch.dtype) -> list[tuple[
         shapes = {"yours": (asked.hidden_size or 4096, asked.vocab_size or 151_936)}
     triton = checks.use_triton(asked.impl, device, dtype)
     one_pass = dtype != torch.float16 if triton else dtype.itemsize > 2  # as the head decides for itself
-    calls: dict[str, dict[str, Any]] = {
-        "scoring, no gradient": {"grad": False},
-        "linear_logprobs": {"tail": 0.0},
-        "linear_lad_loss, token level": {"one_pass": one_pass},
-    }
-    return [
-        (name, call, dispatch.why(asked.tokens, *shape, dtype=dtype, device=device, impl=asked.impl, **options))
-        for name, shape in shapes.items()
-        for call, options in calls.items()
-    ]
+    why = functools.partial(dispatch.why, asked.tokens, dtype=dtype, device=device, impl=asked.impl)
+    found = []
+    for name, (d, v) in shapes.items():
+        found += [
+            (name, "scoring, no gradient", why(hidden_size=d, vocab_size=v, grad=False)),
+            (name, "linear_logprobs", why(hidden_size=d, vocab_size=v, tail=0.0)),
+            (name, "linear_lad_loss, token level", why(hidden_size=d, vocab_size=v, one_pass=one_pass)),
+        ]
+    return found
 
 
 def self_check(device: torch.device, impl: str, dtype: torch.dtype = torch.float32) -> float:

@@ -19,8 +19,8 @@ def check_write(module, device: str) -> None:
     """Targets before, in and beyond the slab against the formula; all else stays, in the next rows too."""
     gen = torch.Generator().manual_seed(0)
     targets = torch.randint(FIRST - V, FIRST + 2 * V, (N,), generator=gen)
-    targets[:7] = torch.tensor([FIRST, -100, FIRST + 7, FIRST + V - 1, FIRST + V, FIRST - 1, FIRST + 5])
-    targets[-1] = FIRST + 3
+    targets[:7] = torch.tensor([FIRST, FIRST - 1, FIRST + 7, FIRST + V - 1, FIRST + V, FIRST + 5, -100])
+    targets[-1] = FIRST + 3  # a bug that writes beyond a row writes to another, not beyond the tensor
     logp, slopes, onehot, prob, entropy = torch.randn(5, N, generator=gen).unbind()
     logp = -logp.abs()
     logp[[2, 3]] = torch.tensor([-torch.inf, torch.nan])  # an excluded word, and a token that is lost

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import copy
 import io
@@ -10,6 +11,9 @@ import pytest
 import torch
 from cuda_device import LOG, CudaTensor
 from cuda_device.log import GRANULE
+
+from lad_kernels.head.kernels import target_columns, tile_table
+from lad_kernels.head.records import LogitGradient
 
 X = torch.arange(12.0).view(3, 4)  # [3, 4], on the host
 
@@ -198,3 +202,13 @@ def test_kernels_take_no_tensor_of_the_host(x):
     assert LOG.launches == {"add_one": 1}
     with pytest.raises(ValueError, match="cannot be accessed from Triton"):
         add_one[(1,)](X[1], out, 4)
+
+
+def test_the_packages_kernels_are_launched_on_their_tensors_device(monkeypatch):
+    """Which need not be the current one."""
+    numbers, targets = torch.zeros(3, device="cuda"), torch.arange(3, device="cuda")
+    out, gradient = torch.empty(3, 4, dtype=torch.bfloat16, device="cuda"), LogitGradient(numbers, numbers)
+    target_columns.write(out, targets, numbers, numbers, gradient, 0)
+    monkeypatch.setattr(tile_table, "current", lambda device: contextlib.nullcontext())
+    with pytest.raises(RuntimeError, match="_target_columns_kernel was launched on the current device"):
+        target_columns.write(out, targets, numbers, numbers, gradient, 0)

@@ -383,6 +383,6 @@ def _logit_gradient(
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
-        if slab.logprobs is not None:
-            target_columns.write(dr[:N, :V], slab.targets, slab.logprobs, slab.slopes, gradient, slab.column0)
+    if slab.logprobs is not None:
+        target_columns.write(dr[:N, :V], slab.targets, slab.logprobs, slab.slopes, gradient, slab.column0)
     return None if sums is None else sums[:, :V].sum(0)  # [V]

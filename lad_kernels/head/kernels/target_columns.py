@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lad_kernels.head.kernels import tile_table
 from lad_kernels.head.kernels.tile import one_minus_exp
 from lad_kernels.head.records import LogitGradient
 
@@ -58,17 +59,18 @@ def write(
 ) -> None:
     """Write dR of the targets that are in a slab."""
     N, V = dr.shape
-    _target_columns_kernel[(-(-N // _TOKENS),)](
-        dr,
-        targets,
-        logprobs,
-        slopes,
-        gradient.onehot,
-        gradient.prob,
-        gradient.entropy,
-        N,
-        V,
-        column0,
-        dr.stride(0),
-        TOKENS=_TOKENS,
-    )
+    with tile_table.current(dr.device):
+        _target_columns_kernel[(-(-N // _TOKENS),)](
+            dr,
+            targets,
+            logprobs,
+            slopes,
+            gradient.onehot,
+            gradient.prob,
+            gradient.entropy,
+            N,
+            V,
+            column0,
+            dr.stride(0),
+            TOKENS=_TOKENS,
+        )

@@ -79,6 +79,21 @@ def _always(value: Any) -> Callable:
     return lambda *args, **kwargs: value
 
 
+class Current(threading.local):
+    """Index of the current device, which Triton launches on: another than the tensors' until it is chosen."""
+
+    index = 1
+
+    def exchange(self, index: int) -> int:
+        before = self.index
+        if index >= 0:
+            self.index = index
+        return before
+
+
+CURRENT = Current()
+
+
 TORCH_CUDA = {
     "is_available": _always(True),
     "is_initialized": _always(True),
@@ -102,8 +117,8 @@ TORCH_CUDA = {
     "Stream": Stream,
     "get_rng_state": lambda device=None: torch.get_rng_state(),
     "get_rng_state_all": list,
-    "_exchange_device": _always(0),
-    "_maybe_exchange_device": _always(0),
+    "_exchange_device": CURRENT.exchange,
+    "_maybe_exchange_device": CURRENT.exchange,
 }
 for _name in ("_lazy_init", "synchronize", "empty_cache", "ipc_collect", "set_device"):
     TORCH_CUDA[_name] = _always(None)
@@ -215,6 +230,8 @@ def _interpret_values() -> None:
 
     def on_values(self, *args, **kwargs):
         kernel = self.fn.__name__
+        if CURRENT.index != 0 and self.fn.__module__.startswith("lad_kernels."):
+            raise RuntimeError(f"{kernel} was launched on the current device, which its tensors need not be on")
         LOG.launches[kernel] += 1
         args, kwargs = [values(x, kernel) for x in args], {k: values(v, kernel) for k, v in kwargs.items()}
         with torch._C._DisableTorchDispatch(), torch.no_grad():

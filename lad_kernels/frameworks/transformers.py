@@ -139,8 +139,14 @@ def patch_loss(
             f"model: expected {name} to compute its loss by transformers' ForCausalLMLoss, got one of its own making, "
             f"which linear_cross_entropy does not know; give the loss by fused_head"
         )
-    routing = {"backward": backward, "tail_mass": tail_mass, "tail": tail}
-    head.loss = partial(linear_cross_entropy, label_smoothing=label_smoothing, z_loss=z_loss, **routing)
+    head.loss = partial(
+        linear_cross_entropy,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        backward=backward,
+        tail_mass=tail_mass,
+        tail=tail,
+    )
     return head
 
 

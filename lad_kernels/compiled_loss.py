@@ -63,11 +63,11 @@ def _operator(name: str, kind: type) -> Any:
         given, inputs, config, wanted, needs = arguments_of(arguments)
         inputs, operands = prepared(given, inputs, config, wanted, needs)
         result, count = run(operands, inputs, config, wanted, given, needs)
-        empty, place = functools.partial(result.logprobs.new_empty, 0), operands.layout.packing.place
+        empty, scatter_back = functools.partial(result.logprobs.new_empty, 0), operands.layout.packing.scatter_back
         return (
             result.terms.loss,
-            place(result.logprobs) if wanted.logprobs else empty(),
-            empty() if result.entropy is None else place(result.entropy),
+            scatter_back(result.logprobs) if wanted.logprobs else empty(),
+            empty() if result.entropy is None else scatter_back(result.entropy),
             empty() if inputs.rewards is None else result.terms.advantages,
             stacked(all_metrics(result, count), _metric_names(config, wanted, needs)),
             *gradients_of(operands, result, needs),

@@ -253,8 +253,10 @@ class _CrossEntropy:
         logprobs, lse, entropy, *_, correct = self.out  # [M] each
         accuracy = correct.to(lse.dtype).sum() / max(len(correct), 1)  # []
         z_loss = (self.weights * self.z_loss * lse.square()).sum()  # []
-        place = packing.place
-        return CrossEntropyStats(accuracy, place(correct), place(logprobs), place(entropy), z_loss, metrics)
+        scatter_back = packing.scatter_back
+        return CrossEntropyStats(
+            accuracy, scatter_back(correct), scatter_back(logprobs), scatter_back(entropy), z_loss, metrics
+        )
 
 
 @operator("token_weights", "(Tensor token_weights, Tensor target_ids, Tensor counts) -> Tensor")

@@ -204,9 +204,9 @@ def _linear_loss(given: HeadArguments, inputs: PolicyInputs, config: PolicyConfi
     if given.impl == "reference":
         return reference_loss(operands, given, inputs, config, wanted)
     result, count = run(operands, inputs, config, wanted, given, operands.needs())
-    place = operands.layout.packing.place
-    logprobs = place(result.logprobs) if wanted.logprobs else None
-    entropy = None if result.entropy is None else place(result.entropy)
+    scatter_back = operands.layout.packing.scatter_back
+    logprobs = scatter_back(result.logprobs) if wanted.logprobs else None
+    entropy = None if result.entropy is None else scatter_back(result.entropy)
     advantages = result.terms.advantages if inputs.advantages is None else inputs.advantages.detach()
     total, metrics = attach(operands, result, count)
     return LossOutput(total, logprobs, entropy, advantages, metrics)

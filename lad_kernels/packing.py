@@ -37,13 +37,13 @@ class Packing:
         flat = x.reshape(self.shape.numel(), *x.shape[len(self.shape) :])
         return flat if self.kept is None else flat.index_select(0, self.kept)
 
-    def source(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    def flatten(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """Hidden states [N, D] or [B, T, D], not copied, and the flat rows [M] that take part; None: all of [N, D]."""
         if hidden.ndim == 2 or 1 in hidden.shape[:2] or hidden.stride(0) == hidden.shape[1] * hidden.stride(1):
             return hidden.reshape(self.shape.numel(), hidden.shape[-1]), self.kept
         return hidden, torch.arange(self.shape.numel(), device=hidden.device) if self.kept is None else self.kept
 
-    def place(self, x: Tensor) -> Tensor:
+    def scatter_back(self, x: Tensor) -> Tensor:
         """[M, ...] -> [N, ...] or [B, T, ...], exactly zero where nothing was kept."""
         if self.inside is not None:
             x = x.masked_fill(~self.inside.reshape(-1, *[1] * (x.ndim - 1)), 0)

@@ -120,9 +120,9 @@ def linear_policy_loss(
     with torch.no_grad(), flops.counting() as tally:
         result = Step(operands.head(), loss, needs, wanted).run()
     total, metrics = attach(operands, result, tally[0])
-    place = operands.layout.packing.place
-    logprobs = place(result.logprobs) if return_logprobs else None
-    entropy = place(result.entropy) if return_entropy else None
+    scatter_back = operands.layout.packing.scatter_back
+    logprobs = scatter_back(result.logprobs) if return_logprobs else None
+    entropy = scatter_back(result.entropy) if return_entropy else None
     return LossOutput(total, logprobs, entropy, advantages=None, metrics=metrics)
 
 
@@ -203,7 +203,7 @@ def _reference(operands: Operands, given: HeadArguments, loss: _OwnLoss, wanted:
     from lad_kernels import reference
 
     packing = operands.layout.packing
-    mask = packing.place(torch.ones(packing.tokens, dtype=torch.bool, device=operands.hidden.device))
+    mask = packing.scatter_back(torch.ones(packing.tokens, dtype=torch.bool, device=operands.hidden.device))
     head = operands.for_reference(given)
     out = reference.linear_logprobs(**head, loss_mask=mask, return_entropy=loss.needs_entropy)
     entropy = packing.take(out.entropy) if wanted.entropy else None  # [M]

@@ -54,10 +54,10 @@ def linear_logprobs(
         log_p = (z - lse[:, None]).clamp(min=-1e30)  # [M, V]; a bias of -inf excludes a word, and 0 * -inf is 0
         entropy = -(log_p.exp() * log_p).sum(-1)  # [M]
 
-    def place(x: Tensor) -> Tensor:
+    def scatter_back(x: Tensor) -> Tensor:
         return x.new_zeros(target_ids.numel()).index_put((kept,), x).reshape(target_ids.shape)
 
-    return LinearLogprobs(place(logprobs), None if entropy is None else place(entropy), place(lse))
+    return LinearLogprobs(scatter_back(logprobs), None if entropy is None else scatter_back(entropy), scatter_back(lse))
 
 
 def _logits(
@@ -109,10 +109,10 @@ def linear_cross_entropy(
     squares = z_loss * lse.square()  # [M]
     loss = torch.where(w == 0, 0.0, w * (loss + squares))  # [M]
 
-    def place(x: Tensor) -> Tensor:
+    def scatter_back(x: Tensor) -> Tensor:
         return x.new_zeros(target_ids.numel()).index_put((kept,), x).reshape(target_ids.shape)
 
-    total = place(loss) if reduction == "none" else loss.sum()
+    total = scatter_back(loss) if reduction == "none" else loss.sum()
     if not return_stats:
         return total
     z = z.detach()
@@ -120,7 +120,12 @@ def linear_cross_entropy(
     correct, entropy = z_y >= z.amax(1), -(log_p.exp() * log_p).sum(-1)  # [M], [M]
     accuracy = correct.to(z.dtype).sum() / max(len(kept), 1)  # []
     return total, CrossEntropyStats(
-        accuracy, place(correct), place(z_y - lse.detach()), place(entropy), (w * squares).sum().detach(), {}
+        accuracy,
+        scatter_back(correct),
+        scatter_back(z_y - lse.detach()),
+        scatter_back(entropy),
+        (w * squares).sum().detach(),
+        {},
     )
 
 

@@ -126,7 +126,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     mean = head.mean_logits() if mean_logit else None
     rows = torch.tensor([] if layout.shard is None else layout.shard.rows, dtype=torch.int64)
     tokens = (out.logprobs, out.entropy, out.lse, mean, out.correct, out.lse_rest)
-    return *(out.lse.new_empty(0) if x is None else layout.packing.place(x) for x in tokens), rows
+    return *(out.lse.new_empty(0) if x is None else layout.packing.scatter_back(x) for x in tokens), rows
 
 
 @_forward.register_fake

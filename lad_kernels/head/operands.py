@@ -73,7 +73,7 @@ class Layout:
 
     def head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Head:
         """hidden [N, D] or [B, T, D], weight [V, D], bias [V], targets [M]."""
-        rows, tokens = self.packing.source(hidden)
+        rows, tokens = self.packing.flatten(hidden)
         if self.shard is None:
             return Head(rows, weight, targets, bias, self.transform, self.triton, tokens)
         from lad_kernels.head.vocab_parallel import ShardedHead

@@ -79,7 +79,9 @@ def _validate_values(inputs: PolicyInputs, like: Tensor, config: PolicyConfig) -
     if not checks.may_read(like):
         return
     packing = pack(like.detach(), inputs.loss_mask, inputs.cu_seqlens)
-    tokens = packing.place(torch.ones(packing.tokens, dtype=torch.bool, device=like.device))  # the shape of `like`
+    tokens = packing.scatter_back(
+        torch.ones(packing.tokens, dtype=torch.bool, device=like.device)
+    )  # the shape of `like`
     sequences = None if packing.cu_seqlens is None else lengths_of(packing.cu_seqlens, packing.inside) > 0  # [B]
     logprobs = like if like.dtype.is_floating_point else None  # target_ids else
     given = {"old_logprobs": inputs.old_logprobs, "ref_logprobs": inputs.ref_logprobs, "logprobs": logprobs}

@@ -132,8 +132,8 @@ def policy_loss(logprobs: Tensor, inputs: PolicyInputs, config: PolicyConfig, im
         return loss(logprobs, config=config, **{k: v for k, v in inputs._asdict().items() if k != "rewards"})
     packing, logp, entropy, terms = _evaluate(logprobs, inputs, config, impl)
     loss = _AttachGradient.apply(logp, entropy, terms.loss, terms.dlogprobs, terms.dentropy)
-    entropy = None if entropy is None else packing.place(entropy.detach())  # [N] or [B, T]
-    return LossOutput(loss, packing.place(logp.detach()), entropy, inputs.advantages.detach(), terms.metrics)
+    entropy = None if entropy is None else packing.scatter_back(entropy.detach())  # [N] or [B, T]
+    return LossOutput(loss, packing.scatter_back(logp.detach()), entropy, inputs.advantages.detach(), terms.metrics)
 
 
 def _checked(logprobs: Tensor, inputs: PolicyInputs, config: PolicyConfig, impl: str) -> PolicyInputs:
@@ -196,7 +196,7 @@ def _operator(name: str, kind: type) -> Any:
         packing, logp, entropy, terms = _evaluate(logprobs, inputs, config, impl)
         tokens = (logp.detach().clone(), entropy, terms.dlogprobs, terms.dentropy)  # [M] each
         empty = terms.loss.new_empty(0)
-        logp, entropy, dlogprobs, dentropy = (empty if x is None else packing.place(x) for x in tokens)
+        logp, entropy, dlogprobs, dentropy = (empty if x is None else packing.scatter_back(x) for x in tokens)
         metrics = stacked(terms.metrics, metric_names(config, entropy=inputs.entropy is not None))
         return terms.loss, logp, entropy.clone(), metrics, dlogprobs, dentropy
 

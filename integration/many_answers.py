@@ -188,10 +188,10 @@ def sample(
     tree, cache, done = TokenTree(), DynamicCache(config=model.config), 0
     at = [node for problem in problems for node in [tree.add(problem.prompt)] * group_size]  # [B] node of each draw
     answers: list[list[int]] = [[] for _ in at]
-    live = list(range(len(at)))
+    unfinished = list(range(len(at)))
     for _ in range(longest):
         hidden = hidden_states(model, tree.inputs(model.device, done), past_key_values=cache)  # [K - done, D]
-        waiting = Counter(at[draw] for draw in live)
+        waiting = Counter(at[draw] for draw in unfinished)
         nodes = sorted(waiting)
         logprobs = (hidden[torch.tensor(nodes) - done] @ weight.T).log_softmax(-1).cpu()  # [W, V]
         done = len(tree)
@@ -199,11 +199,11 @@ def sample(
             node: torch.multinomial(row.exp(), waiting[node], replacement=True, generator=generator).tolist()
             for node, row in zip(nodes, logprobs)
         }
-        for draw in live:
+        for draw in unfinished:
             answers[draw].append(drawn[at[draw]].pop())
-        live = [draw for draw in live if answers[draw][-1] not in ends]
-        if not live:
+        unfinished = [draw for draw in unfinished if answers[draw][-1] not in ends]
+        if not unfinished:
             break
-        for draw in live:
+        for draw in unfinished:
             at[draw] = tree.add(answers[draw][-1:], at[draw])
     return [[tuple(x) for x in answers[i : i + group_size]] for i in range(0, len(at), group_size)]

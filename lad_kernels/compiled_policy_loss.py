@@ -136,14 +136,14 @@ def _refuse_independent(ctx: Any, inputs: tuple, output: Tensor) -> None:
     loss, logprobs, *_ = inputs
     if logprobs.grad_fn is None or _INPUT not in logprobs.grad_fn.name():
         return
-    to_do, seen = [loss.grad_fn], set()
+    to_do, visited = [loss.grad_fn], set()
     while to_do:
         node = to_do.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
         if _INPUT in node.name():
             return
-        seen.add(node)
+        visited.add(node)
         to_do += [before for before, _ in node.next_functions]
     refuse_independent()
 

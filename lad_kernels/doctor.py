@@ -250,7 +250,7 @@ def main(asked: Asked, console: Console | None = None) -> int:
     unavailable = checks.triton_unavailable(device, dtype)
     installed = packages()
     problems = package_problems(installed, asked.require, device.type == "cuda" or asked.impl == "triton")
-    console.print(table("Machine", ("what", "found"), machine(device, unavailable)))
+    console.print(table("Machine", ("what", "value"), machine(device, unavailable)))
     rows = [(p.name, p.version or "-", p.supported or "-", p.verdict) for p in installed]
     console.print(table("Packages", ("package", "installed", "supported", "verdict"), rows))
     if not requirements():

@@ -55,10 +55,10 @@ def evaluate(
     objective: Objective, logprobs: Tensor, entropy: Tensor | None, tokens: Tokens
 ) -> tuple[Tensor, dict[str, Tensor]]:  # [m], [m]
     """Its loss and metrics, of the kinds and shapes that it may return."""
-    found = objective(logprobs, entropy, tokens)
-    loss, metrics = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
+    returned = objective(logprobs, entropy, tokens)
+    loss, metrics = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, {})
     if not isinstance(loss, Tensor) or not isinstance(metrics, Mapping):
-        kinds = ", ".join(type(x).__name__ for x in (found if isinstance(found, tuple) else (found,)))
+        kinds = ", ".join(type(x).__name__ for x in (returned if isinstance(returned, tuple) else (returned,)))
         raise TypeError(f"objective: expected it to return a scalar loss, or (loss, metrics by name), got {kinds}")
     if loss.shape != () or not loss.dtype.is_floating_point or loss.device != logprobs.device:
         raise ValueError(

@@ -178,13 +178,13 @@ class _OwnLoss:
             loss, metrics = self.call(tokens, *inputs)
             if not self._grad or not len(out.logprobs):
                 return loss, metrics, LogitGradient.of_logprobs(torch.zeros_like(out.logprobs))
-            found: Sequence[Tensor | None] = [None] * len(inputs)
+            gradients: Sequence[Tensor | None] = [None] * len(inputs)
             if loss.requires_grad:
-                found = torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)
-        if all(g is None for g in found):
+                gradients = torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)
+        if all(g is None for g in gradients):
             refuse_independent()
-        c = torch.zeros_like(out.logprobs) if found[0] is None else found[0]  # [m]
-        c_entropy = found[1] if len(found) > 1 else None  # [m]
+        c = torch.zeros_like(out.logprobs) if gradients[0] is None else gradients[0]  # [m]
+        c_entropy = gradients[1] if len(gradients) > 1 else None  # [m]
         if checks.may_read(c) and not out.logprobs.isnan().any():  # NaN of the head's own are passed on
             refuse_nan(loss, tokens.positions, c, c_entropy)
         prob = -c if c_entropy is None else -c - c_entropy * entropy  # [m]

@@ -77,8 +77,8 @@ def lad_loss(
     if low > -math.inf or high < math.inf:
         above, below = beyond(t.log_ratio.detach())
         extra["clip_share"] = t.mean(above | below)
-    bites = (t.log_ratio_raw != t.log_ratio) | (u_raw != u)
-    return t.finish(value, advantages, bites, extra, normalizer, ref_logprobs, entropy, rollout_is_weights)
+    clamped = (t.log_ratio_raw != t.log_ratio) | (u_raw != u)
+    return t.finish(value, advantages, clamped, extra, normalizer, ref_logprobs, entropy, rollout_is_weights)
 
 
 def grpo_loss(
@@ -129,9 +129,9 @@ def grpo_loss(
         clipped = torch.zeros_like(clipped)
     elif config.dual_clip is not None:
         clipped |= (a < 0) & (ratio > config.dual_clip)
-    bites = t.log_ratio_raw != t.log_ratio
+    clamped = t.log_ratio_raw != t.log_ratio
     extra = {"clip_share": t.mean(clipped)}
-    return t.finish(value, advantages, bites, extra, normalizer, ref_logprobs, entropy, rollout_is_weights)
+    return t.finish(value, advantages, clamped, extra, normalizer, ref_logprobs, entropy, rollout_is_weights)
 
 
 def counted(like: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -221,7 +221,7 @@ class _Tokens:
             ones = ones / self.lengths[self.sequence]
         return ones / normalizer
 
-    def finish(self, value, advantages, bites, extra, normalizer, ref_logprobs, entropy, rollout_is_weights):
+    def finish(self, value, advantages, clamped, extra, normalizer, ref_logprobs, entropy, rollout_is_weights):
         """Aggregate, add the KL and entropy terms, and measure."""
         config, w = self.config, self.weights(normalizer)  # [M]
         isw = (
@@ -234,7 +234,7 @@ class _Tokens:
         metrics = {
             "ratio_mean": self.mean(r),
             "ratio_max": r.max() if len(r) else r.new_zeros(()),
-            "clamp_share": self.mean(bites),
+            "clamp_share": self.mean(clamped),
             "approx_kl_k1": self.mean(-d),
             "approx_kl_k3": self.mean(d.expm1() - d),
             "ess": self.effective_share(self.log_ratio.detach()),

@@ -28,9 +28,9 @@ def gradients_of(operands: Operands, result: StepResult, needs: Needs) -> tuple[
     like = empty_gradients((hidden, weight, bias), needs)
     if result.plan is None:
         return like
-    found = result.plan.run(operands.head(), torch.ones_like(result.terms.loss), wide=_wide(hidden, weight, bias))
-    gradients = zip(like, found.shaped(hidden))
-    return tuple(empty if g is None else g.to(empty.dtype).contiguous() for empty, g in gradients)
+    gradients = result.plan.run(operands.head(), torch.ones_like(result.terms.loss), wide=_wide(hidden, weight, bias))
+    pairs = zip(like, gradients.shaped(hidden))
+    return tuple(empty if g is None else g.to(empty.dtype).contiguous() for empty, g in pairs)
 
 
 def _wide(*inputs: Tensor | None) -> bool:
@@ -40,8 +40,8 @@ def _wide(*inputs: Tensor | None) -> bool:
 
 def empty_gradients(inputs: Sequence[Tensor | None], needs: Needs) -> tuple[Tensor, ...]:
     """Gradients without values; [0] where they are not needed."""
-    wide, found = _wide(*inputs), []
+    wide, empty = _wide(*inputs), []
     for x, need in zip(inputs, needs):
         dtype = inputs[0].dtype if x is None else torch.promote_types(x.dtype, torch.float32) if wide else x.dtype
-        found.append(inputs[0].new_empty(x.shape if need else 0, dtype=dtype))
-    return tuple(found)
+        empty.append(inputs[0].new_empty(x.shape if need else 0, dtype=dtype))
+    return tuple(empty)

@@ -133,8 +133,8 @@ def peaked_hidden(weight: Tensor, tokens: int, entropy: float, gen: torch.Genera
     for _ in range(40):
         middle = (low + high) / 2 if high < 1e4 else max(2 * low, 1.0)
         log_p = (probe * middle).log_softmax(-1)
-        found = -(log_p.exp() * log_p).sum(-1).mean().item()
-        low, high = (middle, high) if found > entropy else (low, middle)
+        reached = -(log_p.exp() * log_p).sum(-1).mean().item()
+        low, high = (middle, high) if reached > entropy else (low, middle)
     return hidden * high
 
 

@@ -68,9 +68,9 @@ class LADPolicyLossConfig(PolicyLossConfig):
     def lad_config(self, loss_agg_mode: str = "token-mean", actor: Any = None) -> LADConfig:
         """The same settings for `lad_loss`, with verl's clip range where the actor has one that is not its default."""
         both = getattr(actor, "clip_ratio", CLIP_RATIO)
-        found = [getattr(actor, name, None) for name in ("clip_ratio_low", "clip_ratio_high")]
-        low, high = (both if x is None else x for x in found)
-        if both != CLIP_RATIO and low == high == CLIP_RATIO and None not in found:
+        bounds = [getattr(actor, name, None) for name in ("clip_ratio_low", "clip_ratio_high")]
+        low, high = (both if x is None else x for x in bounds)
+        if both != CLIP_RATIO and low == high == CLIP_RATIO and None not in bounds:
             raise ValueError(
                 f"clip_ratio: expected clip_ratio_low and clip_ratio_high to go with it, got {both!r} while they are "
                 f"{low!r}, which is what verl reads; set these two"

@@ -160,8 +160,8 @@ def _backward(
     if all(g is None for g in upstream) or not any(needs):
         return tuple(nothing)
     *tensors, loss_mask, lse, rest, entropy, rows = ctx.saved_tensors
-    found = _gradients(*tensors, *ctx.rest, loss_mask, lse, rest, entropy, rows, *upstream, list(needs))
-    hidden, weight, bias = (g if need else None for g, need in zip(found, needs))
+    gradients = _gradients(*tensors, *ctx.rest, loss_mask, lse, rest, entropy, rows, *upstream, list(needs))
+    hidden, weight, bias = (g if need else None for g, need in zip(gradients, needs))
     return hidden, weight, None, bias, *nothing[4:]
 
 
@@ -192,10 +192,10 @@ def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
     gradient = LogitGradient(onehot, prob, g_entropy).with_rest(rest)
     active = None if given.capturable else gradient.active(g_mean)  # [A]
     part = head.select(active)
-    found = part.backward(select(lse, active), gradient.select(active), None, Needs(*needs))
+    gradients = part.backward(select(lse, active), gradient.select(active), None, Needs(*needs))
     if g_mean is not None:
-        part.add_mean_logit(found, select(g_mean, active))
-    return tuple(lse.new_empty(0) if g is None else g.contiguous() for g in found.shaped(flat[0]))
+        part.add_mean_logit(gradients, select(g_mean, active))
+    return tuple(lse.new_empty(0) if g is None else g.contiguous() for g in gradients.shaped(flat[0]))
 
 
 @_gradients.register_fake

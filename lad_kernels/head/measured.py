@@ -83,9 +83,9 @@ def compare(measured: cost.Speeds, assumed: cost.Speeds) -> tuple[list[tuple[str
         ("gathered", 1.0, "routed products over large ones", 0),
         ("block", 1e3, "routed, ms a block", -1),
     ):
-        found, expected = getattr(measured, name), getattr(assumed, name) * faster**power
-        rows.append((title, f"{found * unit:.3g}", f"{expected * unit:.3g}"))
-        if max(found / expected, expected / found) > FIFTH:
+        measured_speed, expected = getattr(measured, name), getattr(assumed, name) * faster**power
+        rows.append((title, f"{measured_speed * unit:.3g}", f"{expected * unit:.3g}"))
+        if max(measured_speed / expected, expected / measured_speed) > FIFTH:
             off.append(name)
     if not off:
         return rows, None

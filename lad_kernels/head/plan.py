@@ -187,9 +187,9 @@ def plan_backward(
             unbiased=sparsity.unbiased, most_pairs=memory.most_pairs(work) if sparsity.backward == "auto" else None,
             triton=part.triton,
         )  # fmt: skip
-        dense, alive = len(chosen.dense), error_bound.active
-        taken = dispatch.takes_routed(work, alive, error_bound.pairs, dense, backward=sparsity.backward)
-        if taken and dense < alive:
+        dense, active_tokens = len(chosen.dense), error_bound.active
+        taken = dispatch.takes_routed(work, active_tokens, error_bound.pairs, dense, backward=sparsity.backward)
+        if taken and dense < active_tokens:
             routing, bound = chosen, error_bound
     if all_given and routing is None:
         active = gradient.active()  # [A]

@@ -178,14 +178,16 @@ def _measure(head: Head, c: Tensor | None, tail_mass: float, tail: str, buckets:
         dense = active[routing.dense]  # [Nd] tokens that keep every block
         kept[active] = torch.bincount(routing.rows, minlength=len(active))
         kept[dense] = work.blocks
-    pairs, live, whole = int(kept.sum()), len(active), len(dense)
-    fastest = cost.score(work) + cost.dense(work, live)
-    routed = cost.score(work) + cost.routed(work, pairs - whole * work.blocks, whole, live)
-    path = "routed" if dispatch.takes_routed(work, live, pairs, whole, backward="auto") else "two_pass"
+    pairs, active_tokens, whole = int(kept.sum()), len(active), len(dense)
+    fastest = cost.score(work) + cost.dense(work, active_tokens)
+    routed = cost.score(work) + cost.routed(work, pairs - whole * work.blocks, whole, active_tokens)
+    path = "routed" if dispatch.takes_routed(work, active_tokens, pairs, whole, backward="auto") else "two_pass"
     if head.has_one_pass(need_bias=False):
-        fastest = min(fastest, cost.one_pass(work, live))
+        fastest = min(fastest, cost.one_pass(work, active_tokens))
         rule = dispatch.Sparsity(tail_mass, unbiased=True, backward="auto")
-        shares = dispatch.Shares(live / work.tokens, pairs / max(live * work.blocks, 1), whole / max(live, 1))
+        shares = dispatch.Shares(
+            active_tokens / work.tokens, pairs / max(active_tokens * work.blocks, 1), whole / max(active_tokens, 1)
+        )
         path = "one_pass" if dispatch.takes_one_pass(work, rule, shares) else path
     return SparsityProfile(
         tokens=work.tokens,
@@ -193,7 +195,7 @@ def _measure(head: Head, c: Tensor | None, tail_mass: float, tail: str, buckets:
         tail_mass=tail_mass,
         mean_entropy=out.entropy.mean().item(),
         kept_share=pairs / (work.tokens * work.blocks),
-        zero_share=1 - live / work.tokens,
+        zero_share=1 - active_tokens / work.tokens,
         dropped_mass_mean=bound.dropped_mass_mean.item(),
         dropped_mass_max=bound.dropped_mass_max.item(),
         dense_tokens=whole,

@@ -63,7 +63,7 @@ def _norm(mass: Tensor, prob: Tensor, entropy: Tensor | None) -> Tensor:
     return norm
 
 
-class _Pieces:
+class _BlockNorms:
     """Probability masses and L1 norms of the pieces of dZ, a slice of blocks at a time."""
 
     def __init__(self, block_lse: Tensor, lse: Tensor, logprobs: Tensor, targets: Tensor, gradient: LogitGradient):
@@ -134,10 +134,10 @@ def kept_share(
     """Of S tokens with a gradient, the share of pairs that `route` would keep, by their masses, and that of tokens that
     it would hand to the dense path whole, whose pairs are all among the kept ones; NaN without any.
     """
-    pieces = _Pieces(out.block_lse, out.lse, out.logprobs, targets, gradient)
-    active = pieces.size != 0  # [S]
-    threshold = theta * pieces.size.sum() / active.sum().clamp(min=1)  # []
-    kept = [(norm / threshold).clamp(max=1.0) if unbiased else norm > threshold for _, norm in pieces]  # [b, S] each
+    norms = _BlockNorms(out.block_lse, out.lse, out.logprobs, targets, gradient)
+    active = norms.size != 0  # [S]
+    threshold = theta * norms.size.sum() / active.sum().clamp(min=1)  # []
+    kept = [(norm / threshold).clamp(max=1.0) if unbiased else norm > threshold for _, norm in norms]  # [b, S] each
     share = torch.cat(kept).to(out.lse.dtype).mean(0)  # [S]
     whole = share > dense_share  # [S]
     return torch.stack([torch.where(whole, 1.0, share), whole.to(share.dtype)])[:, active].mean(1)
@@ -201,13 +201,13 @@ def choose(
     most_pairs: int | None,
 ) -> tuple[Routing, int, Bound]:
     """The pairs that `route` keeps, tokens with a gradient, and `bound` of the sums over those that it does not."""
-    pieces = _Pieces(block_lse, lse, logprobs, targets, gradient)
-    active = pieces.size != 0  # [A]
+    norms = _BlockNorms(block_lse, lse, logprobs, targets, gradient)
+    active = norms.size != 0  # [A]
     some = active.sum().clamp(min=1)  # []
-    threshold = theta * pieces.size.sum() / some  # []
+    threshold = theta * norms.size.sum() / some  # []
     keep = torch.empty(block_lse.shape, dtype=torch.bool, device=lse.device)  # [blocks, A]
     expected = torch.zeros_like(lse)  # [A] pairs
-    for part, norm in pieces:
+    for part, norm in norms:
         keep[part] = ~(norm <= (threshold * _draws(lse, part) if unbiased else threshold))  # NaN is kept
         expected += ((norm / threshold).clamp_(max=1.0) if unbiased else keep[part]).sum(0)
     many = active & ~(expected <= dense_share * len(keep))  # [A]; not by the draw, which would bias what remains
@@ -222,7 +222,7 @@ def choose(
     lost, error, by_block = torch.zeros_like(lse), torch.zeros_like(lse), lse.new_empty(len(keep))  # [A] x 2, [blocks]
     longest, reach = lengths()  # [blocks], [A]
     reach = reach.masked_fill(aside, 0.0)  # [A]
-    for part, norm in pieces:
+    for part, norm in norms:
         kept = keep[part] | aside  # [b, A]
         lost += norm.masked_fill(kept, 0.0).sum(0)
         if unbiased:
@@ -232,6 +232,6 @@ def choose(
         error += torch.mv(norm.T, longest[part])
         by_block[part] = torch.mv(norm, reach)
     blocks, rows = (x.contiguous() for x in keep.nonzero().unbind(1))  # [P], [P]
-    scale = (threshold / pieces.at(blocks, rows)).clamp_(min=1.0) if unbiased else None  # [P]
-    mass = torch.where(active, lost / pieces.size, 0.0)  # [A]
+    scale = (threshold / norms.at(blocks, rows)).clamp_(min=1.0) if unbiased else None  # [P]
+    mass = torch.where(active, lost / norms.size, 0.0)  # [A]
     return Routing(rows, scale, offsets, dense), int(active.sum()), bound(Dropped(some, mass, error, by_block))

@@ -74,8 +74,8 @@ def _operator(
     rewards: Tensor, group_size: int | None, group_ids: Tensor | None, scale: str, eps: float, impl: str
 ) -> Tensor:
     """For torch.compile and torch.export to trace."""
-    found = group_advantages(rewards, group_size=group_size, group_ids=group_ids, scale=scale, eps=eps, impl=impl)
-    return found.clone() if found is rewards else found
+    advantages = group_advantages(rewards, group_size=group_size, group_ids=group_ids, scale=scale, eps=eps, impl=impl)
+    return advantages.clone() if advantages is rewards else advantages
 
 
 @_operator.register_fake

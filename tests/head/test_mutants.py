@@ -300,12 +300,12 @@ ROUTE_KERNELS = {
         "tl.maximum(tl.load(threshold) - norm, 0.0, propagate_nan=_ALL), dropped)",
         "0.0, dropped)",
     ),
-    "dense tokens in the bound": ("(alive & (many == 0))[None, :]", "alive[None, :]"),
-    "pairs without a gradient": ("valid = there & alive[None, :]", "valid = there"),
+    "dense tokens in the bound": ("(active & (many == 0))[None, :]", "active[None, :]"),
+    "pairs without a gradient": ("valid = there & active[None, :]", "valid = there"),
     "all tokens in the bound of too many pairs": ("dense.fill_(1)", "dense.fill_(0)"),
-    "sums without a gradient": ("(alive & (many == 0))[None, :]", "(inside & (many == 0))[None, :]"),
+    "sums without a gradient": ("(active & (many == 0))[None, :]", "(inside & (many == 0))[None, :]"),
     "lengths without a gradient": (
-        "tl.load(reach + tokens, alive, other=0.0)",
+        "tl.load(reach + tokens, active, other=0.0)",
         "tl.load(reach + tokens, inside, other=0.0)",
     ),
 }

@@ -95,11 +95,11 @@ def check(x: Case, path=kernels, *, flips: int = 2, **options) -> Routing:
     unbiased = options.get("unbiased", True)
     (found, lost), (true, truth) = x.choose(path, **options), x.choose(routing, **options)
     (ours, many), (theirs, whole) = lists(found, tokens), lists(true, tokens)
-    pieces = routing._Pieces(x.block_lse, x.lse, x.logprobs, x.targets, x.gradient)
-    norm = torch.cat([n for _, n in pieces])  # [blocks, A]
-    threshold = x.theta * pieces.size.sum() / (pieces.size != 0).sum().clamp(min=1)  # []
+    norms = routing._BlockNorms(x.block_lse, x.lse, x.logprobs, x.targets, x.gradient)
+    norm = torch.cat([n for _, n in norms])  # [blocks, A]
+    threshold = x.theta * norms.size.sum() / (norms.size != 0).sum().clamp(min=1)  # []
     bar = threshold * routing._draws(x.lse, slice(0, blocks)) if unbiased else threshold  # [blocks, A]
-    unsure = 16 * EPS * (norm + pieces.size)  # [blocks, A]
+    unsure = 16 * EPS * (norm + norms.size)  # [blocks, A]
     near = (norm - bar).abs() <= unsure  # [blocks, A]
     expected = ((norm / threshold).clamp(max=1.0) if unbiased else ~(norm <= threshold)).sum(0)  # [A]
     slack = 4 * EPS * blocks + (unsure / threshold).sum(0) if unbiased else near.sum(0)  # [A]
@@ -117,7 +117,7 @@ def check(x: Case, path=kernels, *, flips: int = 2, **options) -> Routing:
         assert ((ours == theirs) | ((ours - theirs).abs() <= rough * theirs.abs()))[both].all()
     else:
         assert found.scale is None
-    assert lost.active == truth.active == int((pieces.size != 0).sum())
+    assert lost.active == truth.active == int((norms.size != 0).sum())
     if differ == 0:
         for name, ours_, theirs_ in zip(Dropped._fields[1:], lost[1:], truth[1:]):
             finite = theirs_[theirs_.isfinite()].abs()

@@ -69,10 +69,10 @@ BUGS = {
         "lse's gradient": ("gradients", "-onehot if g_lse is None else g_lse - onehot", "-onehot"),
         "entropy's part of prob": ("gradients", "prob = prob - g_entropy * entropy.reshape(-1)", "pass"),
         "mean logit alone": ("mean logit", "gradient.active(g_mean)", "gradient.active()"),
-        "mean logit forgotten": ("mean logit", "part.add_mean_logit(found, select(g_mean, active))", "pass"),
+        "mean logit forgotten": ("mean logit", "part.add_mean_logit(gradients, select(g_mean, active))", "pass"),
     },
     "step_operator.py": {
-        "float16": ("scaler", "wide, found = _wide(*inputs), []", "wide, found = False, []"),
+        "float16": ("scaler", "wide, empty = _wide(*inputs), []", "wide, empty = False, []"),
     },
     "operators.py": {
         "upstream gradient": ("LAD times 4", "x.to(torch.promote_types(x.dtype, torch.float32)) * grad", "x"),

@@ -54,7 +54,7 @@ POLICY = {  # bug: check that shows it, source, mutant
     "an objective of no token": ("none", "if not len(logprobs):", "if False:"),
     "a false claim in chunks": ("claim", "self._chunks.append((rows, gradient.onehot))", "pass"),
     "a false claim of two halves": ("mean", "checks.reads_all_values() and self._grad and len(joint)", "False"),
-    "a detached loss": ("detached", "if all(g is None for g in found):", "if False:"),
+    "a detached loss": ("detached", "if all(g is None for g in gradients):", "if False:"),
     "NaN of the log-probs' gradient": (
         "NaN",
         "refuse_nan(loss, tokens.positions, c, c_entropy)",

@@ -187,8 +187,8 @@ def _mark_kernel(
     norm = _norms(
         block_lse, lse, prob, entropy, target_norm, targets, at[:, None], tokens[None, :], there, A, stride
     )  # [BLOCKS, TOKENS]
-    alive = tl.load(size + tokens, tokens < A, other=0.0) != 0  # [TOKENS]
-    valid = there & alive[None, :]  # [BLOCKS, TOKENS]
+    active = tl.load(size + tokens, tokens < A, other=0.0) != 0  # [TOKENS]
+    valid = there & active[None, :]  # [BLOCKS, TOKENS]
     limit = tl.load(threshold)
     if UNBIASED:
         bar = limit * _draws(tl.load(lse + tokens, tokens < A, other=0.0), tokens, at)  # [BLOCKS, TOKENS]
@@ -267,8 +267,8 @@ def _drop_kernel(
         block_lse, lse, prob, entropy, target_norm, targets, at[:, None], tokens[None, :], there, A, stride
     )  # [BLOCKS, TOKENS]
     kept = _listed(bits, many[None, :], at[:, None], tokens[None, :], blocks, words)  # [BLOCKS, TOKENS]
-    alive = tl.load(size + tokens, inside, other=0.0) != 0  # [TOKENS]
-    gone = there & (alive & (many == 0))[None, :]  # [BLOCKS, TOKENS] pairs of tokens that are routed
+    active = tl.load(size + tokens, inside, other=0.0) != 0  # [TOKENS]
+    gone = there & (active & (many == 0))[None, :]  # [BLOCKS, TOKENS] pairs of tokens that are routed
     dropped = tl.where(gone & (kept == 0), norm, 0.0)  # [BLOCKS, TOKENS]
     e = dropped  # [BLOCKS, TOKENS]
     if UNBIASED:
@@ -277,7 +277,7 @@ def _drop_kernel(
     tl.store(by_token, tl.sum(dropped, axis=0), inside)
     w = tl.load(longest + at, at < blocks, other=0.0)  # [BLOCKS]
     tl.store(by_token + tl.num_programs(1).to(tl.int64) * A, tl.sum(e * w[:, None], axis=0), inside)
-    r = tl.load(reach + tokens, alive, other=0.0)  # [TOKENS]
+    r = tl.load(reach + tokens, active, other=0.0)  # [TOKENS]
     places = at.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)  # [BLOCKS]
     tl.store(by_block + places, tl.sum(e * r[None, :], axis=1), at < blocks)
 
@@ -378,15 +378,15 @@ def choose(
             return bound(Dropped(some, torch.where(active, lost / size, 0.0), error, by_block.sum(1)))
 
         longest, reach = (x.contiguous() for x in lengths())  # [blocks], [A]
-        found = left_out()
-        *offsets, listed, alive = asked.read().tolist()
+        error_bound = left_out()
+        *offsets, listed, active_tokens = asked.read().tolist()
         pairs = offsets[-1]
         if most_pairs is not None and pairs > most_pairs:
             dense.fill_(1)
             everything = torch.arange(A, device=device)  # [A]
             nothing = Routing(everything[:0], lse[:0] if unbiased else None, [0] * len(offsets), everything)
-            return nothing, alive, left_out()
+            return nothing, active_tokens, left_out()
         rows = torch.empty(listed, dtype=torch.int64, device=device)  # [P + Nd]
         scale = torch.empty(pairs, **new) if unbiased else None  # [P]
         _list_kernel[list_grid](*masses, targets, threshold, bits, dense, ends, rows, scale, *sizes, **tile)
-    return Routing(rows[:pairs], scale, offsets, rows[pairs:], table[: blocks + 1]), alive, found
+    return Routing(rows[:pairs], scale, offsets, rows[pairs:], table[: blocks + 1]), active_tokens, error_bound

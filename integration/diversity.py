@@ -1,4 +1,4 @@
-"""LAD beside GRPO on a task with many right answers, see `docs/diversity.md`: how each trades diversity for accuracy.
+"""LAD and GRPO on a task with many right answers, see `docs/diversity.md`: how each trades diversity for accuracy.
 
 One rollout draws one or more batches from the current policy, which becomes pi_old; each batch is then one update. Runs
 are processes of one thread. Progress, table and plot only read the line that a run logs for each update.

@@ -132,7 +132,9 @@ def parse_config(arguments: list[str] | None = None, description: str | None = N
     saved = json.loads((path / CONFIG).read_text())
     config = parse(defaults={**saved, "out": None if folder is None else str(folder)})
     if config.overwrite:
-        raise Refused("overwrite: expected it alone, got it beside --resume; a resumed run goes on in its folder")
+        raise Refused(
+            "overwrite: expected it alone, got it together with --resume; a resumed run goes on in its folder"
+        )
     return replace(config, resume=str(path))
 
 

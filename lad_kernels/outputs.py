@@ -68,7 +68,7 @@ class LossOutput(NamedTuple):
 class CrossEntropyStats(NamedTuple):
     """What `linear_cross_entropy` reports besides the loss; nothing here carries a gradient."""
 
-    token_accuracy: Tensor  # [] share of the tokens that count whose target no other word beats
+    token_accuracy: Tensor  # [] share of the tokens that count whose target no other entry beats
     correct: Tensor  # bool, the shape of target_ids: which those are; False where ignored
     logprobs: Tensor  # the same shape: log-probability of the target, nats, 0 where ignored
     entropy: Tensor  # the same shape: of each token's distribution, nats, 0 where ignored

@@ -51,7 +51,7 @@ def linear_logprobs(
     logprobs = z.gather(1, target_ids.reshape(-1, 1)[kept])[:, 0] - lse  # [M]
     entropy = None
     if return_entropy:
-        log_p = (z - lse[:, None]).clamp(min=-1e30)  # [M, V]; a bias of -inf excludes a word, and 0 * -inf is 0
+        log_p = (z - lse[:, None]).clamp(min=-1e30)  # [M, V]; a bias of -inf excludes an entry, and 0 * -inf is 0
         entropy = -(log_p.exp() * log_p).sum(-1)  # [M]
 
     def scatter_back(x: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Wanted(NamedTuple):
 
     logprobs: bool
     entropy: bool
-    correct: bool = False  # whether targets are the likeliest words
+    correct: bool = False  # whether targets are the likeliest entries
 
 
 class LossTerms(NamedTuple):

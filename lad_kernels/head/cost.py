@@ -151,7 +151,7 @@ def score(work: Work) -> float:
 
 
 def sample(work: Work, step: int = 1) -> float:
-    """Seconds of the forward of `step` times `work.sample` tokens with every step-th word, bound by reading those."""
+    """Seconds of the forward of `step` times `work.sample` tokens with every step-th entry, bound by reading those."""
     read = work.itemsize * work.vocab_size * work.hidden_size / speeds(work).bytes / step
     read *= 1 if work.triton else PACKED
     return max(_product(work, work.sample) + speeds(work).element * work.sample * work.vocab_size, read)
@@ -198,7 +198,7 @@ def routed(work: Work, pairs: float, dense_tokens: int = 0, active: float | None
 def _row_bytes(work: Work, tokens: int, pairs: float, dense_tokens: int) -> int:
     """Bytes moved of a token's row of dH: rounded once if a run has all pairs, else zeroed, added to by each, rounded.
 
-    Pairs of a run: their dR and, beside it, 128 columns of dR W fit the workspace; both have the size of the inputs.
+    Pairs of a run: their dR and, next to it, 128 columns of dR W fit the workspace; both have the size of the inputs.
     """
     rows, workspace = work.token_chunk(tokens, dense=dense_tokens, pairs=int(pairs))
     runs = max(1, math.ceil(pairs * rows / tokens * 2 * work.itemsize * BLOCK / workspace))

@@ -66,8 +66,8 @@ class Head:
             tokens = chosen
         return replace(self, hidden=hidden, tokens=tokens, targets=targets, transform=transform)
 
-    def words(self, step: int) -> Head:
-        """The head on every step-th word; a target that is not among them stands for the one before."""
+    def thin_vocabulary(self, step: int) -> Head:
+        """The head on every step-th vocabulary entry; a target that is not among them stands for the one before."""
         bias = None if self.bias is None else self.bias[::step].contiguous()
         return replace(self, weight=self.weight[::step], bias=bias, targets=self.targets // step)
 
@@ -78,7 +78,7 @@ class Head:
         return memory.Work(len(self.targets), hidden_size, vocab, itemsize, architecture, needs.hidden, needs.weight)
 
     def forward(self, *, want_entropy: bool, want_block_lse: bool = False, want_correct: bool = False) -> HeadForward:
-        """Log-probs, lse, entropy, block masses of the M tokens, and whether each target is the likeliest word."""
+        """Log-probs, lse, entropy, block masses of the M tokens, and whether each target is the likeliest entry."""
         forward: Callable[..., HeadForward] = pytorch.forward
         if self.triton:
             from lad_kernels.head.kernels.forward import forward

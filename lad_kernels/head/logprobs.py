@@ -88,7 +88,7 @@ class TokenOutputs(NamedTuple):
     entropy: Tensor | None
     lse: Tensor
     mean_logit: Tensor | None  # mean over the vocabulary
-    correct: Tensor | None  # bool: the target is the likeliest word
+    correct: Tensor | None  # bool: the target is the likeliest entry
 
 
 def token_outputs(

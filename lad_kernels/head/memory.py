@@ -113,7 +113,7 @@ def most_pairs(work: Work) -> int:
 def peak_bytes(work: Work, path: str, pairs: int = 0) -> tuple[int, bool]:
     """(bytes that a step takes on an accelerator beyond inputs and gradients, whether a float32 dW comes on top).
 
-    One pass over all tokens at once needs no float32 dW; its logits may take that room beside BUDGET.
+    One pass over all tokens at once needs no float32 dW; its logits may take that room on top of BUDGET.
     For all tokens with a gradient and none gathered; `pairs` are those that a routing keeps. By arithmetic, not
     measured.
     """

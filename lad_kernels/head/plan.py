@@ -101,7 +101,7 @@ def takes_one_pass(
         chosen = torch.arange(size, device=part.targets.device) * work.tokens // size  # [S]
         few, known = part.select(chosen), None
         if step > 1:
-            few, known = few.words(step), few.targets % step == 0  # [S]
+            few, known = few.thin_vocabulary(step), few.targets % step == 0  # [S]
         out = few.forward(want_entropy=False, want_block_lse=True)
         of_few = gradient(chosen, out, known is None)  # [S]
         kept = out.lse.new_ones(2)  # [2] pairs, tokens that are whole
@@ -110,7 +110,7 @@ def takes_one_pass(
                 out,
                 few.targets,
                 of_few if known is None else of_few.where(known),
-                sparsity.threshold * step**0.5,  # masses of half the words are larger, those of single words are not
+                sparsity.threshold * step**0.5,  # masses of half the entries are larger, those of single ones are not
                 dense_share=cost.dense_share(work),
                 unbiased=sparsity.unbiased,
             ).nan_to_num(0.0)  # [2]

@@ -1,14 +1,14 @@
 """Which (token, vocabulary block) pairs of the logit gradient are multiplied, and a bound on what the others hold.
 
 The forward leaves L[b, n], the log of the un-normalised mass of each block of BLOCK columns, so that the probability
-mass of a block, m = e^(L - lse), is known before anything is multiplied. With c = d loss / d logp, the piece of dZ in a
-block has an L1 norm of
+mass of a block, m = e^(L - lse), is known before anything is multiplied. With c = d loss / d logp, the block of dZ
+of a token has an L1 norm of
 
     |c| m              in a block without the target
     |c| (m + 1 - 2 p)  in the block of the target, whose probability is p
 
 One rule: keep a pair when that norm exceeds theta * mean|c|, the mean being over tokens with c != 0. What is dropped is
-known, so the error is bounded. With E[b, n] the norm of each piece that is dropped, w_b the longest row of W in a block
+known, so the error is bounded. With E[b, n] the norm of each block that is dropped, w_b the longest row of W in a block
 and |dz/draw| <= s = |scale| / T,
 
     ||error of dH||_F <= sqrt(sum_n (s_n sum_b E[b, n] w_b)^2)
@@ -16,7 +16,7 @@ and |dz/draw| <= s = |scale| / T,
 
 An entropy term of the gradient adds |g_H| sum_{j in b} p_j |log p_j| <= |g_H| m (log BLOCK - log m) to the norm.
 
-`unbiased` keeps a pair below the threshold with probability q = norm / threshold and multiplies its piece by 1 / q:
+`unbiased` keeps a pair below the threshold with probability q = norm / threshold and multiplies its block by 1 / q:
 the expected gradient is exact, and such a pair is off by threshold - norm. At equal pairs it errs 2 to 3.5 times less
 in dH than dropping with a lower theta (benchmarks/RESULTS.md). Its draws are a hash of the token's lse, its number and
 the block: the same input gives the same bits, and the next step, with other weights, other draws. The hash is of 32
@@ -64,7 +64,7 @@ def _norm(mass: Tensor, prob: Tensor, entropy: Tensor | None) -> Tensor:
 
 
 class _BlockNorms:
-    """Probability masses and L1 norms of the pieces of dZ, a slice of blocks at a time."""
+    """Probability masses and L1 norms of the blocks of dZ, a slice of blocks at a time."""
 
     def __init__(self, block_lse: Tensor, lse: Tensor, logprobs: Tensor, targets: Tensor, gradient: LogitGradient):
         self.block_lse, self.lse, self.gradient = block_lse, lse, gradient  # [blocks, A], [A]

@@ -232,7 +232,7 @@ def test_bug_in_the_pieces_is_caught(bug, monkeypatch, tmp_path, device):
 
 
 ROUTED_KERNELS = {
-    "a lost pair": ("kernels.py", "in_n, words = places < count, ", "in_n, words = places < count - 1, "),
+    "a lost pair": ("kernels.py", "in_n, entries = places < count, ", "in_n, entries = places < count - 1, "),
     "the wrong tokens": ("kernels.py", "rows = tl.load(tokens + pairs)  # [BLOCK_N]\n\n    w +=",
                          "rows = tl.load(tokens + first + 0 * pairs)\n\n    w +="),
     "pair scale forgotten": ("kernels.py", "by_row *= tl.load(pair_scale + pairs)[:, None]", "by_row *= 1.0"),
@@ -242,7 +242,7 @@ ROUTED_KERNELS = {
     "the target without scale and slope": ("kernels.py", "other=0.0)[:, None] * by_row", "other=0.0)[:, None]"),
     "places beyond an item in db": ("kernels.py", "-tl.where(in_n[:, None], level, 1e30)", "-level"),
     "a target beyond an item in db": ("kernels.py", "onehot + rows, mask=in_n, other=0.0)", "onehot + rows)"),
-    "the bias of another word": ("kernels.py", "biases(bias + column, words,", "biases(bias + column, words ^ 1,"),
+    "the bias of another word": ("kernels.py", "biases(bias + column, entries,", "biases(bias + column, entries ^ 1,"),
     "dW of the wrong tokens": ("kernels.py", "start = tl.maximum(tl.load(offsets + block).to(tl.int32), pair0)",
                                "start = tl.maximum(tl.load(offsets + block).to(tl.int32), pair0) + 1"),
     "db of another block's items": ("kernels.py", "first = block0 + block + pair // BLOCK_N", "first = block0 + block"),

@@ -53,7 +53,7 @@ def test_half_of_the_words_tell_nearly_what_a_policy_keeps(temperature):
     hidden, targets = s.hidden[:TOKENS], s.targets[:TOKENS]  # [N, D], [N]
     head = Head(hidden, s.weight, targets, None, LogitTransform(), triton=False)
     gradient, told = LogitGradient.of_logprobs(torch.ones(len(targets))), []
-    for step, few, known in ((1, head, targets >= 0), (2, head.words(2), targets % 2 == 0)):
+    for step, few, known in ((1, head, targets >= 0), (2, head.thin_vocabulary(2), targets % 2 == 0)):
         out = few.forward(want_entropy=False, want_block_lse=True)
         given = few.targets, gradient.where(known), THETA * step**0.5
         told.append(kept_share(out, *given, dense_share=0.4, unbiased=False)[0].item())

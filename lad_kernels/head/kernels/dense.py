@@ -94,7 +94,7 @@ def _logit_gradient_kernel(
         )  # [BLOCK_N, BLOCK_V], [BLOCK_N, 1], like either  # fmt: skip
 
         # p = 2^(x f - level - r). Rows beyond N get p = 0, so that they add nothing to column sums; columns beyond V
-        # hold logits of no word, maybe infinite, and are never stored.
+        # hold logits of no entry, maybe infinite, and are never stored.
         f = factor * LOG2_E  # [BLOCK_N, 1]
         level, r = row_levels(tl.load(lse + rows, mask=in_n, other=0.0)[:, None], factor, f)  # [BLOCK_N, 1] each
         d = tl.fma(x, f, -tl.where(in_n[:, None], level, 1e30))  # [BLOCK_N, BLOCK_V] log2 p + r

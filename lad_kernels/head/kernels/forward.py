@@ -54,7 +54,7 @@ from lad_kernels.head.records import BLOCK, HeadForward, LogitTransform, gather
 _PARTIAL_BYTES = 160 << 20  # bound on the block partials of one run of rows
 _RUN = 1024  # runs are multiples of this, hence of every block_n
 _LOWEST = tl.constexpr(-1e38)  # stands for -inf: finite, so that no inf - inf can arise
-_NOTHING = tl.constexpr(-1e29)  # no logit of a word that `biases` keeps is below
+_NOTHING = tl.constexpr(-1e29)  # no logit of an entry that `biases` keeps is below
 
 _BLOCK = tl.constexpr(BLOCK)
 _TARGET_TOKENS = 64  # of the gathered product
@@ -108,7 +108,7 @@ def _partials_kernel(
         f = factor * LOG2_E  # [BLOCK_N, 1]
         level, r = levels(top, f)  # [BLOCK_N, PARTS] each
         if bias is not None:
-            empty = (top < _NOTHING) & (not NEGATIVE)  # [BLOCK_N, PARTS]; all words of the block are excluded
+            empty = (top < _NOTHING) & (not NEGATIVE)  # [BLOCK_N, PARTS]; all entries of the block are excluded
             level, r = tl.where(empty, 0.0, level), tl.where(empty, 0.0, r)
         d = tl.fma(x, f[:, :, None], -level[:, :, None])  # [BLOCK_N, PARTS, BLOCK] (z - the largest) log2 e + r
         e = tl.exp2(d)  # [BLOCK_N, PARTS, BLOCK]
@@ -224,7 +224,7 @@ def _finalize_kernel(
             offsets = at[:, None].to(tl.int64) * run_stride + rows[None, :]  # [BLOCKS, TOKENS]
             spread += e * (tl.load(block_entropy + offsets, mask, other=0.0) - below)
     mass = tl.where(inside, tl.sum(mass, axis=0), 1.0)  # [TOKENS], at least 1
-    log_mass = tl.where(top < _NOTHING, float("nan"), tl.log(mass))  # [TOKENS]; NaN where a bias excludes every word
+    log_mass = tl.where(top < _NOTHING, float("nan"), tl.log(mass))  # [TOKENS]; NaN where a bias excludes every entry
     total = top + log_mass  # [TOKENS]
     tl.store(lse + rows, total, mask=inside)
     rest = log_mass - (total - top)  # [TOKENS]

@@ -31,7 +31,7 @@ bitwise independent of N and of the chunks; gradients depend on the chunks in th
 Precision: S, A and p_y come from unrounded numbers. 16-bit inputs round F and r H once each, so dW has one rounding
 more than in dense.py: 1.75 times the error of the final cast alone where dense.py has 1.4. db has the rounding of F,
 which sums over rows of mixed signs can magnify; dense.py's has none. H subtracts terms of the size of |log S|: its
-absolute error is up to 6e-7 |log S| (measured) beside forward.py's; without a prior |log S| = |logp|.
+absolute error is up to 6e-7 |log S| (measured) on top of forward.py's; without a prior |log S| = |logp|.
 Cost: C V elements of F written once and read twice; 8 V D bytes of float32 dW per chunk, hence chunks as long as
 memory allows. A single chunk needs no float32 dW.
 """

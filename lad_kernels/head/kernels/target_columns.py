@@ -40,7 +40,7 @@ def _target_columns_kernel(
     column = tl.load(targets + rows, mask=rows < N, other=-1) - column0  # [TOKENS]
     mine = (column >= 0) & (column < V) & (rows < N)  # [TOKENS]
     logp = tl.load(logprobs + rows, mask=mine, other=0.0)  # [TOKENS]
-    logp = tl.where(logp < -1e30, -1e30, logp)  # [TOKENS] of an excluded word; a NaN stays
+    logp = tl.where(logp < -1e30, -1e30, logp)  # [TOKENS] of an excluded entry; a NaN stays
     to_mass = tl.load(prob + rows, mask=mine, other=0.0)  # [TOKENS]
     g = (tl.load(onehot + rows, mask=mine, other=0.0) + to_mass) - to_mass * one_minus_exp(logp)  # [TOKENS] dZ
     if entropy is not None:

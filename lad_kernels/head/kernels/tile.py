@@ -30,7 +30,7 @@ def tile_order(tile, tiles_n, tiles_v, GROUP_N: tl.constexpr):
 
 @triton.jit
 def biases(bias, columns, inside, softcap):
-    """Biases [C] of some columns in fp32. -inf, which excludes a word, becomes a number as good: 0 * -inf is NaN.
+    """Biases [C] of some columns in fp32. -inf, which excludes an entry, becomes a number as good: 0 * -inf is NaN.
 
     A softcap makes a number of it by itself, and leaves no registers for more.
     """
@@ -93,7 +93,7 @@ def levels(start, f):
     """(level, r) of each row, for exponentials e^((x - start) factor) = 2^(x f - level - r), f = factor log2 e.
 
     `fma(x, f, -level)` then is one instruction an element, rounded once. r is what rounding did to `level`, the same in
-    a whole row: whoever sums or stores takes it back there. So only the difference x - start is rounded, not x.
+    a whole row: code that sums or stores takes it back there. So only the difference x - start is rounded, not x.
     """
     level = start * f
     return level, tl.where(tl.abs(level) < float("inf"), tl.fma(start, f, -level), 0.0)

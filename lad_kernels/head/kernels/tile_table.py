@@ -35,7 +35,7 @@ class Tiles:
     """Shape and schedule of one tile. `tma` asks for host-made tensor descriptors instead of pointers.
 
     `stores` asks for them, too, where a tile of [block_n, block_v] is written: a sixth of the epilogue's instructions
-    less than by pointers, and shared memory of its own beside the stages.
+    less than by pointers, and shared memory of its own next to the stages.
     """
 
     block_n: int

@@ -4,7 +4,7 @@ A pair is a token and a vocabulary block of 128 columns; pairs are numbered by b
 of each block into tiles of up to BLOCK_N; a block's last item may have none. dR of the pairs that pass together starts
 at `pair0`.
 Nothing out of bounds is read: places beyond an item repeat its last pair and are not stored; columns beyond V repeat
-the last word, meet zeros in the place of W's rows in dH, and belong to rows of dW and db that are not stored.
+the last entry, meet zeros in the place of W's rows in dH, and belong to rows of dW and db that are not stored.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ def pairs_kernel(
     column = block * _BLOCK
     places = tl.arange(0, BLOCK_N)  # [BLOCK_N] in the item
     columns = tl.arange(0, _BLOCK)  # [BLOCK] in the block
-    in_n, words = places < count, tl.minimum(columns, V - 1 - column)  # [BLOCK_N], [BLOCK] beyond V: the last again
+    in_n, entries = places < count, tl.minimum(columns, V - 1 - column)  # [BLOCK_N], [BLOCK] beyond V: the last again
     pairs = first + tl.minimum(places, count - 1)  # [BLOCK_N] beyond the item: its last pair once more
     rows = tl.load(tokens + pairs)  # [BLOCK_N]
 
     w += column.to(tl.int64) * w_stride
     ks = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     h_rows = h + rows[:, None] * h_stride  # [BLOCK_N, 1]
-    w_offsets = words[None, :] * w_stride + ks[:, None]  # [BLOCK_D, BLOCK]
+    w_offsets = entries[None, :] * w_stride + ks[:, None]  # [BLOCK_D, BLOCK]
     raw = tl.zeros((BLOCK_N, _BLOCK), tl.float32)  # [BLOCK_N, BLOCK]
     for k in range(0, D, BLOCK_D):
         if EVEN_D:
@@ -89,7 +89,7 @@ def pairs_kernel(
             b = tl.load(w + k + w_offsets, mask=ks[:, None] < D - k, other=0.0)
         raw = tl.dot(a, b, raw, input_precision="ieee")
     if bias is not None:
-        raw += biases(bias + column, words, words >= 0, softcap)[None, :]
+        raw += biases(bias + column, entries, entries >= 0, softcap)[None, :]
     inv_t = inverse_temperatures(inv_temperature, rows, N, PER_TOKEN)  # [BLOCK_N]
     x, factor, slope = exponents(raw, scale, softcap, inv_t[:, None])  # [BLOCK_N, BLOCK], [BLOCK_N, 1], like either
 
@@ -145,14 +145,14 @@ def weight_kernel(
     block, tile_d = tl.program_id(0) // tiles_d, tl.program_id(0) % tiles_d
     start = tl.maximum(tl.load(offsets + block).to(tl.int32), pair0)
     stop = tl.minimum(tl.load(offsets + block + 1).to(tl.int32), pair1)
-    words = tl.arange(0, _BLOCK)  # [BLOCK] in the block
+    entries = tl.arange(0, _BLOCK)  # [BLOCK] in the block
     columns = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     acc = tl.zeros((_BLOCK, BLOCK_D), tl.float32)  # [BLOCK, BLOCK_D]
     if whole_dr is not None:  # its columns beyond V hold anything, which stays in rows that are not stored
         for row in range(0, wholes, BLOCK_N):
             rows = row + tl.arange(0, BLOCK_N)  # [BLOCK_N]
             inside = rows < wholes  # [BLOCK_N]
-            at = rows[None, :].to(tl.int64) * whole_stride + (block * _BLOCK + words)[:, None]  # [BLOCK, BLOCK_N]
+            at = rows[None, :].to(tl.int64) * whole_stride + (block * _BLOCK + entries)[:, None]  # [BLOCK, BLOCK_N]
             a = tl.load(whole_dr + at, mask=inside[None, :], other=0.0)  # [BLOCK, BLOCK_N]
             mask = inside[:, None] & (columns[None, :] < D)  # [BLOCK_N, BLOCK_D]
             b = tl.load(whole_h + rows[:, None] * D + columns[None, :], mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
@@ -163,16 +163,16 @@ def weight_kernel(
         pairs = pair + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         inside = pairs < stop  # [BLOCK_N]
         rows = tl.load(tokens + pairs, mask=inside, other=0)  # [BLOCK_N]
-        at = (pairs - pair0)[None, :].to(tl.int64) * _BLOCK + words[:, None]  # [BLOCK, BLOCK_N]
+        at = (pairs - pair0)[None, :].to(tl.int64) * _BLOCK + entries[:, None]  # [BLOCK, BLOCK_N]
         a = tl.load(dr + at, mask=inside[None, :], other=0.0)  # [BLOCK, BLOCK_N]
         mask = inside[:, None] & (columns[None, :] < D)  # [BLOCK_N, BLOCK_D]
         b = tl.load(h + rows[:, None] * h_stride + columns[None, :], mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
         acc = tl.dot(a, b, acc, input_precision="ieee")
     if down is not None:
         acc *= tl.load(down)
-    words += block * _BLOCK
-    at = words[:, None].to(tl.int64) * D + columns[None, :]  # [BLOCK, BLOCK_D]
-    mask = (words[:, None] < V) & (columns[None, :] < D)  # [BLOCK, BLOCK_D]
+    entries += block * _BLOCK
+    at = entries[:, None].to(tl.int64) * D + columns[None, :]  # [BLOCK, BLOCK_D]
+    mask = (entries[:, None] < V) & (columns[None, :] < D)  # [BLOCK, BLOCK_D]
     if base is not None:
         acc += tl.load(base + at, mask=mask, other=0.0)
     tl.store(dw + at, acc.to(dw.dtype.element_ty), mask=mask)
@@ -233,11 +233,11 @@ def hidden_kernel(
     dr += (pairs - pair0)[:, None].to(tl.int64) * _BLOCK  # [BLOCK_N, 1]
     w += (block * _BLOCK).to(tl.int64) * w_stride + columns[None, :]  # [1, BLOCK_D]
     part = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)  # [BLOCK_N, BLOCK_D]
-    for word in range(0, _BLOCK, BLOCK_D):
-        words = word + tl.arange(0, BLOCK_D)  # [BLOCK_D] in the block
-        a = tl.load(dr + words[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_N, BLOCK_D]
-        mask = (words[:, None] < V - block * _BLOCK) & (columns[None, :] < D)  # [BLOCK_D, BLOCK_D]
-        b = tl.load(w + words[:, None] * w_stride, mask=mask, other=0.0)  # [BLOCK_D, BLOCK_D]
+    for entry in range(0, _BLOCK, BLOCK_D):
+        entries = entry + tl.arange(0, BLOCK_D)  # [BLOCK_D] in the block
+        a = tl.load(dr + entries[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_N, BLOCK_D]
+        mask = (entries[:, None] < V - block * _BLOCK) & (columns[None, :] < D)  # [BLOCK_D, BLOCK_D]
+        b = tl.load(w + entries[:, None] * w_stride, mask=mask, other=0.0)  # [BLOCK_D, BLOCK_D]
         part = tl.dot(a, b, part, input_precision="ieee")
     mask = inside[:, None] & (columns[None, :] < D)  # [BLOCK_N, BLOCK_D]
     if scales is not None:  # a power of two takes the largest of a row's tile to 2^14, float16 keeps 11 bits of each

@@ -161,7 +161,7 @@ class RoutedBench:
         return routed_backward(b, lse, LogitGradient(b.upstream, -b.upstream), routing, options)
 
     def add(self, table: str, routing: Routing, options: dict, **labels: object) -> None:
-        """Time and rate; `of_library_rate` is what `gathered` of cost.SPEEDS stands for."""
+        """Time and rate; `of_library_rate` is what `routed_efficiency` of cost.SPEEDS stands for."""
         pairs = routing.offsets[-1]
         products = 1 + sum(options["needs"])
         try:

@@ -110,7 +110,7 @@ def lines() -> list[str]:
     note = NOTE.format(
         flops=speeds.flops / 1e12,
         bytes=speeds.bytes / 1e12,
-        gathered=speeds.gathered,
+        gathered=speeds.routed_efficiency,
         item=speeds.item,
         square=cost.SQUARE,
         element=speeds.element,

@@ -24,7 +24,7 @@ from lad_kernels.head.memory import Work
 from lad_kernels.head.records import BLOCK, JOINT, MANY
 
 CPU_SPEEDS = "LAD_KERNELS_CPU_SPEEDS"  # environment: speeds of this CPU, read when the package is imported
-CPU_FIELDS = ("flops", "bytes", "element", "gathered", "block")
+CPU_FIELDS = ("flops", "bytes", "element", "routed_efficiency", "block")
 SQUARE = 1.5  # rate of tiles of 128 by 128 over those of 64 by 128, which read half as much again for a flop
 PACKED = 3  # times longer than copying W a CPU's product of a few tokens with it takes (2.3 to 3.7 on a Xeon)
 _HBM3E = 100 << 30  # bytes: a Hopper with more has an H200's faster memory
@@ -37,7 +37,7 @@ class Speeds:
     flops: float  # of a large product
     bytes: float  # copied
     element: float  # seconds per logit outside the products (exponential, sums), each time it is made
-    gathered: float  # rate of the routed products over that of large ones; in Triton with tiles of 64 by 128
+    routed_efficiency: float  # rate of the routed products over that of large ones; in Triton with tiles of 64 by 128
     block: float  # seconds per vocabulary block of the routed backward
     pair: float = 0.0  # seconds per (token, block) pair that is looked at when pairs are chosen
     waiting: float = 0.0  # seconds that the host takes from the number of pairs to their products; W is read meanwhile
@@ -70,7 +70,7 @@ def _scaled(flops: float, bytes: float, exponentials: float) -> Speeds:
 
 
 def cpu_speeds(assumed: Speeds) -> Speeds:
-    """A CPU's row with what CPU_SPEEDS sets, as in "flops=9e10,gathered=0.5"; others keep the assumed value."""
+    """A CPU's row with what CPU_SPEEDS sets, as in "flops=9e10,block=1e-4"; others keep the assumed value."""
     text, changed = os.environ.get(CPU_SPEEDS, ""), {}
     for part in text.split(",") if text else []:
         name, _, value = part.partition("=")
@@ -221,7 +221,7 @@ def _of_a_pair(work: Work, many: bool = False) -> tuple[float, float, float]:
     With 16-bit inputs the product of that row is hidden behind it.
     """
     s, D, squares = speeds(work), work.hidden_size, _squares(work)
-    product = 2 * D * BLOCK / (s.flops * s.gathered)
+    product = 2 * D * BLOCK / (s.flops * s.routed_efficiency)
     products = work.products - (work.need_hidden and squares)
     rows = 2 * work.itemsize * D * work.need_hidden * work.triton / s.bytes
     return product / (SQUARE if many else 1.0), product * products / (SQUARE if squares else 1.0), rows

@@ -80,7 +80,7 @@ def compare(measured: cost.Speeds, assumed: cost.Speeds) -> tuple[list[tuple[str
     for name, unit, title, power in (  # power: of `faster`, with which the assumed speed grows
         ("bytes", 1e-9, "copies, GB/s", 1),
         ("element", 1e9, "outside products, ns a logit", -1),
-        ("gathered", 1.0, "routed products over large ones", 0),
+        ("routed_efficiency", 1.0, "routed products over large ones", 0),
         ("block", 1e3, "routed, ms a block", -1),
     ):
         measured_speed, expected = getattr(measured, name), getattr(assumed, name) * faster**power

@@ -258,8 +258,8 @@ def test_a_cpu_has_the_row_of_what_it_says_of_itself(capability, vendor, expecte
 
 def test_speeds_of_a_cpu_can_be_set(monkeypatch):
     assumed = cost.SPEEDS["cpu", 4]
-    monkeypatch.setenv(cost.CPU_SPEEDS, "flops=2e11, gathered=0.7")
-    assert cost.cpu_speeds(assumed) == dataclasses.replace(assumed, flops=2e11, gathered=0.7)
+    monkeypatch.setenv(cost.CPU_SPEEDS, "flops=2e11, routed_efficiency=0.7")
+    assert cost.cpu_speeds(assumed) == dataclasses.replace(assumed, flops=2e11, routed_efficiency=0.7)
     monkeypatch.setenv(cost.CPU_SPEEDS, "")
     assert cost.cpu_speeds(assumed) == assumed
 

@@ -151,7 +151,7 @@ def test_the_same_call_gives_the_same_bits(path, impl, device):
 @pytest.mark.parametrize("on_policy", [False, True])
 def test_the_model_counts_the_products_that_are_launched(active, on_policy, monkeypatch):
     """PyTorch, exact: where nothing but products takes time, the path with fewer flops, counted here, is preferred."""
-    products_alone = cost.Speeds(1.0, float("inf"), 0.0, gathered=1.0, block=0.0)
+    products_alone = cost.Speeds(1.0, float("inf"), 0.0, routed_efficiency=1.0, block=0.0)
     monkeypatch.setattr(cost, "speeds", lambda work: products_alone)
     inputs = batch(drift=None if on_policy else 0.1)
     inputs["advantages"] = (torch.arange(B) < active).double()  # so many of the B sequences have a gradient

@@ -195,7 +195,7 @@ def test_certified_bound(name, theta, unbiased, entropy_gradient):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_policy_is_routed_within_its_bound(dtype, device, monkeypatch):
     """Peaked policy, in working precision: error against float64 within the bound plus the dense path's own error."""
-    whole_from = cost.SPEEDS["cpu", 4].gathered  # on every device the same tokens are whole
+    whole_from = cost.SPEEDS["cpu", 4].routed_efficiency  # on every device the same tokens are whole
     monkeypatch.setattr(cost, "dense_share", lambda work: whole_from)
     inputs = batch(0.4)
     inputs = {k: v.to(dtype).double() if k in ("hidden_states", "lm_head_weight") else v for k, v in inputs.items()}

@@ -192,7 +192,7 @@ def test_self_check_measures_and_can_fail(monkeypatch):
     assert "self-check: expected an error of at most 1e-05" in text
 
 
-@pytest.mark.parametrize("name", ["bytes", "element", "gathered", "block"])
+@pytest.mark.parametrize("name", ["bytes", "element", "routed_efficiency", "block"])
 @pytest.mark.parametrize(("factor", "told"), [(1.19, False), (1 / 1.19, False), (1.25, True), (1 / 1.25, True)])
 def test_doctor_says_what_to_set_where_a_speed_is_off_by_more_than_a_fifth(monkeypatch, name, factor, told):
     found = dataclasses.replace(ASSUMED, **{name: factor * getattr(ASSUMED, name)})
@@ -209,7 +209,9 @@ def test_doctor_says_what_to_set_where_a_speed_is_off_by_more_than_a_fifth(monke
 
 def test_a_cpu_that_is_faster_at_everything_has_nothing_to_set(monkeypatch):
     """Only ratios decide."""
-    double = cost.Speeds(2 * ASSUMED.flops, 2 * ASSUMED.bytes, ASSUMED.element / 2, ASSUMED.gathered, ASSUMED.block / 2)
+    double = cost.Speeds(
+        2 * ASSUMED.flops, 2 * ASSUMED.bytes, ASSUMED.element / 2, ASSUMED.routed_efficiency, ASSUMED.block / 2
+    )
     assert measured.compare(double, ASSUMED)[1] is None
     monkeypatch.setattr(doctor.measured, "measure", lambda: double)
     assert "off by more" not in report(monkeypatch, device="cpu")[1]
@@ -227,7 +229,7 @@ def test_a_busy_machine_gives_no_absurd_speed():
         return now
 
     found = MEASURE(seconds=0.0, clock=clock)
-    assert 0.1 < found.gathered < 10
+    assert 0.1 < found.routed_efficiency < 10
     assert found.block > 0
 
 
@@ -237,7 +239,7 @@ def test_speeds_are_measured():
     assert 1e8 < found.flops < 1e15
     assert 1e8 < found.bytes < 1e12
     assert 1e-12 < found.element < 1e-6
-    assert 0 < found.gathered < 10
+    assert 0 < found.routed_efficiency < 10
     assert 0 < found.block < 1
 
 

@@ -105,12 +105,12 @@ def requirements() -> dict[str, tuple[str, str | None]]:
         extras = metadata.metadata("lad_kernels").get_all("Provides-Extra")
     except metadata.PackageNotFoundError:
         return {}
-    found: dict[str, tuple[str, str | None]] = {}
+    ranges: dict[str, tuple[str, str | None]] = {}
     for requirement in map(Requirement, lines):
         marker = requirement.marker
         bring = (extra for extra in ("", *extras) if marker is None or marker.evaluate({"extra": extra}))
-        found.setdefault(requirement.name, (str(requirement.specifier), next(bring, None)))
-    return found
+        ranges.setdefault(requirement.name, (str(requirement.specifier), next(bring, None)))
+    return ranges
 
 
 def packages() -> list[Installed]:
@@ -176,14 +176,14 @@ def paths(asked: Asked, device: torch.device, dtype: torch.dtype) -> list[tuple[
     triton = checks.use_triton(asked.impl, device, dtype)
     one_pass = dtype != torch.float16 if triton else dtype.itemsize > 2  # as the head decides for itself
     why = functools.partial(dispatch.why, asked.tokens, dtype=dtype, device=device, impl=asked.impl)
-    found = []
+    rows = []
     for name, (d, v) in shapes.items():
-        found += [
+        rows += [
             (name, "scoring, no gradient", why(hidden_size=d, vocab_size=v, grad=False)),
             (name, "linear_logprobs", why(hidden_size=d, vocab_size=v, tail=0.0)),
             (name, "linear_lad_loss, token level", why(hidden_size=d, vocab_size=v, one_pass=one_pass)),
         ]
-    return found
+    return rows
 
 
 def self_check(device: torch.device, impl: str, dtype: torch.dtype = torch.float32) -> float:

@@ -286,10 +286,10 @@ def token_kernel(
             acc = tl.zeros((TILES, TILE), tl.float32)  # [TILES, TILE]
         else:
             acc = tl.load(at, mask=mask, other=0.0)
-        for place in range(start, stop, _READ):  # read together, added one by one
+        for position in range(start, stop, _READ):  # read together, added one by one
             for i in tl.static_range(_READ):
-                there = place + i < stop
-                pair = (tl.load(order + place + i, mask=there, other=pair0) - pair0).to(tl.int64)
+                there = position + i < stop
+                pair = (tl.load(order + position + i, mask=there, other=pair0) - pair0).to(tl.int64)
                 part = tl.load(parts + pair * parts_stride + columns, mask=mask & there, other=0.0).to(tl.float32)
                 if scales is not None:
                     part *= tl.load(scales + pair * all_tiles + tiles, mask=(tiles < all_tiles) & there, other=0.0)

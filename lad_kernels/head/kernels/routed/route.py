@@ -310,15 +310,15 @@ def _list_kernel(
     one = listed.to(tl.int32)  # [BLOCKS, TOKENS]
     places = at.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)  # [BLOCKS]
     first = tl.load(ends + places, at <= blocks, other=0) - tl.sum(one, axis=1) - 1  # [BLOCKS]
-    place = first[:, None] + tl.cumsum(one, axis=1)  # [BLOCKS, TOKENS]
-    tl.store(rows + place, tokens[None, :].to(tl.int64), listed)
+    position = first[:, None] + tl.cumsum(one, axis=1)  # [BLOCKS, TOKENS]
+    tl.store(rows + position, tokens[None, :].to(tl.int64), listed)
     if scale is not None:
         listed = listed & (at[:, None] < blocks)  # [BLOCKS, TOKENS]
         norm = _norms(
             block_lse, lse, prob, entropy, target_norm, targets, at[:, None], tokens[None, :], listed, A, stride
         )  # [BLOCKS, TOKENS]
         factor = tl.maximum(tl.div_rn(tl.load(threshold), norm), 1.0, propagate_nan=_ALL)  # [BLOCKS, TOKENS]
-        tl.store(scale + place, factor, listed)
+        tl.store(scale + position, factor, listed)
 
 
 @torch.no_grad()

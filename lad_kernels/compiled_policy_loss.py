@@ -41,8 +41,8 @@ def compiled_policy_loss(
     if kept is None:
         kept = torch.arange(packing.tokens, device=out.lse.device)
     tokens = Tokens(kept, None if bounds is None else sequence_of(packing.tokens, bounds), packing.shape)
-    logprobs = _objective_input(packing.take(out.logprobs), kept)  # [M]
-    entropy = _objective_input(packing.take(out.entropy), kept) if wanted.entropy else None  # [M]
+    logprobs = _objective_input(packing.select(out.logprobs), kept)  # [M]
+    entropy = _objective_input(packing.select(out.entropy), kept) if wanted.entropy else None  # [M]
     loss, metrics = evaluate(objective, logprobs, entropy, tokens)
     if logprobs.requires_grad and not loss.requires_grad:  # else the operator looks
         refuse_independent()

@@ -225,7 +225,7 @@ class _CrossEntropy:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         weights = hidden.new_ones(len(targets), dtype=wide)  # [M]
         if options.token_weights is not None:
-            weights = operands.layout.packing.take(options.token_weights.detach()).to(wide)
+            weights = operands.layout.packing.select(options.token_weights.detach()).to(wide)
         if options.reduction == "mean":
             total = weights.sum()  # []
             weights = weights / torch.where(total == 0, 1.0, total)

@@ -32,7 +32,7 @@ class Packing:
         """The sequence that each token belongs to; any beyond the last bound."""
         return sequence_of(self.tokens, self.cu_seqlens)
 
-    def take(self, x: Tensor) -> Tensor:
+    def select(self, x: Tensor) -> Tensor:
         """[N, ...] or [B, T, ...] -> [M, ...]."""
         flat = x.reshape(self.shape.numel(), *x.shape[len(self.shape) :])
         return flat if self.kept is None else flat.index_select(0, self.kept)

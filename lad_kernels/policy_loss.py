@@ -206,8 +206,8 @@ def _reference(operands: Operands, given: HeadArguments, loss: _OwnLoss, wanted:
     mask = packing.scatter_back(torch.ones(packing.tokens, dtype=torch.bool, device=operands.hidden.device))
     head = operands.for_reference(given)
     out = reference.linear_logprobs(**head, loss_mask=mask, return_entropy=loss.needs_entropy)
-    entropy = packing.take(out.entropy) if wanted.entropy else None  # [M]
-    total, metrics = loss.call(loss._tokens, packing.take(out.logprobs), entropy)
+    entropy = packing.select(out.entropy) if wanted.entropy else None  # [M]
+    total, metrics = loss.call(loss._tokens, packing.select(out.logprobs), entropy)
     logprobs = out.logprobs.detach() if wanted.logprobs else None
     entropy = out.entropy.detach() if wanted.entropy else None
     return LossOutput(total, logprobs, entropy, advantages=None, metrics=metrics)

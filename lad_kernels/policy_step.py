@@ -58,7 +58,7 @@ class _PolicyLoss:
         """[M] log-probabilities of the behaviour policy; any number where the objective drops the token."""
         if self._old is None:
             return None
-        return self._packing.take(self._old.detach()).to(self._objective.dtype).nan_to_num(0.0, 0.0, 0.0)
+        return self._packing.select(self._old.detach()).to(self._objective.dtype).nan_to_num(0.0, 0.0, 0.0)
 
     def terms(self, out: HeadForward) -> LossTerms:
         terms = self._objective.terms(out.logprobs, out.entropy)

@@ -156,7 +156,7 @@ def prepare(
     hidden, weight = given.hidden_states, given.lm_head_weight
     triton = checks.use_triton(given.impl, hidden.device, hidden.dtype)
     packing = pack(given.target_ids, loss_mask, cu_seqlens)
-    targets = packing.take(given.target_ids).long()  # [M]
+    targets = packing.select(given.target_ids).long()  # [M]
     if packing.inside is not None:
         targets = targets.masked_fill(~packing.inside, 0)  # those beyond the last bound may hold anything
     shard = None
@@ -189,7 +189,7 @@ def _transform(given: HeadArguments, packing: Packing) -> LogitTransform:
     temperature, softcap = given.temperature, given.softcap
     if isinstance(temperature, Tensor):
         wide = temperature.detach().to(torch.promote_types(given.hidden_states.dtype, torch.float32))
-        temperature = packing.take(wide.expand(given.target_ids.shape))  # [M]
+        temperature = packing.select(wide.expand(given.target_ids.shape))  # [M]
     else:
         temperature = float(temperature)
     return LogitTransform(float(given.logit_scale), None if softcap is None else float(softcap), temperature)

@@ -155,7 +155,7 @@ def profile_sparsity(
     checks.mask(loss_mask, target_ids, "target_ids")
     given = HeadArguments(model_or_hidden, weight, target_ids, bias, temperature, logit_scale, softcap, None, impl)
     operands = prepare(given, loss_mask, None, {})
-    c = None if coefficients is None else operands.layout.packing.take(coefficients)  # [M]
+    c = None if coefficients is None else operands.layout.packing.select(coefficients)  # [M]
     return _measure(operands.head(), c, tail_mass, tail, buckets)
 
 

@@ -125,7 +125,7 @@ def _checksum(x: object, packing: Packing) -> Tensor | int:
     words = x.detach().contiguous().view(_WORDS[x.element_size()])
     words = words.reshape(packing.shape.numel() if by_token else x.shape[:1].numel(), -1)  # [rows, ...]
     rows = words.sum(1, dtype=torch.int64)  # [rows]
-    rows = packing.take(rows.view(packing.shape)) if by_token else rows
+    rows = packing.select(rows.view(packing.shape)) if by_token else rows
     return (rows * torch.arange(1, len(rows) + 1, device=x.device)).sum()
 
 

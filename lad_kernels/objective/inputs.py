@@ -163,7 +163,7 @@ def tokens_by_input(inputs: PolicyInputs, packing: Packing, config: PolicyConfig
         if x is None:
             continue
         good = x.detach().abs() < torch.inf  # isfinite is four kernels on a GPU
-        good = packing.take(good) if has_values_by_token(x, packing) else good[packing.sequence]  # [M]
+        good = packing.select(good) if has_values_by_token(x, packing) else good[packing.sequence]  # [M]
         finite = good if finite is None else finite & good
     return finite
 

@@ -148,8 +148,8 @@ def _evaluate(
 ) -> tuple[Packing, Tensor, Tensor | None, PolicyTerms]:
     """Packing, log-probs [M], entropy [M], and the objective of them; inputs are checked."""
     packing = pack(logprobs, inputs.loss_mask, inputs.cu_seqlens)
-    logp = packing.take(logprobs)
-    entropy = None if inputs.entropy is None else packing.take(inputs.entropy)
+    logp = packing.select(logprobs)
+    entropy = None if inputs.entropy is None else packing.select(inputs.entropy)
     return packing, logp, entropy, Objective(inputs, packing, config, impl, logp).terms(logp, entropy)
 
 

@@ -64,7 +64,7 @@ class Objective:
         def packed(x: Tensor | None, by_token: bool = True) -> Tensor | None:  # per token -> [M]; per sequence [B]
             if x is None:
                 return None
-            return (packing.take(x.detach()) if by_token else x.detach()).to(self.dtype)
+            return (packing.select(x.detach()) if by_token else x.detach()).to(self.dtype)
 
         return PackedInputs(
             normalizer=self._divisor(inputs.normalizer, packing, usable),

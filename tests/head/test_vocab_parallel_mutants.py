@@ -76,7 +76,7 @@ BUGS = {  # bug: check that shows it, source, mutant
     ),
     "values of masked tokens compared": (
         "disagreements",
-        "packing.take(rows.view(packing.shape)) if by_token else rows",
+        "packing.select(rows.view(packing.shape)) if by_token else rows",
         "rows",
     ),
     "settings compared by their type": ("disagreements", "else repr(x)", "else type(x).__name__"),

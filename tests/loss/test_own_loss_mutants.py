@@ -129,8 +129,8 @@ CROSS_ENTROPY = {
     ),
     "weights forgotten": (
         "plain",
-        "packing.take(options.token_weights.detach()).to(wide)",
-        "packing.take(options.token_weights.detach()).to(wide) * 0 + 1",
+        "packing.select(options.token_weights.detach()).to(wide)",
+        "packing.select(options.token_weights.detach()).to(wide) * 0 + 1",
     ),
     "weights by token": (
         "by token",

@@ -3,10 +3,11 @@
 The density (the share of pairs that a routing keeps) decides between two passes and routed, and is known only after the
 forward; the one pass has to be chosen before. For that choice a few of the call's own tokens, at a fixed stride, are
 scored first, where it can matter and costs at most SAMPLE_COST of the one pass; else DENSITY is assumed. Where reading
-W would cost more than WHOLE, twice the tokens are scored with every second entry, and those count whose target is among
-them: half of a distribution, renormalised, has nearly the shape of the whole (docs/LOG.md). So the path is a function
-of the arguments and the device: the same call takes it, and gives the same bits, every time. There is no autotuning,
-and nothing is remembered. `force` and `backward=` settle it beforehand.
+W would cost more than WHOLE, twice the tokens are scored with every second entry, or in kernels four times as many with
+every fourth, and those count whose target is among them: half of a distribution, or a quarter, renormalised, has
+nearly the shape of the whole (docs/LOG.md). So the path is a function of the arguments and the device: the same call
+takes it, and gives the same bits, every time. There is no autotuning, and nothing is remembered. `force` and
+`backward=` settle it beforehand.
 """
 
 from __future__ import annotations
@@ -101,8 +102,10 @@ def needs_sample(work: Work, sparsity: Sparsity, *, all_active: bool) -> bool:
 
 
 def sample_step(work: Work) -> int:
-    """1 where a sample is scored with all entries, 2 where with every second."""
-    return 1 if cost.sample(work) <= WHOLE * cost.one_pass(work) else 2
+    """1 where a sample is scored with all entries, 2 where with every second; kernels: 4 where with every fourth."""
+    steps = (1, 2, 4) if work.triton else (1, 2)
+    most = WHOLE * cost.one_pass(work)
+    return next((step for step in steps if cost.sample(work, step) <= most), steps[-1])
 
 
 def takes_one_pass(work: Work, sparsity: Sparsity, shares: Shares = Shares()) -> bool:

@@ -46,16 +46,18 @@ def test_the_path_taken_on_real_states_is_nearly_the_cheapest(temperature, intel
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 0.3])
 def test_half_of_the_words_tell_nearly_what_a_policy_keeps(temperature):
-    """As where a sample scores every second word, here of all tokens: .99, .93 and 1.08 times what all words tell."""
+    """As where a sample scores every second entry, or fourth, here of all tokens: times what all entries tell, .99, .93
+    and 1.08, or 1.14, 1.03 and 1.18."""
     if reason := states.missing("smollm2"):
         pytest.skip(f"{reason}; lost: that half of the words tell what is kept of SmolLM2's samples")
     s = states.load("smollm2", temperature, temperature)
     hidden, targets = s.hidden[:TOKENS], s.targets[:TOKENS]  # [N, D], [N]
     head = Head(hidden, s.weight, targets, None, LogitTransform(), triton=False)
     gradient, told = LogitGradient.of_logprobs(torch.ones(len(targets))), []
-    for step, few, known in ((1, head, targets >= 0), (2, head.thin_vocabulary(2), targets % 2 == 0)):
+    for step in (1, 2, 4):
+        few, known = head.thin_vocabulary(step), targets % step == 0  # [N]
         out = few.forward(want_entropy=False, want_block_lse=True)
         given = few.targets, gradient.where(known), THETA * step**0.5
         told.append(kept_share(out, *given, dense_share=0.4, unbiased=False)[0].item())
     print(f"T {temperature}: {told}")
-    assert told[1] == pytest.approx(told[0], rel=0.15)
+    assert told[1:] == pytest.approx([told[0]] * 2, rel=0.2)

@@ -1,6 +1,6 @@
 """Seconds of each path through the head, in closed form over one table of speeds.
 
-With N tokens of which A have a coefficient c != 0, and P kept (token, block) pairs of routing.py,
+With N tokens of which A have a coefficient c != 0, and P active (token, block) pairs of routing.py,
 
 | path | flops | when it is possible |
 |---|---|---|

@@ -48,7 +48,7 @@ class Shares(NamedTuple):
     """What a sample of the tokens says of the call."""
 
     active: float = 1.0  # tokens with c != 0 over all
-    density: float = DENSITY  # kept pairs over all pairs of active tokens
+    density: float = DENSITY  # active pairs over all pairs of active tokens
     dense: float = 0.0  # active tokens that the routed backward takes whole; their pairs are all kept
 
 
@@ -123,7 +123,7 @@ def takes_one_pass(work: Work, sparsity: Sparsity, shares: Shares = Shares()) ->
 
 
 def takes_routed(work: Work, active: int, pairs: int, dense: int, *, backward: str) -> bool:
-    """Whether `pairs` kept pairs of `active` tokens, `dense` of them whole, are worth routing."""
+    """Whether `pairs` active pairs of `active` tokens, `dense` of them whole, are worth routing."""
     if _forced.get() is not None or backward == "routed":
         return _forced.get() in ("routed", None)
     return cost.routed(work, pairs - dense * work.blocks, dense, active) < cost.dense(work, active)
@@ -159,7 +159,7 @@ def why(
         grad: whether a gradient will be asked for.
         impl: as given to the public functions.
         tail: `tail_mass` of the config.
-        kept_share: kept (token, block) pairs over all pairs of tokens with c != 0; `profile_sparsity` measures it.
+        kept_share: active (token, block) pairs over all pairs of tokens with c != 0; `profile_sparsity` measures it.
         live_share: tokens with c != 0 over all.
         one_pass: whether coefficients are known inside a chunk (token-level ratios, on-policy, short sequences).
     """

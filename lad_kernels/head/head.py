@@ -10,7 +10,7 @@ counts towards the budget from the start, so block masses (freed before the back
 | logits, lse, log-probs, entropy | float32, never rounded to 16 bits before the softmax |
 | dZ | rounded once to the input dtype for the matrix units (Triton); float32 (PyTorch) |
 | dH, dW, dbias | accumulated in float32, rounded once; twice if made in the forward and the loss is scaled afterwards |
-| what a kept pair adds to dH | bfloat16 in Triton: rounded to 11 bits first, 3 more than dH has |
+| what an active pair adds to dH | bfloat16 in Triton: rounded to 11 bits first, 3 more than dH has |
 | tf32 | only if PyTorch is told to use it |
 | torch.autocast | casts hidden states and weight at the public function; off inside, forward and backward |
 

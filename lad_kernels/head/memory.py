@@ -12,11 +12,11 @@ from lad_kernels.head.records import BLOCK
 
 BUDGET = 512 << 20  # bytes
 CPU_LOGITS = 128 << 20  # bytes of one chunk's logits in one pass without an accelerator
-PAIR_BYTES = 16  # of a kept pair in a Routing, and of what lists it
+PAIR_BYTES = 16  # of an active pair in a Routing, and of what lists it
 TOKEN_BYTES = 128  # of one token's log-prob, lse, coefficients and the objective's work
 ROWS = 256  # tokens of a chunk are a multiple
 MASS_BYTES = 5  # of a (token, block) pair while pairs are chosen: its mass in float32; a bit and sums take 0.6 more
-LIST_BYTES = 12  # of a kept pair while pairs are listed: its token and its scale
+LIST_BYTES = 12  # of an active pair while pairs are listed: its token and its scale
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Work:
 
 
 def most_pairs(work: Work) -> int:
-    """Kept pairs that a routing has room for; block masses and marks are there at the same time."""
+    """Active pairs that a routing has room for; block masses and marks are there at the same time."""
     if not work.triton:
         return work.tokens * work.blocks
     room = BUDGET + work.gradient_bytes - MASS_BYTES * work.tokens * work.blocks

@@ -31,7 +31,7 @@ class EntropyBucket:
     entropy_low: float  # nats
     entropy_high: float
     tokens: int
-    kept_share: float  # kept (token, block) pairs over all pairs of these tokens
+    kept_share: float  # active (token, block) pairs over all pairs of these tokens
     zero_share: float  # tokens with coefficient 0, of which nothing is kept
 
 
@@ -65,7 +65,7 @@ class SparsityProfile:
             f"flops {self.flops_share:.2f} of the dense minimum; predicted time {1 / self.predicted_speedup:.2f} of "
             f"the fastest dense path's; backward='auto' takes {self.path}",
             "",
-            "| entropy, nats | tokens | kept pairs | zero coefficient |",
+            "| entropy, nats | tokens | active pairs | zero coefficient |",
             "|---|---|---|---|",
         ]
         for b in self.buckets:
@@ -84,7 +84,7 @@ class SparsityProfile:
         axes.bar(low, [100 * b.kept_share for b in self.buckets], widths, align="edge", edgecolor="white")
         axes.axhline(100 * self.kept_share, linestyle="--", color="black", label=f"all tokens: {self.kept_share:.2%}")
         axes.set_xlabel("entropy of the token's distribution, nats (equally many tokens in each)")
-        axes.set_ylabel(f"kept pairs of {BLOCK} columns, %")
+        axes.set_ylabel(f"active pairs of {BLOCK} columns, %")
         axes.set_title(f"tail_mass {self.tail_mass:g}, V = {self.vocab_size}")
         axes.legend()
         figure.savefig(path, dpi=150)
@@ -208,7 +208,7 @@ def _measure(head: Head, c: Tensor | None, tail_mass: float, tail: str, buckets:
 
 
 def _buckets(entropy: Tensor, c: Tensor, kept: Tensor, count: int) -> tuple[EntropyBucket, ...]:
-    """`count` buckets, equally filled, from entropy, coefficient and share of kept pairs of each token [M]."""
+    """`count` buckets, equally filled, from entropy, coefficient and share of active pairs of each token [M]."""
     filled = []
     for part in entropy.argsort().tensor_split(count):
         if len(part):

@@ -7,7 +7,7 @@ the next begins: written once, deterministic.
     forward    per slab and chunk: z = transform(h W^T + b); running maximum, sum of exponentials and (for the
                entropy) sum of e^(z - max) (z - max), rescaled where the maximum moves                       2 N D V
     backward   per slab and chunk: z again, p = e^(z - lse), dZ, then dW += dZ^T h and dH += dZ W            6 N D V
-    routed     the same for the kept (token, block) pairs alone, whose tokens are gathered by the slab       6 D BLOCK P
+    routed     the same for active (token, block) pairs alone, whose tokens are gathered by the slab         6 D BLOCK P
     one pass   whole rows of a chunk: z, lse, c, then dH and dW at once, when c is known inside the chunk     6 N D V
 
 Arithmetic is float32 (float64 for float64 inputs) throughout: 16-bit operands are widened before each product, which

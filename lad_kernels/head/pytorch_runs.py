@@ -1,6 +1,6 @@
 """In which order the PyTorch backward multiplies: a slab of the vocabulary at a time, in runs.
 
-A run is either some tokens by all columns of the slab, or kept pairs of successive blocks: what each pair needs is
+A run is either some tokens by all columns of the slab, or active pairs of successive blocks: what each pair needs is
 gathered once a run, and only the products are made block by block.
 """
 

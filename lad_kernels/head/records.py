@@ -1,6 +1,6 @@
 """Records that the head's modules pass to each other: how a product becomes logits, and what comes back.
 
-Letters: N tokens given, M that take part, A active (with a gradient), D hidden size, V vocabulary size, P kept pairs.
+Letters: N tokens given, M that take part, A active (with a gradient), D hidden size, V vocabulary size, P active pairs.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Routing(NamedTuple):
     Every token belongs to exactly one of two groups: those of `dense` take all blocks, the others the pairs of `rows`.
     """
 
-    rows: Tensor  # [P] int64: the token of each kept pair, by block, then ascending
+    rows: Tensor  # [P] int64: the token of each active pair, by block, then ascending
     scale: Tensor | None  # [P] float32: factor on the pair's block of dZ; None stands for ones
     offsets: list[int]  # [blocks + 1] first pair of each block, and P: block b has rows[offsets[b] : offsets[b + 1]]
     dense: Tensor  # [Nd] int64, ascending

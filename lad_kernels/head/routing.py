@@ -163,7 +163,7 @@ def route(
     """Choose the pairs of A tokens; one without a gradient has none. Host syncs on an accelerator: four in PyTorch, one
     in Triton.
 
-    With more than `most_pairs` kept pairs, those of dense tokens apart, all tokens are dense.
+    With more than `most_pairs` active pairs, those of dense tokens apart, all tokens are dense.
     """
     slope = abs(transform.scale) / transform.temperature  # [A] or a number
 

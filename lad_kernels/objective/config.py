@@ -140,7 +140,7 @@ class LADConfig(PolicyConfig):
         kl_clamp: upper bound on the k3 estimate of a token, beyond which its gradient is zero; verl's is 10. None, as
             in TRL: no bound, and a reference 88 nats above the policy makes loss and gradient infinite in float32.
         entropy_coef: weight of an entropy bonus (subtracted from the loss).
-        backward: `dense` is exact, `routed` multiplies only the kept (token, vocabulary block) pairs, `auto` takes the
+        backward: `dense` is exact, `routed` multiplies only active (token, vocabulary block) pairs, `auto` takes the
             faster one by the cost model of head/dispatch.py.
         tail_mass: theta: a pair may be dropped when its block of the logit gradient has an L1 norm of at most theta
             times the mean |c|. 0 is exact; None means 0 for float32 and float64 and 3e-4 for 16-bit inputs, where

@@ -18,7 +18,7 @@ N, D, V, THETA = 60, 32, 128 * 9 + 40, 3e-3
 
 
 def direct_count(x, c) -> torch.Tensor:
-    """Kept pairs of each token, by the rule, from stored probabilities in float64."""
+    """Active pairs of each token, by the rule, from stored probabilities in float64."""
     p = (x.hidden.double() @ x.weight.double().T).softmax(-1)  # [N, V]
     mass = torch.nn.functional.pad(p, (0, -V % 128)).view(N, -1, 128).sum(2)  # [N, blocks]
     norm, token = mass.clone(), torch.arange(N)

@@ -72,7 +72,7 @@ def case(
 
 
 def lists(found: Routing, tokens: int) -> tuple[Tensor, Tensor]:
-    """Scale of each kept pair, NaN where there is none, and whether a token is dense; ([blocks, A], [A]) on the CPU."""
+    """Scale of each active pair, NaN where there is none; whether a token is dense; ([blocks, A], [A]) on the CPU."""
     counts = torch.tensor(found.offsets).diff()  # [blocks]
     rows, dense = found.rows.cpu(), found.dense.cpu()  # [P], [Nd]
     blocks = torch.arange(len(counts)).repeat_interleave(counts)  # [P]

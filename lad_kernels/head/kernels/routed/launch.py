@@ -20,7 +20,7 @@ Tokens of `routing.dense` take all blocks in dense.backward, slab by slab. Up to
 weight_kernel with the slab's pairs, and dW leaves it rounded. The library multiplies more of them faster; its float32
 is then what weight_kernel begins with. The dense part may use what dR of one run leaves, or half of the workspace.
 
-Exact: every kept pair. Without `atomics` two runs agree bitwise, and dH of routed tokens does not depend on the
+Exact: every active pair. Without `atomics` two runs agree bitwise, and dH of routed tokens does not depend on the
 workspace. A token without pairs gets a dH of exactly 0. Precision is lost where it is in dense.py: dR is rounded to the
 dtype of the inputs, outputs are cast once from float32. float16 is scaled as there, each part by its own power of two.
 With bfloat16 inputs rows of dR W are float16 with a power of two for each tile: 3 bits more than dH will have.

@@ -8,8 +8,8 @@ With L[b, n] the masses of the forward, m = min(e^(L - lse), 1) and a gradient (
 A token whose coefficients are all 0 has no pairs and no part in any sum, whatever its masses are.
 
 1. `_token_kernel`: of every token E in the target's block, and its size |c|, whose mean gives the threshold.
-2. `_mark_kernel`, a program for (TOKENS tokens, BLOCKS blocks): a bit for each kept pair; how many pairs of each token
-   are expected, in these blocks.
+2. `_mark_kernel`, a program for (TOKENS tokens, BLOCKS blocks): a bit for each active pair; how many pairs of each
+   token are expected, in these blocks.
 3. `_count_kernel`: tokens with too many expected pairs are dense; how many tokens each row of the lists takes from each
    group of tokens. Row b < blocks holds the pairs of block b, the last one the dense tokens. Where rows begin, by a
    prefix sum, is read on the host, once: the only sync.
@@ -22,7 +22,7 @@ A token whose coefficients are all 0 has no pairs and no part in any sum, whatev
 5. `_list_kernel`: writes tokens, and scales threshold / E, at their places.
 
 Memory layout: bits are int32 [blocks, words] with TOKENS / 32 words for each group of tokens; sums are kept for each
-token by groups of blocks, for each block by groups of tokens. 0.56 bytes a pair with the lists' ends, 12 a kept pair.
+token by groups of blocks, for each block by groups of tokens. 0.56 bytes a pair with the lists' ends, 12 an active one.
 Exact: a pair is kept or dropped by its bit, so that counts and lists agree whatever the compiler makes of E. No
 atomics, and every sum has a fixed order. NaN is kept, and reaches the sums as it does in routing.py.
 Draws are the numbers of routing.py bit for bit. E is the same up to a few roundings of its exponentials: only a pair so
@@ -118,7 +118,7 @@ def _listed(
     blocks,
     words,
 ):
-    """Whether each token is in each row of the lists [BLOCKS, TOKENS]: kept pairs, then one row of dense tokens."""
+    """Whether each token is in each row of the lists [BLOCKS, TOKENS]: active pairs, then one row of dense tokens."""
     word = tl.load(bits + at.to(tl.int64) * words + tokens // 32, at < blocks, other=0)
     pair = ((word >> (tokens % 32)) & 1) == 1  # [BLOCKS, TOKENS]
     return (pair & (many == 0)) | ((at == blocks) & many)

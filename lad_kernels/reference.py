@@ -12,7 +12,7 @@ Eq. 2 prints KL(pi_old || pi); the exponential form is the optimum for KL(pi || 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -178,7 +178,7 @@ def linear_lad_loss(
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    config: LADConfig = LADConfig(),
+    config: LADConfig | GRPOConfig = LADConfig(),  # of either loss
     normalizer: float | Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     rollout_is_weights: Tensor | None = None,
@@ -205,7 +205,7 @@ def linear_lad_loss(
     )
     if advantages is None:
         advantages = group_advantages(rewards, group_size=group_size, group_ids=group_ids, scale=config.advantage_scale)
-    loss = lad_loss if isinstance(config, LADConfig) else grpo_loss
+    loss: Any = lad_loss if isinstance(config, LADConfig) else grpo_loss
     out = loss(
         head.logprobs, old_logprobs, advantages, loss_mask=loss_mask, cu_seqlens=cu_seqlens, config=config,
         normalizer=normalizer, ref_logprobs=ref_logprobs, group_size=group_size, group_ids=group_ids,
@@ -241,5 +241,10 @@ def linear_grpo_loss(
     capturable: bool = False,
 ) -> LossOutput:
     """`linear_logprobs`, `group_advantages` if rewards are given, then `grpo_loss`."""
-    arguments = locals()
-    return linear_lad_loss(**arguments)
+    return linear_lad_loss(
+        hidden_states, lm_head_weight, target_ids, old_logprobs, advantages=advantages, rewards=rewards,
+        group_size=group_size, group_ids=group_ids, loss_mask=loss_mask, cu_seqlens=cu_seqlens, bias=bias,
+        temperature=temperature, logit_scale=logit_scale, softcap=softcap, config=config, normalizer=normalizer,
+        ref_logprobs=ref_logprobs, rollout_is_weights=rollout_is_weights, return_entropy=return_entropy,
+        return_logprobs=return_logprobs, vocab_group=vocab_group, impl=impl, capturable=capturable,
+    )  # fmt: skip

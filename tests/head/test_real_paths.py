@@ -60,4 +60,5 @@ def test_half_of_the_words_tell_nearly_what_a_policy_keeps(temperature):
         given = few.targets, gradient.where(known), THETA * step**0.5
         told.append(kept_share(out, *given, dense_share=0.4, unbiased=False)[0].item())
     print(f"T {temperature}: {told}")
-    assert told[1:] == pytest.approx([told[0]] * 2, rel=0.2)
+    assert told[1] == pytest.approx(told[0], rel=0.15)
+    assert told[2] == pytest.approx(told[0], rel=0.2)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -124,10 +124,17 @@ def profile(arguments: list[str]) -> int:
         return complain("lad-kernels profile", f"--{error}", 2)
     torch.manual_seed(asked.seed)
     if asked.ids is not None:
-        given = {"input_ids": torch.load(asked.ids, weights_only=True).to(device)}
+        tokens = _Tokens(torch.load(asked.ids, weights_only=True).to(device), None, None)
     else:
-        given = _own_samples(model, tokenizer, asked)
-    result = profile_sparsity(model, **given, temperature=asked.temperature, tail_mass=asked.tail_mass)
+        tokens = _own_samples(model, tokenizer, asked)
+    result = profile_sparsity(
+        model,
+        input_ids=tokens.input_ids,
+        attention_mask=tokens.attention_mask,
+        loss_mask=tokens.loss_mask,
+        temperature=asked.temperature,
+        tail_mass=asked.tail_mass,
+    )
     print(result)
     print(f"written: {result.save_png(asked.out)}")
     return 0
@@ -149,17 +156,26 @@ def _load(path: str, device: str) -> tuple[Any, Any]:
     return model.to(device).eval(), tokenizer
 
 
-def _own_samples(model: Any, tokenizer: Any, asked: ProfileConfig) -> dict[str, Any]:
-    """Arguments of `profile_sparsity`: completions that the policy samples itself, and a mask of their tokens."""
+class _Tokens(NamedTuple):
+    """What is profiled."""
+
+    input_ids: torch.Tensor  # [B, T + 1]
+    attention_mask: torch.Tensor | None  # [B, T + 1]
+    loss_mask: torch.Tensor | None  # [B, T]
+
+
+def _own_samples(model: Any, tokenizer: Any, asked: ProfileConfig) -> _Tokens:
+    """Completions that the policy samples itself, and a mask of their tokens."""
     prompts = [line for line in asked.prompts.read_text().splitlines() if line.strip()]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    how = {"return_tensors": "pt", "padding": True}
     if tokenizer.chat_template:
         chats = [[{"role": "user", "content": line}] for line in prompts]
-        batch = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True, **how)
+        batch = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
+        )
     else:
-        batch = tokenizer(prompts, **how)
+        batch = tokenizer(prompts, return_tensors="pt", padding=True)
     batch = batch.to(model.device)
     ids = model.generate(
         input_ids=batch["input_ids"],
@@ -180,7 +196,7 @@ def _own_samples(model: Any, tokenizer: Any, asked: ProfileConfig) -> dict[str, 
     before = batch["attention_mask"].repeat_interleave(asked.completions, 0)  # [B, start]
     attention = torch.cat([before, sampled.to(before.dtype)], 1)  # [B, T + 1]
     loss_mask = torch.cat([torch.zeros_like(before), sampled.to(before.dtype)], 1)[:, 1:]  # [B, T]
-    return {"input_ids": ids, "attention_mask": attention, "loss_mask": loss_mask}
+    return _Tokens(ids, attention, loss_mask)
 
 
 def doctor(arguments: list[str]) -> int:

@@ -106,8 +106,15 @@ def linear_cross_entropy(
     if impl == "reference":
         from lad_kernels import reference
 
+        head = _prepared(given, options).for_reference(given)
         return without_autocast(reference.linear_cross_entropy)(
-            **_prepared(given, options).for_reference(given),
+            head.hidden_states,
+            head.lm_head_weight,
+            head.target_ids,
+            bias=head.bias,
+            temperature=head.temperature,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
             ignore_index=options.ignore_index,
             reduction=options.reduction,
             label_smoothing=options.label_smoothing,

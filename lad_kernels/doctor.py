@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from packaging.requirements import Requirement
@@ -198,12 +198,13 @@ def self_check(device: torch.device, impl: str, dtype: torch.dtype = torch.float
     mask = (torch.rand(48, generator=generator) < 0.8).to(device)  # [N]
     rewards = torch.tensor([0.0, 1, 0, 0, 1, 1, 0, 1])  # [B]
     cu_seqlens = torch.tensor([0, 3, 10, 11, 20, 25, 30, 40, 48], dtype=torch.int32, device=device)  # [B + 1]
-    layout: dict[str, Any] = {"group_size": 4, "loss_mask": mask, "cu_seqlens": cu_seqlens}
     results = []
     for kind, precision in ((impl, dtype), ("reference", torch.float64)):
         h, w, o, r = (x.to(device, precision) for x in (hidden, weight, old, rewards))
         leaves = h.requires_grad_(), w.requires_grad_()
-        loss = linear_lad_loss(*leaves, targets, o, rewards=r, impl=kind, **layout).loss
+        loss = linear_lad_loss(
+            *leaves, targets, o, rewards=r, group_size=4, loss_mask=mask, cu_seqlens=cu_seqlens, impl=kind
+        ).loss
         results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
     return max(((ours - truth).norm() / truth.norm()).item() for ours, truth in zip(*results))
 

@@ -200,12 +200,9 @@ class _OwnLoss:
 @without_autocast
 def _reference(operands: Operands, given: HeadArguments, loss: _OwnLoss, wanted: Wanted) -> LossOutput:
     """Stored logits, and autograd through everything."""
-    from lad_kernels import reference
-
     packing = operands.layout.packing
     mask = packing.scatter_back(torch.ones(packing.tokens, dtype=torch.bool, device=operands.hidden.device))
-    head = operands.for_reference(given)
-    out = reference.linear_logprobs(**head, loss_mask=mask, return_entropy=loss.needs_entropy)
+    out = operands.reference_logprobs(given, mask, loss.needs_entropy)
     entropy = packing.select(out.entropy) if wanted.entropy else None  # [M]
     total, metrics = loss.call(loss._tokens, packing.select(out.logprobs), entropy)
     logprobs = out.logprobs.detach() if wanted.logprobs else None

@@ -85,7 +85,26 @@ def reference_loss(
     from lad_kernels import reference
 
     loss: Any = reference.linear_lad_loss if isinstance(config, LADConfig) else reference.linear_grpo_loss
-    arguments = operands.for_reference(given) | {k: v for k, v in inputs._asdict().items() if k != "entropy"}
+    head = operands.for_reference(given)
     return without_autocast(loss)(
-        **arguments, config=config, return_entropy=wanted.entropy, return_logprobs=wanted.logprobs
+        head.hidden_states,
+        head.lm_head_weight,
+        head.target_ids,
+        inputs.old_logprobs,
+        advantages=inputs.advantages,
+        rewards=inputs.rewards,
+        group_size=inputs.group_size,
+        group_ids=inputs.group_ids,
+        loss_mask=inputs.loss_mask,
+        cu_seqlens=inputs.cu_seqlens,
+        bias=head.bias,
+        temperature=head.temperature,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        config=config,
+        normalizer=inputs.normalizer,
+        ref_logprobs=inputs.ref_logprobs,
+        rollout_is_weights=inputs.rollout_is_weights,
+        return_entropy=wanted.entropy,
+        return_logprobs=wanted.logprobs,
     )

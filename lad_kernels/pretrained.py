@@ -249,13 +249,17 @@ def convert(model: KnownModel, parts: list[Path], folder: Path) -> None:
             for path in parts:
                 with path.open("rb") as file:
                     shutil.copyfileobj(file, whole)
-    given: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    tokenizer = _from_scores(gguf) if model.merges else AutoTokenizer.from_pretrained(gguf.parent, **given)
+    if model.merges:
+        tokenizer = _from_scores(gguf)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
     for name, token in model.tokens.items():
         setattr(tokenizer, name, token)
     tokenizer.clean_up_tokenization_spaces = False  # decoding changes nothing
     plain = GgufConfig(dequantize=True)  # else the model calls itself quantised and cannot be saved
-    read = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, quantization_config=plain, **given)
+    read = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, local_files_only=True, dtype=torch.float32, quantization_config=plain
+    )
     read.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     joined.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lad_kernels import checks
-from lad_kernels.autocast import without_autocast
 from lad_kernels.head.operands import SCHEMA, HeadArguments, every_position, in_autocast_dtype, prepare
 from lad_kernels.head.records import LogitGradient, Needs, select
 from lad_kernels.operators import operator, refuse_double_backward
@@ -71,12 +70,9 @@ def linear_logprobs(
         hidden_states, lm_head_weight, target_ids, bias, temperature, logit_scale, softcap, vocab_group, impl
     )._replace(capturable=capturable)
     if impl == "reference":
-        from lad_kernels import reference
-
         checks.plain_tensor("target_ids", target_ids)
         checks.mask(loss_mask, target_ids, "target_ids")
-        head = prepare(given, loss_mask, None, {}).for_reference(given)
-        return without_autocast(reference.linear_logprobs)(**head, loss_mask=loss_mask, return_entropy=return_entropy)
+        return prepare(given, loss_mask, None, {}).reference_logprobs(given, loss_mask, return_entropy)
     out = token_outputs(given, loss_mask, return_entropy=return_entropy)
     return LinearLogprobs(out.logprobs, out.entropy, out.lse)
 

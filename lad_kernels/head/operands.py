@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from lad_kernels import checks
+from lad_kernels.autocast import without_autocast
 from lad_kernels.head.head import Head
 from lad_kernels.head.records import LogitTransform, Needs
+from lad_kernels.outputs import LinearLogprobs
 from lad_kernels.packing import Packing, pack
 
 if TYPE_CHECKING:
@@ -108,17 +110,27 @@ class Operands(NamedTuple):
         """Which gradients are asked for."""
         return Needs.of(self.hidden, self.weight, self.bias)
 
-    def for_reference(self, given: HeadArguments) -> dict[str, Any]:
-        """The arguments that every function of the reference takes, checked, in the dtype to compute in."""
-        return {
-            "hidden_states": self.hidden,
-            "lm_head_weight": self.weight,
-            "target_ids": given.target_ids.long(),
-            "bias": given.bias,
-            "temperature": given.temperature,
-            "logit_scale": given.logit_scale,
-            "softcap": given.softcap,
-        }
+    def for_reference(self, given: HeadArguments) -> HeadArguments:
+        """`given` as the reference takes it: in the dtype to compute in, targets as int64."""
+        return given._replace(hidden_states=self.hidden, lm_head_weight=self.weight, target_ids=given.target_ids.long())
+
+    @without_autocast
+    def reference_logprobs(self, given: HeadArguments, loss_mask: Tensor | None, entropy: bool) -> LinearLogprobs:
+        """The specification's log-probs on validated arguments; loss_mask in the shape of target_ids."""
+        from lad_kernels import reference
+
+        head = self.for_reference(given)
+        return reference.linear_logprobs(
+            head.hidden_states,
+            head.lm_head_weight,
+            head.target_ids,
+            bias=head.bias,
+            temperature=head.temperature,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            loss_mask=loss_mask,
+            return_entropy=entropy,
+        )
 
 
 def in_autocast_dtype(given: HeadArguments) -> HeadArguments:

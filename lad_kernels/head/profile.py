@@ -6,7 +6,9 @@ forward and the routing rule of head/routing.py, without a backward, and reports
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,18 +137,19 @@ def profile_sparsity(
                 raise ValueError(f"{name}: expected None with a model, got {type(x).__name__}; the model has its own")
         if logit_scale != 1.0:
             raise ValueError(f"logit_scale: expected 1 with a model, got {logit_scale}; the model has its own")
-        return _of_model(
-            model_or_hidden,
-            input_ids,
-            attention_mask,
-            loss_mask,
+        if loss_mask is None and attention_mask is not None:
+            loss_mask = attention_mask[:, 1:]
+        of_hidden = partial(
+            profile_sparsity,
             coefficients=coefficients,
+            loss_mask=loss_mask,
             temperature=temperature,
             tail_mass=tail_mass,
             tail=tail,
             buckets=buckets,
             impl=impl,
         )
+        return _of_model(model_or_hidden, input_ids, attention_mask, of_hidden)
     if weight is None or target_ids is None:
         raise ValueError("weight, target_ids: needed with hidden states, got None")
     if impl == "reference":
@@ -219,15 +222,16 @@ def _buckets(entropy: Tensor, c: Tensor, kept: Tensor, count: int) -> tuple[Entr
 
 
 def _of_model(
-    model: Any, input_ids: Tensor | None, attention_mask: Tensor | None, loss_mask: Tensor | None, **options: Any
+    model: Any,
+    input_ids: Tensor | None,  # [B, T + 1]
+    attention_mask: Tensor | None,  # [B, T + 1]
+    of_hidden: Callable[..., SparsityProfile],  # hidden states, weight, targets and the head's own arguments
 ) -> SparsityProfile:
     """The profile of a model's own head, whose logit transform the adapter measures."""
     from lad_kernels.frameworks.transformers import attach_fused_head
 
     if input_ids is None:
         raise ValueError("input_ids: needed with a model, got None; give token ids [B, T + 1]")
-    if loss_mask is None and attention_mask is not None:
-        loss_mask = attention_mask[:, 1:]
     base = model.get_base_model() if hasattr(type(model), "get_base_model") else model
     attached = "_fused_head" in vars(base)
     fused, profiles = attach_fused_head(model), []
@@ -238,8 +242,7 @@ def _of_model(
                 "model_or_hidden: expected a head that is whole on this rank, got one that tp_plan spreads over ranks; "
                 "load the model without tp_plan"
             )
-        head |= options | {"loss_mask": loss_mask}
-        profiles.append(profile_sparsity(hidden[:, :-1], weight, input_ids[:, 1:], **head))
+        profiles.append(of_hidden(hidden[:, :-1], weight, input_ids[:, 1:], **head))
         return ()
 
     try:

@@ -129,7 +129,20 @@ def policy_loss(logprobs: Tensor, inputs: PolicyInputs, config: PolicyConfig, im
         from lad_kernels import reference
 
         loss: Any = reference.lad_loss if config.objective in DIVERGENCES else reference.grpo_loss
-        return loss(logprobs, config=config, **{k: v for k, v in inputs._asdict().items() if k != "rewards"})
+        return loss(
+            logprobs,
+            inputs.old_logprobs,
+            inputs.advantages,
+            loss_mask=inputs.loss_mask,
+            cu_seqlens=inputs.cu_seqlens,
+            config=config,
+            normalizer=inputs.normalizer,
+            ref_logprobs=inputs.ref_logprobs,
+            group_size=inputs.group_size,
+            group_ids=inputs.group_ids,
+            entropy=inputs.entropy,
+            rollout_is_weights=inputs.rollout_is_weights,
+        )
     packing, logp, entropy, terms = _evaluate(logprobs, inputs, config, impl)
     loss = _AttachGradient.apply(logp, entropy, terms.loss, terms.dlogprobs, terms.dentropy)
     entropy = None if entropy is None else packing.scatter_back(entropy.detach())  # [N] or [B, T]

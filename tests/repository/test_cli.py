@@ -242,8 +242,8 @@ def test_profile_samples_up_to_the_first_end(small_programs, monkeypatch):
 
     monkeypatch.setattr(policy.model, "generate", generate)
     asked = cli.ProfileConfig(model="model", prompts=small_programs / "prompts.txt", completions=1)
-    given = cli._own_samples(policy.model, tokenizer, asked)
-    assert given["loss_mask"][:, -3:].tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert not given["loss_mask"][:, :-3].any()
-    assert given["loss_mask"].shape[1] == given["input_ids"].shape[1] - 1
-    assert (given["attention_mask"] == 0).sum() == (given["input_ids"][0] == tokenizer.pad_token_id).sum() + 1
+    tokens = cli._own_samples(policy.model, tokenizer, asked)
+    assert tokens.loss_mask[:, -3:].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert not tokens.loss_mask[:, :-3].any()
+    assert tokens.loss_mask.shape[1] == tokens.input_ids.shape[1] - 1
+    assert (tokens.attention_mask == 0).sum() == (tokens.input_ids[0] == tokenizer.pad_token_id).sum() + 1

@@ -88,6 +88,18 @@ def sources() -> dict[str, str]:
     return {module: (PACKAGE / f"{module}.py").read_text() for module, _ in WALK}
 
 
+def unpacked(source: str) -> list[str]:
+    """What calls turn into keyword arguments that nobody can read there: locals(), a record, a new dictionary."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    values = [k.value for call in calls for k in call.keywords if k.arg is None]
+    return [
+        ast.unparse(value)
+        for value in values
+        if isinstance(value, (ast.Dict, ast.DictComp, ast.BinOp))
+        or (isinstance(value, ast.Call) and called(value)[0] in ("locals", "vars", "_asdict", "asdict"))
+    ]
+
+
 def test_from_the_public_function_to_the_product():
     assert len(WALK) - 1 <= MOST_CALLS
     assert problems(WALK, sources()) == []
@@ -114,3 +126,22 @@ def test_the_walk_can_fail(module, old, new, words):
     if "x=(" in new:  # closes the bracket that the change opened
         changed[module] = changed[module].replace("return_entropy))\n", "return_entropy)))\n")
     assert any(words in line for line in problems(WALK, changed)), problems(WALK, changed)
+
+
+def test_no_call_hides_its_arguments():
+    """But flags, which fill whichever dataclass they are given, and adapters, which pass on what a framework gave."""
+    modules = [path for path in PACKAGE.rglob("*.py") if path.name != "flags.py" and path.parent.name != "frameworks"]
+    assert {str(path.relative_to(PACKAGE)): names for path in modules if (names := unpacked(path.read_text()))} == {}
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "**locals()",
+        "**inputs._asdict()",
+        "**(head | {'bias': bias})",
+        "**{k: v for k, v in x.items() if k != 'rewards'}",
+    ],
+)
+def test_hidden_arguments_can_be_found(argument):
+    assert unpacked(f"loss(logprobs, {argument}, config=config)")

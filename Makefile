@@ -62,7 +62,7 @@ test-compiled: $(VENV)/.test
 	    $(AS_COMPILED) $(ARGS) || exit 1; done
 	PYTHONPATH=.:tests/support:tests/head:tests/objective TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python tests/compiled/counter_table.py sm_80 sm_90
 
-# Triton's own launcher above a driver that launches nothing (tests/launch): run it before a session on a GPU. Then what
+# Triton's own launcher above a driver that launches nothing (tests/launch): run it before anything on a GPU. Then what
 # benchmarks/ahead.sh does, for the kernels of a few tests.
 STUB := $(CURDIR)/build/libcuda
 ON_STUB := LD_LIBRARY_PATH=$(STUB) TRITON_LIBCUDA_PATH=$(STUB) PYTHONPATH=tests/support:. TRITON_INTERPRET=0 OMP_NUM_THREADS=1

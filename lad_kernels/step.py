@@ -1,7 +1,7 @@
 """The order of head and loss in one call, which depends on when the gradient of a token is known.
 
 before the head     (ratio 1 without KL; cross-entropy) tokens without a gradient are scored only if their outputs are
-                    asked for, the others take one pass or two
+                    asked for, the others take one pass, two passes or the routed backward
 inside a chunk      one pass, if head/dispatch.py finds it cheaper than what is expected of routing
 after the forward   score, then the backward of the tokens with a gradient, dense or routed
 """

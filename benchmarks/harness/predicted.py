@@ -1,4 +1,4 @@
-"""What head/dispatch.py's cost model expects of a GPU, measured or not."""
+"""What head/cost.py's cost model expects of a GPU, measured or not."""
 
 from __future__ import annotations
 

@@ -120,16 +120,18 @@ def takes_one_pass(
 
 
 def one_pass_chunks(part: Head, needs: Needs, cu_seqlens: Tensor | None) -> list[slice] | None:  # [B + 1]
-    """Token chunks whose logits fit memory, of whole sequences if their bounds are given (read on the host).
+    """Chunks of all tokens whose logits fit memory, of whole sequences if their bounds are given.
 
-    None where a sequence does not fit.
+    The bounds are read on the host unless one chunk holds all tokens. None where a sequence does not fit.
     """
     work = part.work(needs)
     tokens, rows = work.tokens, work.chunk_rows()
-    if cu_seqlens is None:
+    if cu_seqlens is None or tokens <= rows:
         return [slice(i, min(i + rows, tokens)) for i in range(0, tokens, rows)]
+    bounds = cu_seqlens.tolist()
+    bounds += [*range(bounds[-1] + rows, tokens, rows), tokens]  # padding behind the last may be cut anywhere
     chunks, start, last = [], 0, 0
-    for bound in cu_seqlens.tolist():
+    for bound in bounds:
         if bound - last > rows:
             return None
         if bound - start > rows:

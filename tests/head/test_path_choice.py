@@ -110,6 +110,9 @@ def test_chunks_of_whole_sequences():
         ([0, 20, 30, 40, 69, 70, 100], [0, 30, 40, 70, 100]),
         ([0, 30, 60, 90, 100], [0, 30, 60, 90, 100]),
         ([0, 20, 51, 80, 100], None),
+        ([0, 20, 45], [0, 20, 45, 75, 100]),  # padding behind the last bound
+        ([0, 20], [0, 20, 50, 80, 100]),
+        ([0, 0], [0, 30, 60, 90, 100]),
         (None, [0, 30, 60, 90, 100]),
     ):
         chunks = plan.one_pass_chunks(whole, needs, None if bounds is None else torch.tensor(bounds))

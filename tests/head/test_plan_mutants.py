@@ -100,6 +100,8 @@ PLAN = {  # bug: check that shows it, source, mutant
     "masses of half the words taken for those of all": ("half", "threshold * step**0.5,", "threshold,"),
     "chunks longer than memory": ("sequences", "if bound - start > rows:", "if bound - last > rows:"),
     "a sequence longer than memory": ("sequences", "if bound - last > rows:", "if False:"),
+    "padding left out": ("sequences", "[*range(bounds[-1] + rows, tokens, rows), tokens]", "[]"),
+    "padding longer than memory": ("sequences", "[*range(bounds[-1] + rows, tokens, rows), tokens]", "[tokens]"),
     "a sequence passed twice": ("sequences", "start = last", "start = chunks[-1].start"),
     "error bound forgotten": ("bound", "routing, bound = chosen, error_bound", "routing = chosen"),
     "largest dropped mass": (

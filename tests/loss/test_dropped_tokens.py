@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lad_kernels import GRPOConfig, LADConfig, grpo_loss, lad_loss, linear_grpo_loss, linear_lad_loss, packing
-from lad_kernels.head import dispatch
+from lad_kernels.head import dispatch, memory
 from lad_kernels.objective.config import AGGREGATIONS, LEVELS
 from lad_kernels.testing import make_inputs
 
@@ -197,12 +197,26 @@ def test_padding_beyond_the_last_bound_does_not_count(name, impl, read, device, 
 @pytest.mark.parametrize("path", dispatch.PATHS)
 @pytest.mark.parametrize("on_policy", (True, False))
 def test_padding_through_the_head(on_policy, path, impl, read, device, monkeypatch):
+    config = LADConfig(eta=1.0, tail_mass=1e-9, loss_agg_mode="token-mean" if on_policy else "seq-mean-token-mean")
+    check_padding(config, on_policy, path, impl, read, device, monkeypatch)
+
+
+@pytest.mark.parametrize("rows", (128, 5), ids=("one chunk", "several chunks"))
+@pytest.mark.parametrize("read", (True, False), ids=("values read", "values not read"))
+@pytest.mark.parametrize("impl", IMPLS)
+def test_padding_behind_whole_sequences(impl, read, rows, device, monkeypatch):
+    """Chunks of one pass are of whole sequences there, and have the padding too where it could not be dropped first."""
+    monkeypatch.setattr(memory.Work, "chunk_rows", lambda self: rows)
+    config = LADConfig(eta=1.0, importance_sampling_level="sequence")
+    check_padding(config, False, "one_pass", impl, read, device, monkeypatch)
+
+
+def check_padding(config, on_policy, path, impl, read, device, monkeypatch):
     """Hidden states are garbage too where the padding can be dropped first."""
     monkeypatch.setattr(packing, "_host_reads", lambda bounds: read)
     padded, short = cut(heads(device), garbage=True)
     if not read:
         padded["hidden_states"] = padded["hidden_states"].nan_to_num(3.0)
-    config = LADConfig(eta=1.0, tail_mass=1e-9, loss_agg_mode="token-mean" if on_policy else "seq-mean-token-mean")
     given = {"old_logprobs": None} if on_policy else {}
     with dispatch.force(path):
         truth = linear(short | given, config, impl)

@@ -22,7 +22,13 @@ def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], CustomOpD
 
     def register(function: Callable[..., Any]) -> CustomOpDef:
         package = function.__module__.partition(".")[0]
-        return torch.library.custom_op(f"{package}::{name}", without_autocast(function), mutates_args=(), schema=schema)
+        made = torch.library.custom_op(
+            f"{package}::{name}",
+            mutates_args=(),
+            schema=schema,
+            tags=[torch.Tag.cudagraph_unsafe],  # most wait for the device: Inductor leaves them out of its own graphs
+        )
+        return made(without_autocast(function))
 
     return register
 

@@ -55,11 +55,12 @@ def test_a_graph_is_replayed_on_other_data(function):
 
 
 @pytest.mark.parametrize("function", (linear_lad_loss, linear_grpo_loss, linear_logprobs), ids=lambda f: f.__name__)
-def test_compiled_on_the_device(function):
+@pytest.mark.parametrize("mode", ("default", "reduce-overhead"))
+def test_compiled_on_the_device(mode, function):
     given = batch()
     leaves = [x.requires_grad_() for x in given[:2]]
     found = []
-    for call in (torch.compile(loss, fullgraph=True), loss):
+    for call in (torch.compile(loss, fullgraph=True, mode=mode), loss):
         value = call(function, *given)
         found.append((value, *torch.autograd.grad(value, leaves)))
     for ours, theirs in zip(*found):

@@ -117,20 +117,27 @@ class FusedHeadMixin:
         """TRL's loss [] of a micro-batch; with `head_options` as an objective inside the model's forward."""
         if self.head_options is None or not torch.is_grad_enabled():
             return super()._compute_loss(model, inputs)
-        own, device = super()._compute_loss, inputs["completion_ids"].device
+        own, ids, called = super()._compute_loss, inputs["completion_ids"], False  # ids [B, T]
 
-        def objective(logprobs: Tensor, entropy: Tensor, tokens: Tokens) -> Tensor:  # [m], [m]
-            at, blank = tokens.positions, logprobs.new_zeros(inputs["completion_ids"].numel())  # [m], [B T]
-            placed = [blank.index_put((at,), x).view(tokens.shape).to(device) for x in (logprobs, entropy)]  # [B, T]
-            self._given = (*placed, None)
+        def loss_of_all(logprobs: Tensor, entropy: Tensor) -> Tensor:  # [B, T], [B, T]
+            nonlocal called
+            self._given, called = (logprobs, entropy, None), True
             try:
-                return own(model, inputs).to(logprobs.device)
+                return own(model, inputs)
             finally:
                 self._given = None
 
+        def objective(logprobs: Tensor, entropy: Tensor, tokens: Tokens) -> Tensor:  # [m], [m]
+            at, blank = tokens.positions, logprobs.new_zeros(ids.numel())  # [m], [B T]
+            placed = (blank.index_put((at,), x).view(ids.shape).to(ids.device) for x in (logprobs, entropy))  # [B, T]
+            return loss_of_all(*placed).to(logprobs.device)
+
         loss_of = partial(linear_policy_loss, objective=objective, return_entropy=True, return_logprobs=False)
         out, _ = self._forward(model, inputs, loss_of, loss_mask=inputs["completion_mask"], **self.head_options)
-        return out.loss
+        if called:
+            return out.loss
+        zeros = out.loss.new_zeros(ids.shape)  # no token counts here: TRL's metrics are still gathered from all ranks
+        return out.loss + loss_of_all(zeros, zeros)
 
     def _score_rows(
         self,

@@ -52,6 +52,7 @@ STOCK = {
     "sapo, high entropy": dict(loss_type="sapo", top_entropy_quantile=0.5, num_iterations=2),
     "vespo, iterations": dict(loss_type="vespo", num_iterations=2),
     "luspo, entropy bonus": dict(loss_type="luspo", importance_sampling_level="sequence", entropy_coef=0.1),
+    "dapo, truncated, micro-batches without a token": dict(mask_truncated_completions=True, max_completion_length=25),
     "dapo, temperature, off-policy mask": dict(temperature=0.7, off_policy_mask_threshold=0.01, num_iterations=2),
 }
 
@@ -67,6 +68,8 @@ def test_stock_trainer_logs_the_same_with_our_head(name, folder, tmp_path):
     rows = assert_same_runs(FusedGRPOTrainer, trl.GRPOTrainer, config, folder)
     if config.num_iterations > 1:
         assert_off_policy_step_counts(rows)
+    if "without a token" in name:
+        assert None in {x for row in rows for x in row.values()}  # a mean over no token
 
 
 class RoutedGRPOTrainer(FusedGRPOTrainer):

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3Config
 from trl import GRPOConfig
-from trl_cases import ON_CPU, SIZES, FusedGRPOTrainer, build, load, options, save_model
+from trl_cases import ON_CPU, SIZES, FusedGRPOTrainer, build, history, load, options, save_model
 
 from lad_kernels.frameworks.trl import LADConfig
 
@@ -180,6 +180,22 @@ def ddp(folder, out):
     trainer, steps = run(FusedGRPOTrainer, config, load(f"{folder}/untied", torch.float64), Recorder())
     assert isinstance(trainer.model_wrapped, DistributedDataParallel)
     assert_gradients(steps, load(f"{folder}/untied", torch.float64), grpo_loss)
+    logs = []
+    for head_options in (None, {"tail_mass": 0.0}):
+        kind = type("Own", (LastRankWithoutTokens, FusedGRPOTrainer), {"head_options": head_options})
+        logs.append(history(build(kind, config, load(f"{folder}/untied", torch.float64))))
+    for plain, own in zip(*logs, strict=True):
+        assert own == pytest.approx(plain, rel=1e-5)
+
+
+class LastRankWithoutTokens:
+    """As where TRL masks truncated completions: the others' gathers wait for this rank."""
+
+    def _generate_and_score_completions(self, inputs):
+        rollout = super()._generate_and_score_completions(inputs)
+        if self.accelerator.is_last_process:
+            rollout["completion_mask"] = torch.zeros_like(rollout["completion_mask"])
+        return rollout
 
 
 def zero3(folder, out):

@@ -164,9 +164,11 @@ class _Tokens:
         asked = counted(logprobs, loss_mask, cu_seqlens).reshape(-1).nonzero()[:, 0]  # flat indices
         finite = torch.ones_like(asked, dtype=torch.bool)
         self.kept, self.sequence = asked, sequence[asked]
-        for x in (old_logprobs, ref_logprobs if config.kl_coef != 0 else None, rollout_is_weights):
+        for x in (old_logprobs, ref_logprobs if config.kl_coef != 0 else None):
             if x is not None:
-                finite = finite & self.per_token(x).isfinite()
+                finite = finite & self.pick(x).isfinite()
+        if rollout_is_weights is not None:
+            finite = finite & self.per_token(rollout_is_weights).isfinite()
         self.kept, self.sequence = asked[finite], sequence[asked[finite]]  # [M], [M]
         self.nonfinite_share = logprobs.new_tensor((len(asked) - len(self.kept)) / max(len(asked), 1))
         dtype = torch.promote_types(logprobs.dtype, torch.float32)

@@ -157,13 +157,18 @@ def tokens_by_input(inputs: PolicyInputs, packing: Packing, config: PolicyConfig
 
     Inputs are log-probs and weights of a rollout or reference engine; a NaN of the policy itself is not looked for.
     """
-    given = [inputs.old_logprobs, inputs.ref_logprobs if config.kl_coef != 0 else None, inputs.rollout_is_weights]
+    weights = inputs.rollout_is_weights
+    given = (
+        (inputs.old_logprobs, True),
+        (inputs.ref_logprobs if config.kl_coef != 0 else None, True),
+        (weights, has_values_by_token(weights, packing)),
+    )
     finite = None
-    for x in given:
+    for x, by_token in given:
         if x is None:
             continue
         good = x.detach().abs() < torch.inf  # isfinite is four kernels on a GPU
-        good = packing.select(good) if has_values_by_token(x, packing) else good[packing.sequence]  # [M]
+        good = packing.select(good) if by_token else good[packing.sequence]  # [M]
         finite = good if finite is None else finite & good
     return finite
 

@@ -91,6 +91,20 @@ def test_a_bad_number_of_an_engine_is_as_if_masked(name, impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ("old_logprobs", "ref_logprobs"))
+def test_log_probs_are_by_token_also_where_there_are_as_many_sequences(name, impl, device):
+    logp = torch.tensor([-1.0, -2.0, -1.5, -0.5], device=device)
+    kw = dict(logprobs=logp, old_logprobs=logp - 0.1, ref_logprobs=logp - 0.2, advantages=torch.ones(4, device=device))
+    kw |= dict(cu_seqlens=torch.tensor([0, 2, 2, 4, 4], dtype=torch.int32, device=device))
+    for bad in range(4):
+        mask = torch.arange(4, device=device) != bad
+        broken = kw[name].masked_fill(~mask, math.nan)
+        found = measure(kw | {name: broken}, LADConfig(kl_coef=0.2), impl)
+        assert_same(found, measure(kw | {"loss_mask": mask}, LADConfig(kl_coef=0.2), impl))
+        assert found[2]["nonfinite_share"] == 0.25
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_masked_tokens_do_not_count_as_dropped(impl, device):
     kw, mask = given(device), torch.ones(N, dtype=torch.bool, device=device)
     mask[BAD[0]] = False

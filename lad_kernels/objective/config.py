@@ -123,7 +123,7 @@ class LADConfig(PolicyConfig):
     Attributes:
         divergence: generator f. `js` (the paper's default), `hd`, `tv`, `kl`, `rkl`, `jf`, `ps` (the authors' name
             for Neyman's chi-square), or `pearson`. Without the partition function `tv` does not identify the
-            target: many policies reach the same minimum.
+            target: many policies reach the same minimum. The loss of `rkl` is -e^u log r, without the constant u e^u.
         eta: the paper's trust-region coefficient; its authors' code calls 1 / eta kappa.
         importance_sampling_level: `token`, `sequence` (mean over the completion's tokens, as TRL and GSPO mean it)
             or `sequence_sum` (sum over the tokens, the paper's own formula).
@@ -238,13 +238,15 @@ class GRPOConfig(PolicyConfig):
     [log 1e-8, 20], below and above which phi vanishes.
 
     Attributes:
-        epsilon_low, epsilon_high: offsets: the ratio is clipped to [1 - epsilon_low, 1 + epsilon_high], in every
-            policy loss. epsilon_low of 1 or more: no lower bound.
-        dual_clip: upper bound (> 1) on the ratio where the advantage is negative; None: no bound.
+        epsilon_low, epsilon_high: offsets: `ppo`, `luspo` and `cispo` clip the ratio to [1 - epsilon_low, 1 +
+            epsilon_high]; the others do not read them. epsilon_low of 1 or more: no lower bound.
+        dual_clip: upper bound (> 1) on the ratio where the advantage is negative, of `ppo` and `luspo`; None: no bound.
         policy_loss: `ppo`, `cispo`, `reinforce`, `sapo`, `vespo` or `luspo`.
         sapo_temperature_pos, sapo_temperature_neg: tau of SAPO's gate: the larger, the narrower.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: k and lambda of VESPO's weight: how fast it falls
             below and above ratio 1.
+        log_ratio_clamp: as in `LADConfig`; in `cispo` and `vespo`, whose ratio is a constant weight, it bounds that
+            weight, and `reinforce` has no ratio.
         The other fields are those of `LADConfig`.
     """
 
@@ -277,6 +279,11 @@ class GRPOConfig(PolicyConfig):
         self._number("dual_clip", 1.0, strict=True, optional=True)
         check_choice("policy_loss", self.policy_loss, POLICY_LOSSES)
         super().__post_init__()
+        if self.dual_clip is not None and self.objective != "ppo":
+            raise ValueError(
+                f"dual_clip: expected None with policy_loss={self.policy_loss!r}, which has no such bound, got "
+                f"{self.dual_clip}; use 'ppo' or 'luspo'"
+            )
         level = _LEVEL_OF.get(self.policy_loss, self.importance_sampling_level)
         if self.importance_sampling_level != level:
             raise ValueError(

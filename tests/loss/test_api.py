@@ -168,6 +168,8 @@ def test_bad_lad_config(kw, message):
 def test_bad_grpo_config():
     with pytest.raises(ValueError, match="dual_clip: expected a finite number > 1"):
         GRPOConfig(dual_clip=0.5)
+    with pytest.raises(ValueError, match="dual_clip: expected None with policy_loss='cispo'"):
+        GRPOConfig(policy_loss="cispo", dual_clip=2.0)
     with pytest.raises(ValueError, match="needs 'token'"):
         GRPOConfig(policy_loss="cispo", importance_sampling_level="sequence")
     with pytest.raises(ValueError, match="'vespo' needs 'sequence_sum', got 'token'"):

@@ -94,6 +94,8 @@ def cases(draw, impl: str) -> dict[str, Any]:
     if kind == "grpo":
         level = names._LEVEL_OF.get(config["policy_loss"])
         config["importance_sampling_level"] = level or config["importance_sampling_level"]
+        if config["policy_loss"] not in ("ppo", "luspo"):
+            config["dual_clip"] = None
         if config["policy_loss"] == "luspo":
             config["loss_agg_mode"] = "seq-mean-token-sum"
     return case | {

@@ -49,6 +49,7 @@ from integration.state import State, initial_state, load_policy, make_optimizer,
 from integration.tasks import RIGHT, Entry, Task, build_task, encode_prompt, normalize
 from integration.train_config import TrainConfig, check_machine, parse_config
 from lad_kernels import GRPOConfig, LADConfig, group_advantages, linear_cross_entropy, linear_grpo_loss, linear_lad_loss
+from lad_kernels.outputs import METRICS
 from lad_kernels.preflight import Refused, claim_folder, complain
 
 
@@ -115,7 +116,7 @@ def warm_start(policy: Policy, task: Task, config: TrainConfig) -> list[float]:
 
 
 def update(policy: Policy, optimizer: torch.optim.Optimizer, run: Rollout, config: TrainConfig) -> dict[str, float]:
-    """The optimiser steps of one rollout; returns metrics averaged over its micro-batches."""
+    """The optimiser steps of one rollout; returns their metrics, averaged."""
     advantages = group_advantages(run.scores.to(policy.device), group_size=config.group_size)  # [B]
     rows = range(len(run.prompts))
     per_update = -(-len(rows) // config.updates_per_rollout)
@@ -130,7 +131,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, run: Rollout, confi
             minibatch.append((batch, old, advantages[part]))
         minibatches.append(minibatch)
     policy.model.train()
-    records = [record for minibatch in minibatches for record in optimizer_step(policy, optimizer, minibatch, config)]
+    records = [optimizer_step(policy, optimizer, minibatch, config) for minibatch in minibatches]
     return {name: sum(record[name] for record in records) / len(records) for name in records[0]}
 
 
@@ -139,14 +140,14 @@ def optimizer_step(
     optimizer: torch.optim.Optimizer,
     minibatch: list[tuple[Packed, Tensor | None, Tensor]],
     config: TrainConfig,
-) -> list[dict[str, float]]:
+) -> dict[str, float]:
     """One AdamW step on a minibatch of micro-batches, as if it were one large batch: the normaliser is that of all."""
     tokens = sum(batch.loss_mask.sum() for batch, _, _ in minibatch)  # []
     loss_function, objective = linear_grpo_loss, GRPOConfig()
     if config.algorithm == "lad":
         objective = LADConfig(config.divergence, eta=config.eta, importance_sampling_level=config.level)
         loss_function = linear_lad_loss
-    records = []
+    records, counts = [], []
     for batch, old, advantages in minibatch:
         loss = partial(
             loss_function,
@@ -163,11 +164,37 @@ def optimizer_step(
         out = through_head(policy, batch, loss)
         out.loss.backward()
         records.append({"loss": out.loss.detach(), "entropy": out.entropy.sum() / batch.loss_mask.sum(), **out.metrics})
+        counts.append(counts_of(batch, advantages))
         del out  # frees what the loss saved for its backward before the next micro-batch
     norm = nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return [{"grad_norm": norm.item(), **{k: v.item() for k, v in record.items()}} for record in records]
+    return {"grad_norm": norm.item(), **combined(records, counts)}
+
+
+def counts_of(batch: Packed, advantages: Tensor) -> dict[str, Tensor]:  # [B]
+    """Numbers of tokens that means are over."""
+    signs = advantages.repeat_interleave(batch.cu_seqlens.diff()).sign() * batch.loss_mask  # [N]
+    tokens = batch.loss_mask.sum()  # []
+    return {
+        "tokens": tokens,
+        "loss tokens": tokens,
+        "positive tokens": (signs > 0).sum(),
+        "negative tokens": (signs < 0).sum(),
+    }
+
+
+def combined(records: list[dict[str, Tensor]], counts: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Metrics of micro-batches as those of their batch, by METRICS; without those that no number per part gives."""
+    out = {}
+    for name in records[0]:
+        values, how = torch.stack([record[name] for record in records]), {"loss": "sum", **METRICS}.get(name, "tokens")
+        if how in counts[0]:
+            weights = torch.stack([count[how] for count in counts])  # [micro-batches]
+            out[name] = ((values * weights).sum() / weights.sum().clamp(min=1)).item()
+        elif how != "apart":
+            out[name] = (values.sum() if how == "sum" else values.max()).item()
+    return out
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ from integration.trainer import (
     warm_start,
 )
 from lad_kernels import linear_lad_loss
+from lad_kernels.outputs import METRICS
 from lad_kernels.preflight import Refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,17 +147,21 @@ def test_micro_batches_do_not_change_the_update(task):
     """Sizes that split groups and minibatches or hold all of them. Plain SGD: Adam would blow rounding up to a step."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(16, generator=generator)  # an untrained policy's own are all alike
-    moved = {}
+    moved, metrics = {}, {}
     for size in (3, 8, 16):
         policy, config = load_policy(TINY), replace(TINY, micro_batch=size)
         start = torch.cat([p.detach().flatten() for p in policy.model.parameters()])
         run = rollout(policy, task, task.train[:4], 4, config, torch.Generator().manual_seed(1))
         optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
-        update(policy, optimizer, run._replace(scores=scores), config)
+        metrics[size] = update(policy, optimizer, run._replace(scores=scores), config)
         moved[size] = torch.cat([p.detach().flatten() for p in policy.model.parameters()]) - start
     assert moved[8].norm() > 0.1
     for size in (3, 16):
         assert (moved[size] - moved[8]).norm() <= 1e-5 * moved[8].norm()
+        combined = {n: x for n, x in metrics[8].items() if n != "head_flops"}  # paths may differ
+        assert {"loss", "grad_norm", "coef_max_positive", "coef_mean_negative", "ratio_mean"} <= combined.keys()
+        assert "apart" not in {METRICS.get(n) for n in combined}
+        assert {n: metrics[size][n] for n in combined} == pytest.approx(combined, rel=1e-4, abs=1e-6)
 
 
 def test_a_micro_batch_is_freed_before_the_next(policy, task, monkeypatch):

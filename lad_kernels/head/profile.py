@@ -6,6 +6,7 @@ forward and the routing rule of head/routing.py, without a backward, and reports
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -107,7 +108,7 @@ def profile_sparsity(
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    tail_mass: float = dispatch.DEFAULT_TAIL_MASS,
+    tail_mass: float | None = dispatch.DEFAULT_TAIL_MASS,
     tail: str = "unbiased",
     buckets: int = 10,
     impl: str = "auto",
@@ -138,7 +139,7 @@ def profile_sparsity(
         if logit_scale != 1.0:
             raise ValueError(f"logit_scale: expected 1 with a model, got {logit_scale}; the model has its own")
         if loss_mask is None and attention_mask is not None:
-            loss_mask = attention_mask[:, 1:]
+            loss_mask = attention_mask[:, 1:] * attention_mask[:, :-1]  # [B, T] no target of padding
         of_hidden = partial(
             profile_sparsity,
             coefficients=coefficients,
@@ -154,12 +155,25 @@ def profile_sparsity(
         raise ValueError("weight, target_ids: needed with hidden states, got None")
     if impl == "reference":
         raise ValueError("impl: expected 'auto', 'triton' or 'torch', got 'reference', which has no routing")
+    _check(tail_mass, tail, buckets)
     checks.per_token("coefficients", coefficients, target_ids, "target_ids")
     checks.mask(loss_mask, target_ids, "target_ids")
     given = HeadArguments(model_or_hidden, weight, target_ids, bias, temperature, logit_scale, softcap, None, impl)
     operands = prepare(given, loss_mask, None, {})
+    if operands.layout.packing.tokens == 0:
+        raise ValueError("target_ids, loss_mask: expected at least one token that counts, got none")
+    tail_mass = dispatch.threshold(tail_mass, operands.hidden.dtype)
     c = None if coefficients is None else operands.layout.packing.select(coefficients)  # [M]
     return _measure(operands.head(), c, tail_mass, tail, buckets)
+
+
+def _check(tail_mass: float | None, tail: str, buckets: int) -> None:
+    if tail_mass is not None and not (checks.is_number(tail_mass) and 0 <= tail_mass < math.inf):
+        raise ValueError(f"tail_mass: expected a finite number >= 0 or None, got {tail_mass!r}")
+    if tail not in ("unbiased", "drop"):
+        raise ValueError(f"tail: expected 'unbiased' or 'drop', got {tail!r}")
+    if buckets < 1:
+        raise ValueError(f"buckets: expected at least 1, got {buckets}")
 
 
 @without_autocast

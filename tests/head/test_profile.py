@@ -114,8 +114,33 @@ def test_what_it_refuses():
         profile_sparsity(nn.Linear(2, 2), input_ids=x.targets, logit_scale=2)
     with pytest.raises(ValueError, match="input_ids"):
         profile_sparsity(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="coefficients"):
-        profile_sparsity(x.hidden, x.weight, x.targets, coefficients=torch.ones(3))
+    for given, message in (
+        ({"coefficients": torch.ones(3)}, "coefficients: expected"),
+        ({"tail": "dropped"}, "tail: expected 'unbiased' or 'drop', got 'dropped'"),
+        ({"tail_mass": -1e-4}, "tail_mass: expected a finite number >= 0 or None, got -0.0001"),
+        ({"buckets": 0}, "buckets: expected at least 1, got 0"),
+        ({"loss_mask": torch.zeros(4)}, "expected at least one token that counts, got none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            profile_sparsity(x.hidden, x.weight, x.targets, **given)
+
+
+def test_without_a_tail_mass_it_is_that_of_the_dtype():
+    x = make_inputs(40, 8, 600, entropy=0.3, masked=0.0)
+    for dtype, tail_mass in ((torch.float32, 0.0), (torch.bfloat16, 3e-4)):
+        found = profile_sparsity(x.hidden.to(dtype), x.weight.to(dtype), x.targets, tail_mass=None)
+        assert found.tail_mass == tail_mass
+        assert (found.kept_share == 1) == (tail_mass == 0)
+
+
+def test_a_token_that_padding_predicts_does_not_count():
+    pytest.importorskip("transformers", reason="needs the train extra; a model of transformers goes untested")
+    from families import IDS, tiny_model
+
+    mask = torch.ones_like(IDS)
+    mask[0, :2] = 0  # padding on the left
+    found = profile_sparsity(tiny_model("llama").eval(), input_ids=IDS, attention_mask=mask)
+    assert found.tokens == mask[:, 1:].sum() - 1
 
 
 @pytest.mark.parametrize("entropy", [None, 0.3])

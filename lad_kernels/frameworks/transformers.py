@@ -230,7 +230,7 @@ class FusedHead:
             return self.loss(hidden, weight, ids, ignore_index=ignore_index, reduction=reduction, **head)
 
         out = self.run(model, loss, args, kwargs)
-        total = out.result if count is None else out.result / torch.as_tensor(count).to(out.result.device)
+        total = out.result if count is None else out.result / torch.as_tensor(count).to(out.result.device).clamp(min=1)
         return CausalLMOutput(loss=total if out.aux_loss is None else total + out.aux_loss.to(total.device))
 
     @torch.compiler.disable(recursive=False)

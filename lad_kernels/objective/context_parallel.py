@@ -19,6 +19,7 @@ from lad_kernels.objective.config import LADConfig, PolicyConfig
 from lad_kernels.objective.inputs import PolicyInputs
 from lad_kernels.objective.losses import policy_loss
 from lad_kernels.outputs import LossOutput
+from lad_kernels.packing import sequence_of
 
 PER_TOKEN = ("old_logprobs", "loss_mask", "ref_logprobs", "entropy")  # of PolicyInputs, as `logprobs` is
 
@@ -74,7 +75,8 @@ def shift_and_shard(
     else:
         lengths = cu_seqlens.diff().long()  # [B]
         first[cu_seqlens[:-1][lengths > 0].long()] = True
-        sequence_ids = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)  # [N]
+        first[int(cu_seqlens[-1]) :] = True  # the padding behind the last bound is nobody's target
+        sequence_ids = sequence_of(len(input_ids), cu_seqlens)  # [N]
         sequence_ids = shard_tokens(sequence_ids + 1, group) - 1  # padding gets -1 ...
         sequence_ids = torch.where(sequence_ids < 0, len(lengths) - 1, sequence_ids)  # ... and joins the last sequence
     shifted = ((loss_mask != 0) & ~first).roll(-1, -1)

@@ -122,6 +122,10 @@ def shifting() -> None:
     targets, kept, sequences = (whole(x) for x in (mine.target_ids, mine.loss_mask, mine.sequence_ids))
     assert torch.equal(targets[kept], torch.tensor([11, 12, 14, 15, 16, 17]))
     assert sequences.tolist() == [0, 0, 0, *[2] * (len(sequences) - 3)]
+    mine = distributed.shift_and_shard(ids.flatten(), torch.ones(14), dist.group.WORLD, cu_seqlens=cu)  # 6 of padding
+    targets, kept, sequences = (whole(x) for x in (mine.target_ids, mine.loss_mask, mine.sequence_ids))
+    assert torch.equal(targets[kept], torch.tensor([11, 12, 14, 15, 16, 17]))
+    assert sequences.tolist() == [0, 0, 0, *[2] * (len(sequences) - 3)]
     with pytest.raises(ValueError, match="input_ids, loss_mask, cu_seqlens: expected"):
         distributed.shift_and_shard(ids, mask[:, 1:], dist.group.WORLD)
 

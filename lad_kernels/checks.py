@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 IMPLS = ("auto", "triton", "torch", "reference")
 _always_read_values = os.environ.get("LAD_KERNELS_VALIDATE", "0") == "1"
@@ -62,10 +63,19 @@ def plain_tensor(name: str, x: object) -> None:
     if is_wrapped is not None and is_wrapped(x):
         raise RuntimeError(
             f"{name}: torch.func transforms (grad, vmap, jvp) are not supported; use loss.backward() or "
-            f"torch.autograd.grad, or impl='reference'"
+            f"torch.autograd.grad, or the function of lad_kernels.reference"
         )
     if x.is_sparse or x.is_nested or x.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense strided tensor, got layout {x.layout}")
+
+
+def no_tangent(name: str, x: Tensor | None) -> None:
+    """Refuse a dual tensor of forward-mode derivatives, whose tangent would be lost."""
+    if x is not None and not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(
+            f"{name}: forward-mode derivatives are not supported; use loss.backward() or torch.autograd.grad, or "
+            f"impl='reference'"
+        )
 
 
 def constant(name: str, x: object) -> None:

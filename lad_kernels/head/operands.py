@@ -139,6 +139,9 @@ def in_autocast_dtype(given: HeadArguments) -> HeadArguments:
     if not torch.compiler.is_compiling():  # the operators check again what they are given
         sharded = given.vocab_group is not None
         checks.plain_tensor("hidden_states", hidden)
+        if given.impl != "reference":
+            for name in ("hidden_states", "lm_head_weight", "bias"):
+                checks.no_tangent(name, getattr(given, name))
         autocast = torch.is_autocast_enabled(hidden.device.type)
         checks.head(hidden, weight, given.target_ids, given.bias, autocast=autocast, sharded=sharded)
         checks.transform(given.temperature, given.logit_scale, given.softcap, given.target_ids)

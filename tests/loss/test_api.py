@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import lad_kernels
 from lad_kernels import (
@@ -16,6 +18,7 @@ from lad_kernels import (
     checks,
     group_advantages,
     lad_loss,
+    linear_cross_entropy,
     linear_grpo_loss,
     linear_lad_loss,
     linear_logprobs,
@@ -235,6 +238,19 @@ def test_torch_func_is_refused():
     h = kw.pop("hidden_states")
     with pytest.raises(RuntimeError, match=r"torch\.func transforms"):
         torch.func.grad(lambda x: linear_lad_loss(x, **kw).loss)(h)
+
+
+def test_forward_mode_is_refused():
+    """Its tangents would be lost without a word."""
+    x = torch.randn(4, 8)
+    with forward_ad.dual_level():
+        hidden = forward_ad.make_dual(torch.randn(3, 8), torch.ones(3, 8))
+        for function in (linear_logprobs, partial(linear_cross_entropy, reduction="none")):
+            with pytest.raises(RuntimeError, match="hidden_states: forward-mode derivatives are not supported"):
+                function(hidden, x, torch.arange(3))
+            function(hidden.detach(), x, torch.arange(3))
+        spec = linear_logprobs(hidden, x, torch.arange(3), impl="reference").logprobs
+        assert forward_ad.unpack_dual(spec).tangent is not None
 
 
 def test_value_checks_have_a_switch(monkeypatch):

@@ -157,14 +157,17 @@ class ShardedHead(Head):
             parts[0] = -torch.inf
         parts = gather(parts, self.shard.group)  # [R, 3 or 4, M]
         lse_r, rest_r, logprobs_r = parts[:, 0], parts[:, 1], parts[:, 2]  # [R, M]
-        ends = torch.tensor(list(itertools.accumulate(self.shard.rows)), device=lse_r.device)  # [R]
-        owner = torch.bucketize(self.targets, ends, right=True)[None]  # [1, M]
+        ends = torch.tensor(list(itertools.accumulate(self.shard.rows)))  # [R]
+        ends = ends.to(lse_r.device, non_blocking=True)  # the host does not wait for the forward
+        owner = torch.bucketize(self.targets, ends, right=True).clamp(max=len(ends) - 1)[None]  # [1, M]
         top = lse_r.amax(0)  # [M]
         above = (lse_r - top) + rest_r  # [R, M] lse_r over the largest one
         log_mass = above.logsumexp(0)  # [M]
         lse = top + log_mass  # [M]
         beyond = ((lse_r - lse_r.gather(0, owner)) + (rest_r - rest_r.gather(0, owner))).logsumexp(0)  # lse - lse_owner
         logprobs = (logprobs_r.gather(0, owner)[0] - beyond).clamp(max=0.0)
+        known = (self.targets >= 0) & (self.targets < ends[-1])  # [M]
+        logprobs = torch.where(known, logprobs, -torch.inf)  # as `Head.forward` has it
         entropy = None
         if want_entropy:
             log_share = above - log_mass  # [R, M]

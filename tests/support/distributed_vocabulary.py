@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from lad_kernels import (
     GRPOConfig,
     LADConfig,
     LossOutput,
+    checks,
     grpo_loss,
     lad_loss,
     linear_cross_entropy,
@@ -137,6 +139,17 @@ def everything_masked() -> None:
     found = sharded_run(inputs, splits(40)[1], inputs.upstream, "torch")
     for x in (found.logprobs, found.entropy, found.dhidden, found.dweight, found.dbias):
         assert x.shape[0] in (20, 40) and not x.any()
+
+
+def targets_of_no_rank() -> None:
+    """Probability 0, as on one device, where no value may be read; -100 was taken for row 0 of the first rank."""
+    inputs = make_inputs(6, 16, 40, masked=0.0)
+    targets, absent = inputs.targets.clone(), torch.tensor([1, 4])
+    targets[absent] = torch.tensor([-100, 43])
+    with mock.patch.object(checks, "may_read", return_value=False):
+        found = sharded_run(replace(inputs, targets=targets), splits(40)[0], inputs.upstream, "torch").logprobs
+    expected = sharded_run(inputs, splits(40)[0], inputs.upstream, "torch").logprobs
+    assert torch.equal(found, expected.index_fill(0, absent, -torch.inf))
 
 
 def policy_batch(dtype: torch.dtype) -> tuple[dict, dict]:
@@ -382,6 +395,7 @@ CASES = [
     ranks_agree_bitwise,
     a_common_part_of_all_logits_cancels,
     everything_masked,
+    targets_of_no_rank,
     vocabulary_parallel_losses,
     refusals,
 ]

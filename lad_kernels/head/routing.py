@@ -68,13 +68,14 @@ class _BlockNorms:
 
     def __init__(self, block_lse: Tensor, lse: Tensor, logprobs: Tensor, targets: Tensor, gradient: LogitGradient):
         self.block_lse, self.lse, self.gradient = block_lse, lse, gradient  # [blocks, A], [A]
-        self.block = targets // BLOCK  # [A]
+        self.block = targets // BLOCK  # [A]; none of the blocks where a target lies outside [0, V)
         onehot, prob, entropy = gradient.onehot, gradient.prob, gradient.entropy  # [A] each
         rest = prob + onehot if entropy is None else prob + onehot - entropy * logprobs.clamp(min=-1e30)
         own = rest * logprobs.exp() - onehot * torch.expm1(logprobs)  # [A] dZ at the target, without cancellation
         own = own.abs() + onehot.abs() * SLACK * torch.finfo(lse.dtype).eps
         token = torch.arange(len(lse), device=lse.device)  # [A]
-        others = ((block_lse[self.block, token] - lse).exp().clamp(max=1.0) - logprobs.exp()).clamp(min=0.0)  # [A]
+        own_block = self.block.clamp(0, len(block_lse) - 1)  # [A]
+        others = ((block_lse[own_block, token] - lse).exp().clamp(max=1.0) - logprobs.exp()).clamp(min=0.0)  # [A]
         self.target_norm = _norm(others, prob, entropy) + own  # [A] of the block that holds the target
         self.size = torch.maximum(onehot.abs(), prob.abs())  # [A]; |c| unless there is an entropy term
         if entropy is not None:

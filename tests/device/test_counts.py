@@ -158,3 +158,13 @@ def test_a_call_leaves_its_gradients_and_nothing_else(path):
     gradients = sum(-(-x.grad.nbytes // 512) * 512 for x in (hidden, weight))
     assert LOG.allocated - before == gradients
     assert LOG.peak - before <= gradients + memory.BUDGET
+
+
+def test_a_sample_may_hold_targets_outside_the_vocabulary(monkeypatch):
+    """Their blocks do not exist, and an index beyond a tensor would end the process on a GPU."""
+    monkeypatch.setattr(dispatch, "needs_sample", lambda *_, **__: True)
+    hidden, weight, targets = inputs()
+    targets[torch.tensor([1, 5], device="cuda")] = torch.tensor([-1000, V + 300], device="cuda")
+    old, advantages = torch.full((N,), -1.0, device="cuda"), torch.ones(N, device="cuda")
+    logprobs = linear_lad_loss(hidden, weight, targets, old, advantages=advantages, config=TAIL).logprobs.cpu()
+    assert (logprobs.isinf().nonzero()[:, 0] == torch.tensor([1, 5])).all()

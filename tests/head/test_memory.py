@@ -81,6 +81,23 @@ def test_the_meter_counts_what_is_alive():
     assert (meter.peak, meter.alive) == (8000, d.nbytes)
 
 
+@pytest.mark.parametrize("first", (True, False))
+@pytest.mark.parametrize(("rows", "between", "columns"), ((300, 40, 30), (40, 300, 30), (70, 0, 30)))
+def test_factors_are_widened_a_part_at_a_time(rows, between, columns, first, monkeypatch):
+    """Where the library has no product of 16 bits with a float32 result: on AMD."""
+    monkeypatch.undo()
+    monkeypatch.setattr(dense, "_UPCAST_ROWS", 64)
+    monkeypatch.setattr(dense, "_UPCAST_K", 32)
+    gen = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(*size, generator=gen).bfloat16() for size in ((between, rows), (between, columns)))
+    before = torch.randn(rows, columns, generator=gen)
+    truth = a.double().T @ b.double() + (0 if first else before.double())
+    with Allocations() as meter:
+        dense.accumulate(before, a.T, b, first=first)
+    assert meter.peak <= 4 * 32 * (64 + columns)
+    assert (before - truth).norm() <= FP32_TOLERANCE * truth.norm()
+
+
 CASES = {  # tokens, path, what is special, share of the budget that was measured
     "one pass": (500, "one_pass", {"d": 128, "v": 4000, "budget": 1_700_000}, 0.79),
     "one pass, every second token masked": (1900, "one_pass", {"masked": True}, 0.69),

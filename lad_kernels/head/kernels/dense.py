@@ -47,6 +47,7 @@ from lad_kernels.head.records import BLOCK, GradientSums, HeadGradients, LogitGr
 _MIN_COLUMNS = 1024  # narrower slabs would starve the products: split the rows instead
 _ROW_STEP = 256  # rows are split at multiples of this, hence of every block_n
 _library_flags = threading.Lock()  # the flags are the process's: threads take turns to set and restore them
+_UPCAST_ROWS, _UPCAST_K = 2048, 1024  # of a factor that has to be float32: 8 MiB of the one, 16 of a [K, 4096]
 _HALF_TARGET = 2.0**13  # what the largest float16 dR is scaled to: 8 times below overflow
 
 
@@ -124,13 +125,23 @@ def _logit_gradient_kernel(
 def accumulate(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """out [R, C] float32 = a [R, K] b [K, C], added to what out holds unless `first`; fp32 accumulation.
 
-    The library's mixed form (16-bit factors, float32 result) exists on NVIDIA only; elsewhere the factors are upcast,
-    which gives the same products, slower and with float32 copies of both.
+    The library's mixed form (16-bit factors, float32 result) exists on NVIDIA only; elsewhere the factors are upcast
+    a part at a time, which gives the same products, slower.
     """
-    flops.product(a.shape[0], a.shape[1], b.shape[1])
-    if a.dtype != torch.float32 and not (a.is_cuda and torch.version.hip is None):
-        a, b = a.float(), b.float()
-    mixed = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
+    (R, K), C = a.shape, b.shape[1]
+    flops.product(R, K, C)
+    if a.dtype == torch.float32 or (a.is_cuda and torch.version.hip is None):
+        mixed = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
+        _add_product(out, a, b, first=first, **mixed)
+        return
+    for k in range(0, max(K, 1), _UPCAST_K):
+        part = b[k : k + _UPCAST_K].float()  # [K', C]
+        for r in range(0, R, _UPCAST_ROWS):
+            rows = slice(r, r + _UPCAST_ROWS)
+            _add_product(out[rows], a[rows, k : k + _UPCAST_K].float(), part, first=first and k == 0)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool, **mixed: torch.dtype) -> None:
     if first:
         torch.mm(a, b, out=out, **mixed)
     else:
@@ -142,8 +153,10 @@ def rounded_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     flops.product(a.shape[0], a.shape[1], b.shape[1])
     library = torch.backends.cuda.matmul
     with _library_flags:
-        before = library.allow_bf16_reduced_precision_reduction
-        library.allow_bf16_reduced_precision_reduction = False  # else parts of a sum may be added in 16 bits
+        split_k = library.allow_bf16_reduced_precision_reduction_split_k
+        before = library.allow_bf16_reduced_precision_reduction, split_k
+        # Else parts of a sum may be added in 16 bits.
+        library.allow_bf16_reduced_precision_reduction = False, split_k
         try:
             torch.mm(a, b, out=out)
         finally:

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lad_kernels
-from lad_kernels import GRPOConfig, LADConfig, reference
+from lad_kernels import GRPOConfig, LADConfig, packing, reference
 from lad_kernels.head import dispatch, memory, pytorch
 from lad_kernels.objective import config as names
 from lad_kernels.testing import CONTRACT_MARGIN, FP32_TOLERANCE
@@ -85,10 +85,11 @@ def cases(draw, impl: str) -> dict[str, Any]:
         "temperature": draw(_choice([1.0, 0.3, "tensor"])), "logit_scale": draw(_choice([1.0, -0.5])),
         "mask": draw(_choice([None, 0.0, 0.6, 1.0])), "mask_dtype": draw(_choice(["bool", "int64", "float32"])),
         "ids": draw(_choice(["int64", "int32"])), "needs": draw(_choice(["both", "hidden", "weight"])),
-        "small_slabs": draw(st.booleans()),
+        "small_slabs": draw(st.booleans()), "reads_bounds": draw(st.booleans()),
     }  # fmt: skip
     if kind == "logprobs":
         return case | {"entropy": draw(st.booleans())}
+    case["behind"] = 0 if padded else draw(_choice([0, 0, 1, 3, 9]))  # tokens beyond the last bound
     sequences = len(case["lengths"])
     config = {name: draw(values) for name, values in _FIELDS[kind].items()}
     if kind == "grpo":
@@ -126,7 +127,7 @@ def build(case: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the call in float64, then rounded to the working dtype where the caller's would be."""
     gen = torch.Generator().manual_seed(case["seed"])
     lengths, d, v = case["lengths"], case["hidden_size"], case["vocab_size"]
-    shape = (len(lengths), max(max(lengths), 1)) if case["padded"] else (sum(lengths),)
+    shape = (len(lengths), max(max(lengths), 1)) if case["padded"] else (sum(lengths) + case.get("behind", 0),)
     rand = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64)  # noqa: E731
     dtype = DTYPES[case["dtype"]]
     hidden, weight = rand(*shape, d) * case["confidence"], rand(v, d) / d**0.5
@@ -239,8 +240,10 @@ def size(x: Tensor) -> float:
 
 
 def ours(case: dict[str, Any], call: dict[str, Any]) -> dict[str, Tensor]:
-    """The outputs of the package, on the path and in the pieces that the case asks for."""
+    """The outputs of the package, on the path and in the pieces that the case asks for; bounds as on an accelerator."""
     with ExitStack() as stack:
+        if not case["reads_bounds"]:
+            stack.enter_context(mock.patch.object(packing, "_host_reads", return_value=False))
         if case["small_slabs"]:
             stack.enter_context(mock.patch.object(pytorch, "TILE_BYTES", 16 << 10))
             stack.enter_context(mock.patch.object(memory.Work, "chunk_rows", return_value=8))

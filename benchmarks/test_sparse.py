@@ -21,6 +21,9 @@ from lad_kernels.testing import CONTRACT_MARGIN, FP32_TOLERANCE
 
 MIB = 2**20
 SLACK = 1.1
+# Of calls of 60 ms, five rounds: the same path takes 0.90 to 1.14 of itself in twelve runs, a choice by a sample 1.06
+# to 1.22 of the best.
+SMALL_SLACK = 1.3
 REGIONS = ("dH", "dW target rows", "dW other rows")
 
 
@@ -50,7 +53,8 @@ def test_sparse(bench, data, case, rounds):
     peaks = sparse.peaks_cpu(bench.set_name, data, case) if bench.device == "cpu" else {}
     add_rows(bench, shape, data, case, batch, entries, found, run, peaks)
     if case == "off-policy" and bench.set_name != "tiny":
-        check_choices({p.name: ratio(s, run.samples[run.providers[0]]) for p, s in run.samples.items()})
+        slack = SMALL_SLACK if bench.set_name == "small" and data in ("flat", "peaked") else SLACK
+        check_choices({p.name: samples for p, samples in run.samples.items()}, slack)
 
 
 def keeping_subnormals(entry: sparse.Entry, keep: bool) -> Provider:
@@ -94,13 +98,13 @@ def test_what_flushing_hides(bench, rounds):
         bench.results.add("subnormals", shape=str(shape), data=data, **row)
 
 
-def check_choices(against_eager: dict[str, float]) -> None:
-    """What the package chose costs at most 1.1 times the best path that could have been forced."""
-    paths = {name.split(", ")[1]: x for name, x in against_eager.items() if ", " in name and "chosen" not in name}
-    exact = min(paths["one pass"], paths["two pass"])
-    assert against_eager["exact, as chosen"] <= SLACK * exact
-    chosen = against_eager[f"tail_mass {sparse.TAIL_MASS:g}, as chosen"]
-    assert chosen <= SLACK * min(exact, paths.get("routed", exact))
+def check_choices(samples: dict[str, list[tuple[float, float]]], slack: float) -> None:
+    """What the package chose takes at most `slack` times what any path that could have been forced takes."""
+    forced = [name for name in samples if ", " in name and "chosen" not in name]
+    for chosen in ("exact, as chosen", f"tail_mass {sparse.TAIL_MASS:g}, as chosen"):
+        for path in forced:
+            if path.startswith("exact") or not chosen.startswith("exact"):
+                assert ratio(samples[chosen], samples[path]) <= slack, (chosen, path)
 
 
 def add_rows(bench, shape, data, case, batch, entries, found, run, peaks) -> None:

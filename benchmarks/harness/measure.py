@@ -1,8 +1,9 @@
 """Time, interleaved; and peak memory, in a process of its own on CPU.
 
-All providers of a comparison run once per round, in an order that rotates, so that other load on the machine affects
-all of them; ratios are taken round by round and their median is reported. CPU: wall clock, or one thread's CPU time
-where the machine is too busy for that. CUDA: events, and inputs that rotate among copies larger than the cache.
+All providers of a comparison run once per round, in another order each time, so that load on the machine and the memory
+that a provider leaves to the next affect all of them; ratios are taken round by round and their median is reported.
+CPU: wall clock, or one thread's CPU time where the machine is too busy for that. CUDA: events, and inputs that rotate
+among copies larger than the cache.
 
 python -m benchmarks.harness.measure SET SHAPE DATA     peak memory of every provider's step on CPU, in bytes, as JSON
 """
@@ -73,9 +74,9 @@ class Rounds:
 
     def __call__(self) -> None:
         batch = self.batches[self.count % len(self.batches)]
-        turn = self.count % max(len(self.providers), 1)
+        order = random.Random(self.count).sample(self.providers, len(self.providers))
         self.count += 1
-        for provider in self.providers[turn:] + self.providers[:turn]:
+        for provider in order:
             self.run_one(provider, batch)
 
     def run_one(self, provider: Provider, batch: Batch) -> None:

@@ -143,9 +143,8 @@ def everything_masked() -> None:
 
 def targets_of_no_rank() -> None:
     """Probability 0, as on one device, where no value may be read; -100 was taken for row 0 of the first rank."""
-    inputs = make_inputs(6, 16, 40, masked=0.0)
-    targets, absent = inputs.targets.clone(), torch.tensor([1, 4])
-    targets[absent] = torch.tensor([-100, 43])
+    inputs, absent = make_inputs(6, 16, 40, masked=0.0), torch.tensor([1, 4])
+    targets = inputs.targets.index_put((absent,), torch.tensor([-100, 43]))
     with mock.patch.object(checks, "may_read", return_value=False):
         found = sharded_run(replace(inputs, targets=targets), splits(40)[0], inputs.upstream, "torch").logprobs
     expected = sharded_run(inputs, splits(40)[0], inputs.upstream, "torch").logprobs

@@ -45,7 +45,8 @@ class Speeds:
 
 
 # Measured: "cpu" (any dtype, PyTorch) with one thread of an AMD EPYC, before pairs were gathered by the run, and
-# "cpu_avx512" with one of an Intel Xeon; of both only ratios matter, and `lad-kernels doctor` measures yours.
+# "cpu_avx512" with one of an Intel Xeon, but for its block: between 1.5e-4 there and 7.7e-5 on one without AMX. Of both
+# only ratios matter, and `lad-kernels doctor` measures yours.
 # In bfloat16 (benchmarks/results), ("sm_90", 2) on an H100 80GB HBM3: head products 600 to 741 Tflop/s, a copy 3.03
 # TB/s, the tiles' epilogues 2e-13 to 4e-13 s a logit. "h200" on an H200: 638 to 728 Tflop/s, 4.27 TB/s, and at
 # N = 8,192 12.3 to 13.4 ms a kernel where the library's products took 12.4 to 12.9. Routing, for both, on the H200:
@@ -53,7 +54,7 @@ class Speeds:
 # of 64 by 128; lists 0.24 ms for 9.7 million pairs that were looked at; 7.4 ms of waiting for the host, since shortened
 # to 0.8 (worked out on a CPU).
 _EPYC = Speeds(8e10, 8e9, 1.2e-9, 0.4, 3.5e-4)
-_XEON = Speeds(1.29e11, 1.35e10, 1.25e-9, 0.8, 1.5e-4)
+_XEON = Speeds(1.29e11, 1.35e10, 1.25e-9, 0.8, 1.1e-4)
 _H100 = Speeds(7e14, 3.0e12, 3e-13, 0.37, 1e-7, 2.5e-11, 8e-4, item=64)
 _H200 = Speeds(6.8e14, 4.27e12, 2e-13, 0.37, 1e-7, 2.5e-11, 8e-4, item=64)
 

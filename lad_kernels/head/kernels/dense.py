@@ -155,8 +155,7 @@ def rounded_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     with _library_flags:
         split_k = library.allow_bf16_reduced_precision_reduction_split_k
         before = library.allow_bf16_reduced_precision_reduction, split_k
-        # Else parts of a sum may be added in 16 bits.
-        library.allow_bf16_reduced_precision_reduction = False, split_k
+        library.allow_bf16_reduced_precision_reduction = False, split_k  # else parts of a sum may be added in 16 bits
         try:
             torch.mm(a, b, out=out)
         finally:

@@ -47,7 +47,7 @@ from lad_kernels.head.records import BLOCK, GradientSums, HeadGradients, LogitGr
 _MIN_COLUMNS = 1024  # narrower slabs would starve the products: split the rows instead
 _ROW_STEP = 256  # rows are split at multiples of this, hence of every block_n
 _library_flags = threading.Lock()  # the flags are the process's: threads take turns to set and restore them
-_UPCAST_ROWS, _UPCAST_K = 2048, 1024  # of a factor that has to be float32: 8 MiB of the one, 16 of a [K, 4096]
+_UPCAST_ROWS, _UPCAST_K = 2048, 1024  # of factors that have to be float32: 8 MiB of the one, 16 of a [K, 4096]
 _HALF_TARGET = 2.0**13  # what the largest float16 dR is scaled to: 8 times below overflow
 
 
@@ -125,8 +125,7 @@ def _logit_gradient_kernel(
 def accumulate(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """out [R, C] float32 = a [R, K] b [K, C], added to what out holds unless `first`; fp32 accumulation.
 
-    The library's mixed form (16-bit factors, float32 result) exists on NVIDIA only; elsewhere the factors are upcast
-    a part at a time, which gives the same products, slower.
+    The library's mixed form (16-bit factors, float32 result) is NVIDIA's; elsewhere parts of the factors are upcast.
     """
     (R, K), C = a.shape, b.shape[1]
     flops.product(R, K, C)
@@ -137,8 +136,9 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     for k in range(0, max(K, 1), _UPCAST_K):
         part = b[k : k + _UPCAST_K].float()  # [K', C]
         for r in range(0, R, _UPCAST_ROWS):
-            rows = slice(r, r + _UPCAST_ROWS)
-            _add_product(out[rows], a[rows, k : k + _UPCAST_K].float(), part, first=first and k == 0)
+            some = a[r : r + _UPCAST_ROWS, k : k + _UPCAST_K]  # [R', K']
+            _add_product(out[r : r + _UPCAST_ROWS], some.float(), part, first=first and k == 0)
+        del part  # before the next is made
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool, **mixed: torch.dtype) -> None:

@@ -3,7 +3,7 @@
 # the versions of constraints.txt, without what such a machine has anyway (torch, transformers, accelerate, peft, ...),
 # and in .carry/states the head and states of SmolLM2 (benchmarks/states.py), if its package is installed here.
 #   benchmarks/carry.sh [FOLDER]    of the wheels; default: .carry/peers
-# At most 60 MiB travel at once, the repository included.
+# At most 60 MiB travel at once, the repository included. After benchmarks/ahead.sh, and last: it notes the commit.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-.carry/peers}
@@ -38,6 +38,9 @@ rm -rf "$states"
 mkdir -p "$states"
 [ ! -e "$states/states.pt" ] || echo "took $(mib "$(bytes "$states")")  states.pt"
 tree=$(git ls-files -z --cached --others --exclude-standard | { du -cb --files0-from=- 2>/dev/null || true; } | tail -1 | cut -f1)
-total=$((tree + $(bytes "$folder" "$states")))
-echo "carry $(mib "$total")  $folder, $states and the repository"
+git describe --always --abbrev=12 --dirty >.carry/commit
+packed=(.carry/commit)
+if [ -e .carry/kernels.tar.xz ]; then packed+=(.carry/kernels.tar.xz); fi
+total=$((tree + $(bytes "$folder" "$states" "${packed[@]}")))
+echo "carry $(mib "$total")  $folder, $states, ${packed[*]} and the repository"
 [ "$total" -le "$room" ] || { echo "that is more than $(mib "$room")" >&2; exit 1; }

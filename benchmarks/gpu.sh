@@ -16,7 +16,14 @@ if [ -z "${SITE:-}" ] && compgen -G ".carry/peers/*.whl" >/dev/null; then
 fi
 if [ -e .carry/kernels.tar.xz ]; then # compiled by benchmarks/ahead.sh, found under the same path only
   export TRITON_CACHE_DIR=/tmp/lad_kernels_compiled
-  [ -d "$TRITON_CACHE_DIR" ] || { mkdir -p "$TRITON_CACHE_DIR" && tar xJf .carry/kernels.tar.xz -C "$TRITON_CACHE_DIR"; }
+  if [ ! -d "$TRITON_CACHE_DIR" ]; then # whole, or not at all
+    unpacked=$(mktemp -d -p /tmp)
+    "$python" -m tarfile -e .carry/kernels.tar.xz "$unpacked" && mv "$unpacked" "$TRITON_CACHE_DIR"
+  fi
+fi
+if [ -z "${LAD_KERNELS_COMMIT:-}" ] && [ -e .carry/commit ]; then
+  LAD_KERNELS_COMMIT=$(cat .carry/commit)
+  export LAD_KERNELS_COMMIT
 fi
 export PYTHONPATH="$PWD${SITE:+:$SITE}${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 "$python" -m benchmarks.gpu.session "$@"

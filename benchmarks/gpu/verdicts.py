@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+import torch
 
 LONGEST = 8_000  # characters of one traceback, its end
 
@@ -49,9 +51,38 @@ def outcome(phases: list[pytest.TestReport]) -> str:
     return "skipped" if any(p.skipped for p in phases) else "passed"
 
 
+class Guard:
+    """Ends a worker of pytest-xdist whose device no longer answers; the next one gets the tests that are left."""
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.failed |= report.failed
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self) -> Generator[None, object, object]:
+        self.failed = False
+        result = yield
+        if self.failed and device_is_lost():
+            os._exit(1)
+        return result
+
+
+def device_is_lost() -> bool:
+    """Whether an error on the device, as an index beyond a tensor, has made it useless for this process."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Recorder(Path(os.environ["VERDICTS"])), "verdicts")
+    worker = hasattr(config, "workerinput")
+    config.pluginmanager.register(Guard() if worker else Recorder(Path(os.environ["VERDICTS"])), "verdicts")
 
 
 def read(path: Path) -> dict[str, dict]:

@@ -14,7 +14,7 @@ import pytest
 from tiny_policy import make_policy
 
 from benchmarks import states
-from benchmarks.gpu import checks, experiments, session
+from benchmarks.gpu import checks, experiments, session, verdicts
 from benchmarks.gpu.plan import CLOSING, DEADLINE, PLAN, Experiment, filled, longest
 from benchmarks.gpu.run import Run
 
@@ -225,6 +225,27 @@ def test_a_test_run_keeps_verdicts_and_tracebacks(tmp_path, capsys, workers, han
     shown = capsys.readouterr().out
     assert "test_wrong[no prior-float32]\n" in shown
     assert "assert found <= allowed" in shown
+
+
+@pytest.mark.parametrize("lost", (True, False))
+@pytest.mark.parametrize("failed", (True, False))
+def test_a_worker_ends_with_its_device(failed, lost, monkeypatch):
+    """And not for a failure that the device survived."""
+
+    def synchronize():
+        if lost:
+            raise RuntimeError("device-side assert triggered")
+
+    ended, guard = [], verdicts.Guard()
+    monkeypatch.setattr(verdicts.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(verdicts.torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(verdicts.os, "_exit", ended.append)
+    protocol = guard.pytest_runtest_protocol()
+    next(protocol)
+    guard.pytest_runtest_logreport(argparse.Namespace(failed=failed))
+    with pytest.raises(StopIteration):
+        protocol.send(True)
+    assert ended == [1] * (failed and lost)
 
 
 def test_the_suite_of_a_gpu_leaves_out_only_what_launches_no_kernel(monkeypatch):

@@ -49,7 +49,7 @@ test-isa: $(VENV)/.test
 # tensors of the host on purpose, or what the device refuses by its limits (inference_mode, one_hot).
 test-device: $(VENV)/.test
 	PYTHONPATH=tests/support $(PYTEST) -p cuda_device.plugin -m 'not slow' \
-	    -k 'not (compiles or compiled or operators or cuda_graphs or distributed or soak or fuzz or offsets or more_tokens or test_values or defaults or excluded)' tests/device tests/head tests/objective tests/loss $(ARGS)
+	    -k 'not (compiles or compiled or operators or cuda_graphs or distributed or soak or fuzz or offsets or more_tokens or test_values or defaults or excluded or forward_mode)' tests/device tests/head tests/objective tests/loss $(ARGS)
 
 # The kernels as they are compiled for two GPUs, run on a CPU (tests/support/ptx): a table of paths, dtypes, layouts and
 # features, then the tests of each path. Left out of those: cases of the table; memory of 5 GB, whose shadow would take
